@@ -1,0 +1,187 @@
+"""A bundle: one exported model on disk, described by its manifest.json.
+
+tiny-emoji/
+    manifest.json               everything below, as `Manifest`
+    text_encoder/model.onnx     one folder a component
+    unet/model.onnx
+    vae_decoder/model.onnx
+    vae_encoder/model.onnx
+    tokenizer/tokenizer.json
+    scheduler/scheduler_config.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from diffuserve.errors import BundleError
+from diffuserve.tensors import StageSpec
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle: `path` relative to it with forward slashes, its size and its SHA-256 in hex."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One comparison of an exported component with its PyTorch source on the same inputs.
+
+    `shapes` are the inputs' by name, batch included. `max_abs_error` is over all elements of all outputs, in the
+    output's unit (levels of 0..255 for images); `output_std` puts it into proportion.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    max_abs_error: float
+    mean_abs_error: float
+    output_std: float
+
+
+class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity."""
+
+    engine: str
+    precision: str
+    files: tuple[File, ...]
+    tensors: StageSpec
+    tolerance: float
+    parity: tuple[Parity, ...]
+
+
+class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A linear map from latents to RGB, for previews without a VAE decode: rgb = latents @ matrix + bias, in 0..1.
+
+    `matrix`: C rows of 3; `rmse`: the fit's root mean square error against decoded images, in 0..1.
+    """
+
+    matrix: tuple[tuple[float, float, float], ...]
+    bias: tuple[float, float, float]
+    rmse: float
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What requests to this model are measured by.
+
+    `vae_scale_factor`: image pixels to a latent pixel; `size_multiple`: width and height in pixels must be multiples of
+    it (the VAE's factor times the UNet's downsampling); `width`, `height`: the sizes it was trained on, in pixels;
+    `max_tokens`: the tokenizer's length, start and end tokens included.
+    """
+
+    name: str
+    family: str
+    latent_channels: int
+    hidden_size: int
+    max_tokens: int
+    vae_scale_factor: int
+    size_multiple: int
+    width: int
+    height: int
+    default_steps: int
+    default_guidance_scale: float
+    default_sampler: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`source_sha256` identifies the checkpoint's files, `bundle_sha256` the exported ones; `created` is ISO 8601, UTC;
+    `scheduler` is the checkpoint's scheduler_config.json as it is; `files` are those beside the components."""
+
+    format_version: int
+    model: ModelSpec
+    scheduler: dict[str, Any]
+    components: dict[str, Component]
+    files: tuple[File, ...]
+    preview: Preview
+    source: str
+    source_sha256: str
+    bundle_sha256: str
+    created: str
+    versions: dict[str, str]
+
+    def all_files(self) -> tuple[File, ...]:
+        """Every file of the bundle but the manifest."""
+        return tuple(file for part in self.components.values() for file in part.files) + self.files
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_file(root: Path, path: Path) -> File:
+    """The manifest's entry for `path`, which lies below `root`."""
+    return File(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path))
+
+
+def sha256_of_files(files: Iterable[File]) -> str:
+    """One hash over names and contents, whatever the order."""
+    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Reads a bundle's manifest.
+
+    Raises:
+        BundleError: there is none, it is damaged, or a newer diffuserve wrote it.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(
+            f"{bundle} is no bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
+        ) from None
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{path} has format version {version}, and this diffuserve reads up to {FORMAT_VERSION}. "
+                "Upgrade diffuserve, or export the checkpoint again."
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is damaged: {error}. Export the checkpoint again.") from error
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Writes manifest.json, indented, keys in the order of the fields."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (bundle / MANIFEST_NAME).write_bytes(data + b"\n")
+
+
+def verify(bundle: Path, manifest: Manifest) -> None:
+    """Compares every file with its size and checksum.
+
+    Raises:
+        BundleError: a file is missing or differs; it is named.
+    """
+    for file in manifest.all_files():
+        path = bundle / file.path
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(
+                f"{bundle}: the manifest names {file.path!r}, which lies outside the bundle. Do not use it."
+            )
+        if not path.is_file():
+            raise BundleError(f"{path} is missing. Export the checkpoint again.")
+        if path.stat().st_size != file.size_bytes or sha256_of(path) != file.sha256:
+            raise BundleError(
+                f"{path} is damaged: its checksum differs from the manifest's. Export the checkpoint again."
+            )

@@ -1,0 +1,59 @@
+"""The stages in this process: what `generate --local` and the benchmarks run on, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffuserve.bundle import read_manifest, verify
+from diffuserve.engines import load_engine
+from diffuserve.errors import StageFailed
+from diffuserve.stages import Conditioning, Engine, Float32
+from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+
+
+class LocalStages:
+    """Implements `diffuserve.stages.Stages` on a bundle's engines; each stage has a thread of its own.
+
+    Raises:
+        BundleError: the bundle is damaged, or an engine cannot be loaded.
+    """
+
+    def __init__(self, bundle: Path, threads: int = 0) -> None:
+        manifest = read_manifest(bundle)
+        verify(bundle, manifest)
+        self._engines = {
+            name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
+            for name in (TEXT_ENCODER, UNET, VAE_DECODER)
+        }
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
+
+    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
+        return await self._run(TEXT_ENCODER, lambda engine: engine({"input_ids": input_ids}))
+
+    async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+        inputs = {"sample": sample, "timestep": timestep[:, np.newaxis], **conditioning}
+        noise_pred: Float32 = (await self._run(UNET, lambda engine: engine(inputs)))["noise_pred"]
+        return noise_pred
+
+    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
+        outputs = await self._run(VAE_DECODER, lambda engine: engine({"latent_sample": latent_sample}))
+        image: NDArray[np.uint8] = outputs["image"]
+        return image
+
+    def close(self) -> None:
+        """Ends the threads once their calls have returned."""
+        for pool in self._threads.values():
+            pool.shutdown()
+
+    async def _run(self, stage: str, call: Callable[[Engine], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads[stage], call, self._engines[stage])
+        except Exception as error:
+            raise StageFailed(f"The stage {stage} failed: {error}") from error

@@ -1,0 +1,46 @@
+"""Components on ONNX Runtime, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from diffuserve.errors import BundleError
+
+
+class OnnxRuntimeEngine:
+    """One ONNX model on the CPU. ONNX Runtime's sessions are safe to run from several threads.
+
+    Args:
+        path: the .onnx file; weights beside it are found by their names.
+        threads: threads of one call; 0 means one for each core.
+
+    Raises:
+        BundleError: onnxruntime is not installed, or it cannot load the file.
+    """
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BundleError(
+                "The engine onnxruntime is not installed. Install it: pip install 'diffuserve[serve]'"
+            ) from error
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Runs the model; see `diffuserve.stages.Engine`."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))

@@ -1,0 +1,39 @@
+"""The `parameters` text inside an image, in the form that AUTOMATIC1111's web UI writes and many tools read."""
+
+from __future__ import annotations
+
+from diffuserve import __version__
+from diffuserve.bundle import Manifest
+from diffuserve.request import TextToImageRequest
+from diffuserve.tensors import UNET
+
+# The names under which other tools know the samplers, and the schedule where it is not the default one.
+_SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+}
+
+
+def infotext(request: TextToImageRequest, manifest: Manifest, seed: int) -> str:
+    """What drew the image with `seed`: prompt, settings, model, engine and the bundle's hash."""
+    unet = manifest.components[UNET]
+    settings = {
+        "Steps": request.steps,
+        "Sampler": _SAMPLER_NAMES.get(request.sampler, request.sampler),
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": manifest.source_sha256[:10],
+        "Model": manifest.model.name,
+        "Engine": f"{unet.engine} {unet.precision}",
+        "Bundle hash": manifest.bundle_sha256[:10],
+        "Version": f"diffuserve {__version__}",
+    }
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)

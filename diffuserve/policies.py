@@ -1,0 +1,39 @@
+"""The order in which paused latents get their next step, when not all fit into one UNet call.
+
+A policy is a sort key over jobs of the same priority; the smallest goes first. All of them keep the promise that nobody
+waits for another's last step, since the order is taken anew at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffuserve.inflight import Job
+
+Policy = Callable[["Job", float], float]
+
+# Seconds of waiting that outweigh one UNet row of remaining work, so that long requests are not starved by short ones.
+_AGEING_ROWS_PER_S = 20.0
+
+
+def fifo(job: Job, now_s: float) -> float:
+    """First come, first served."""
+    return job.arrival_s
+
+
+def fair(job: Job, now_s: float) -> float:
+    """Least attained service first (Nuyens and Wierman, Performance Evaluation 65, 2008): UNet rows run so far."""
+    return job.rows_done
+
+
+def srpt(job: Job, now_s: float) -> float:
+    """Shortest remaining processing time first (Schrage, Operations Research 16, 1968), which minimises mean latency.
+
+    The remaining work, in UNet rows, is known exactly; it is aged by the time since arrival.
+    """
+    return job.rows_left - _AGEING_ROWS_PER_S * (now_s - job.arrival_s)
+
+
+POLICIES: dict[str, Policy] = {"fifo": fifo, "fair": fair, "srpt": srpt}

@@ -1,0 +1,38 @@
+"""What the in-flight loop asks of an engine: three calls, however and wherever they are carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+# What the UNet is conditioned on besides sample and timestep, by input name: (B, ...) float32 each.
+Conditioning = Mapping[str, Float32]
+
+
+class Stages(Protocol):
+    """Text encoder, UNet and VAE decoder. The calls may run concurrently; arguments are never written to."""
+
+    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
+        """`input_ids`: (B, L) int32. Returns the UNet's conditioning, (B, ...) float32 by input name."""
+        ...
+
+    async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+        """One UNet call. `sample`: (B, C, h, w) float32, scaled for the UNet; `timestep`: (B,) float32, each row its
+        own. Returns the prediction, (B, C, h, w) float32."""
+        ...
+
+    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
+        """`latent_sample`: (B, C, h, w) float32, unit variance. Returns RGB images, (B, H, W, 3) uint8."""
+        ...
+
+
+class Engine(Protocol):
+    """One exported component, loaded and ready to run. Safe to call from several threads."""
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Runs the component on batched arrays by input name; returns the outputs by name."""
+        ...

@@ -1,0 +1,106 @@
+"""Name, dtype and dims of every tensor on the wire and between the stages.
+
+The exported graphs, the Triton configurations and the client are all made from this table. Dtypes are Triton's names;
+dims leave out the batch dimension, and -1 is any length.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+NUMPY_DTYPE = {
+    "FP32": "float32",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "BYTES": "object",
+}
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One tensor: `dims` without the batch dimension, -1 for a dimension of any length."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+class StageSpec(msgspec.Struct, frozen=True):
+    """The inputs and outputs of one stage."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+# The stages, in the order in which a prompt passes them.
+TEXT_ENCODER = "text_encoder"
+UNET = "unet"
+VAE_DECODER = "vae_decoder"
+VAE_ENCODER = "vae_encoder"
+STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
+
+ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+
+
+def stage_specs(*, max_tokens: int, hidden_size: int, latent_channels: int) -> dict[str, StageSpec]:
+    """Tensors of each stage of a Stable Diffusion 1.x or 2.x model.
+
+    Args:
+        max_tokens: the tokenizer's length L (77 in Stable Diffusion).
+        hidden_size: width D of the text encoder's hidden state.
+        latent_channels: C, channels of the VAE's latents.
+    """
+    input_ids = TensorSpec("input_ids", "INT32", (max_tokens,))
+    # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
+    hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
+    sample = TensorSpec("sample", "FP32", (latent_channels, -1, -1))
+    noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
+    latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
+    image = TensorSpec("image", "UINT8", (-1, -1, 3))
+    return {
+        TEXT_ENCODER: StageSpec((input_ids,), (hidden,)),
+        # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
+        # row's timestep is a vector of one, and the engine model drops that dimension.
+        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), hidden), (noise_pred,)),
+        VAE_DECODER: StageSpec((latent_sample,), (image,)),
+        VAE_ENCODER: StageSpec((image,), (latent_sample,)),
+    }
+
+
+STABLE_DIFFUSION = "stable_diffusion"
+
+# The text-to-image model. Every dim is 1: its requests are not batched by Triton, the in-flight loop does that.
+REQUEST = (
+    TensorSpec("prompt", "BYTES", (1,)),
+    TensorSpec("negative_prompt", "BYTES", (1,), optional=True),
+    TensorSpec("steps", "INT32", (1,), optional=True),
+    TensorSpec("guidance_scale", "FP32", (1,), optional=True),
+    TensorSpec("seed", "INT64", (1,), optional=True),
+    TensorSpec("width", "INT32", (1,), optional=True),
+    TensorSpec("height", "INT32", (1,), optional=True),
+    TensorSpec("sampler", "BYTES", (1,), optional=True),
+    TensorSpec("num_images", "INT32", (1,), optional=True),
+    TensorSpec("priority", "INT32", (1,), optional=True),
+    TensorSpec("timeout_ms", "INT32", (1,), optional=True),
+    TensorSpec("format", "BYTES", (1,), optional=True),
+    TensorSpec("encoding", "BYTES", (1,), optional=True),
+    TensorSpec("progress", "BOOL", (1,), optional=True),
+    TensorSpec("preview", "INT32", (1,), optional=True),
+)
+RESPONSE = (
+    TensorSpec("event", "BYTES", (1,)),
+    TensorSpec("step", "INT32", (1,)),
+    TensorSpec("steps", "INT32", (1,)),
+    TensorSpec("preview", "BYTES", (-1,)),
+    TensorSpec("image", "BYTES", (-1,)),
+    TensorSpec("seed", "INT64", (-1,)),
+    TensorSpec("width", "INT32", (1,)),
+    TensorSpec("height", "INT32", (1,)),
+    TensorSpec("parameters", "BYTES", (-1,)),
+    TensorSpec("warnings", "BYTES", (-1,)),
+    TensorSpec("queue_s", "FP32", (1,)),
+    TensorSpec("denoise_s", "FP32", (1,)),
+    TensorSpec("total_s", "FP32", (1,)),
+)

@@ -1,0 +1,81 @@
+"""What the in-flight model does beside its event loop: notice cancelled clients, drain when asked, report metrics.
+
+All three are blocking round trips to Triton's process or to the disk, so one thread does them for all requests, at
+intervals, and hands what it finds to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Any
+
+from diffuserve.pipeline import Pipeline
+from diffuserve.triton.lifecycle import DrainFiles
+from diffuserve.triton.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 0.05
+
+
+class Housekeeping:
+    """A thread that runs until `stop`.
+
+    Args:
+        pipeline: whose counts are reported, and which is told to drain.
+        model_name: the label of its metrics.
+    """
+
+    def __init__(self, pipeline: Pipeline, model_name: str) -> None:
+        self._pipeline = pipeline
+        self._metrics = Metrics(model_name)
+        self._drain_files = DrainFiles.from_environment()
+        self._watched: dict[int, tuple[Any, asyncio.Task[Any], asyncio.AbstractEventLoop]] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
+        self._thread.start()
+
+    def watch(self, sender: Any, task: asyncio.Task[Any]) -> None:
+        """Cancels `task` when the client of `sender` has gone or cancelled. Call it on the event loop."""
+        loop = asyncio.get_running_loop()
+        self._watched[id(sender)] = (sender, task, loop)
+
+    def unwatch(self, sender: Any) -> None:
+        """After this returns, `sender` is not touched any more. It may wait for one round trip."""
+        with self._lock:
+            self._watched.pop(id(sender), None)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(INTERVAL_S):
+            try:
+                self._cancel_gone_clients()
+                self._metrics.update(self._pipeline)
+                self._drain_if_asked()
+            except Exception:
+                log.exception("housekeeping failed; it goes on")
+
+    def _cancel_gone_clients(self) -> None:
+        for key in list(self._watched):
+            # Taken for each sender alone, so that `unwatch` waits for one round trip at most.
+            with self._lock:
+                if key not in self._watched:
+                    continue
+                sender, task, loop = self._watched[key]
+                if sender.is_cancelled():
+                    del self._watched[key]
+                    loop.call_soon_threadsafe(task.cancel)
+
+    def _drain_if_asked(self) -> None:
+        if self._drain_files is None or not self._drain_files.drain_requested:
+            return
+        self._pipeline.drain()
+        if self._pipeline.active == 0 and not self._watched and not self._drain_files.drained:
+            self._drain_files.report_drained()

@@ -1,0 +1,270 @@
+"""Starts Triton on a model repository, waits until it serves, drains it and leaves nothing behind."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from diffuserve.errors import LaunchError, from_wire
+from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.triton.address import Address
+from diffuserve.triton.installation import find_installation
+from diffuserve.triton.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles
+from diffuserve.triton.placement import read_placement
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
+_PR_SET_PDEATHSIG = 1
+_LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
+LOG_LEVELS = tuple(_LOG_FLAGS)
+
+
+class TritonServer:
+    """A running tritonserver; a context manager that stops it.
+
+    Args:
+        repository: the model repository, made by `diffuserve assemble`.
+        address: where it listens.
+        log_level: error, warning or info: what of Triton's log goes to this process's standard error.
+        ready_timeout_s: how long loading may take.
+
+    Raises:
+        LaunchError: a port is taken, Triton is missing, or it gave up; the message carries the reason.
+        BundleError: the repository is not complete.
+    """
+
+    def __init__(
+        self, repository: Path, address: Address, *, log_level: str = "warning", ready_timeout_s: float = 600.0
+    ) -> None:
+        self.repository = repository
+        self.address = address
+        self._log_level = log_level
+        self._ready_timeout_s = ready_timeout_s
+        self._log_tail: collections.deque[str] = collections.deque(maxlen=200)
+
+    def __enter__(self) -> TritonServer:
+        _check_repository(self.repository)
+        _check_ports(self.address)
+        _remove_shared_memory_of_the_dead()
+        self._run_folder = Path(tempfile.mkdtemp(prefix="diffuserve-"))
+        self._drain_files = DrainFiles(self._run_folder)
+        self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{self.address.grpc_port}_"
+        try:
+            self._start()
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of tritonserver; its models are children of it."""
+        return self._process.pid
+
+    def drain(self, grace_s: float, give_up: threading.Event | None = None) -> bool:
+        """Makes the server refuse new requests and waits until those it has are answered.
+
+        Args:
+            grace_s: how long to wait.
+            give_up: ends the waiting when set.
+
+        Returns:
+            Whether all were answered.
+        """
+        self._drain_files.request_drain()
+        end_s = time.monotonic() + grace_s
+        while self.running and time.monotonic() < end_s and not (give_up and give_up.is_set()):
+            if self._drain_files.drained:
+                return True
+            time.sleep(0.05)
+        return self._drain_files.drained
+
+    def stop(self, timeout_s: float = 15.0) -> None:
+        """Stops Triton and its models and removes what they left in shared memory and on disk. Can be called twice."""
+        process = getattr(self, "_process", None)
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait(timeout_s)
+            # The whole session: models whose server has died or hangs go too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._log_pump.join()
+        for path in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._run_folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        installation = find_installation(self._run_folder)
+        warnings, info = _LOG_FLAGS[self._log_level]
+        address = self.address
+        command = [
+            str(installation.binary),
+            f"--model-repository={self.repository.resolve()}",
+            "--disable-auto-complete-config",
+            "--strict-readiness=true",
+            "--exit-on-error=true",
+            f"--http-address={address.host}",
+            f"--http-port={address.http_port}",
+            f"--grpc-address={address.host}",
+            f"--grpc-port={address.grpc_port}",
+            f"--metrics-address={address.host}",
+            f"--metrics-port={address.metrics_port}",
+            f"--log-warning={str(warnings).lower()}",
+            f"--log-info={str(info).lower()}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+        ]
+        if installation.backend_directory:
+            command.append(f"--backend-directory={installation.backend_directory}")
+        self._process = subprocess.Popen(
+            command,
+            env=_environment(installation.library_paths, self._run_folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A session of its own: Ctrl-C in the terminal reaches the launcher only, which drains first.
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
+        )
+        self._log_pump = threading.Thread(target=self._pump_log, args=(self._process.stdout,), daemon=True)
+        self._log_pump.start()
+
+    def _pump_log(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                self._log_tail.append(line.rstrip())
+                sys.stderr.write(line)
+
+    def _wait_until_ready(self) -> None:
+        end_s = time.monotonic() + self._ready_timeout_s
+        while time.monotonic() < end_s:
+            if not self.running:
+                self._log_pump.join()
+                raise LaunchError(f"Triton stopped while it was starting. {self._reason()}")
+            if _answers_ready(f"{self.address.http}/v2/health/ready"):
+                return
+            time.sleep(0.05)
+        raise LaunchError(f"Triton was not ready within {self._ready_timeout_s:g} s. {self._reason()}")
+
+    def _reason(self) -> str:
+        for line in self._log_tail:
+            error = from_wire(line)
+            if error is not None:
+                return str(error)
+        return "Its last words: " + " | ".join(list(self._log_tail)[-5:])
+
+
+def read_parameters(repository: Path) -> dict[str, str]:
+    """The parameters in the in-flight model's config.pbtxt: its limits and policy, as text.
+
+    Raises:
+        LaunchError: the file is missing or cannot be parsed.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    path = repository / STABLE_DIFFUSION / "config.pbtxt"
+    try:
+        config = text_format.Parse(path.read_text(), ModelConfig())
+    except (OSError, text_format.ParseError) as error:
+        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}
+
+
+def _environment(library_paths: tuple[Path, ...], run_folder: Path) -> dict[str, str]:
+    environment = dict(os.environ)
+    # The models' processes embed an interpreter. It ignores PYTHONPATH, and finds its home, and with it a virtual
+    # environment's packages, by the first python3 on the PATH.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment[RUN_FOLDER_VARIABLE] = str(run_folder)
+    paths = [*map(str, library_paths), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+    if paths:
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM to Triton when the launcher dies without a word; runs in the child."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _check_repository(repository: Path) -> None:
+    if not repository.is_dir():
+        raise LaunchError(
+            f"The model repository {repository} does not exist. Make it: diffuserve assemble BUNDLE --output {repository}"
+        )
+    models = [folder for folder in repository.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    if not models:
+        raise LaunchError(
+            f"The model repository {repository} is empty. Fill it: diffuserve assemble BUNDLE --output {repository}"
+        )
+    for folder in models:
+        read_placement(folder / "1")
+
+
+def _check_ports(address: Address) -> None:
+    for flag, port in (
+        ("--http-port", address.http_port),
+        ("--grpc-port", address.grpc_port),
+        ("--metrics-port", address.metrics_port),
+    ):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address.host, port))
+            except OSError as error:
+                raise LaunchError(
+                    f"Port {port} on {address.host} cannot be used ({error.strerror}). Choose another: {flag} PORT"
+                ) from None
+
+
+def _answers_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:  # noqa: S310 - the URL is built from the launcher's own address
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _remove_shared_memory_of_the_dead() -> None:
+    """Regions of launchers that were killed with SIGKILL and could not clean up."""
+    for path, pid in _regions():
+        if not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
+def _regions() -> Iterator[tuple[Path, int]]:
+    for path in _SHARED_MEMORY.glob("diffuserve_*"):
+        match = re.match(r"diffuserve_(\d+)_", path.name)
+        if match:
+            yield path, int(match[1])

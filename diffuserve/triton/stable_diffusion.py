@@ -1,0 +1,143 @@
+"""The Triton model stable_diffusion: a thin, decoupled shell around the pipeline and its in-flight loop.
+
+Each request is an asyncio task that reads the pipeline's events and sends a response for each. Whatever happens, it ends
+with exactly one final response, since a client would wait forever for a missing one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from diffuserve.bundle import read_manifest
+from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
+from diffuserve.pipeline import Accepted, Completed, Event, Pipeline
+from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.tensors import REQUEST
+from diffuserve.triton.bls_stages import BlsStages
+from diffuserve.triton.housekeeping import Housekeeping
+from diffuserve.triton.log import log_to_triton
+from diffuserve.triton.placement import read_placement
+from diffuserve.triton.responses import tensors_from_event
+
+log = logging.getLogger(__name__)
+
+# Request parameters that Triton's own front ends and clients add.
+_TRITON_PARAMETERS = ("triton_", "binary_data_output")
+
+
+class StableDiffusionModel:
+    """Owns the pipeline. Triton runs one instance of it, whose `execute` calls overlap on one event loop."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        log_to_triton(args["model_name"])
+        version_folder = Path(args["model_repository"]) / args["model_version"]
+        try:
+            parameters = {
+                name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+            }
+            placement = read_placement(version_folder)
+            limits = Limits.from_parameters(placement.model, parameters)
+            components = read_manifest(version_folder).components
+            outputs = {
+                name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
+            }
+            self._pipeline = Pipeline(
+                version_folder,
+                BlsStages(outputs),
+                limits,
+                policy=parameters["policy"],
+                unet_instances=int(parameters["unet_instances"]),
+            )
+        except DiffuserveError as error:
+            raise pb_utils.TritonModelException(to_wire(error)) from error
+        # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
+        self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
+        self._housekeeping = Housekeeping(self._pipeline, args["model_name"])
+
+    async def execute(self, requests: list[Any]) -> None:
+        await asyncio.gather(*(self._answer(request) for request in requests))
+
+    def finalize(self) -> None:
+        self._housekeeping.stop()
+        self._senders.shutdown(wait=False)
+
+    async def _answer(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        request_id = request.request_id() or "-"
+        task = asyncio.create_task(self._serve(request, sender))
+        self._housekeeping.watch(sender, task)
+        try:
+            final = await task
+        except asyncio.CancelledError:
+            final = _error_response(Cancelled("The request was cancelled by its client."))
+            log.info("%s cancelled", request_id)
+        except DiffuserveError as error:
+            final = _error_response(error)
+            log.info("%s %s: %s", request_id, error.code, "refused" if isinstance(error, InvalidRequest) else error)
+        except Exception as error:
+            log.exception("%s failed", request_id)
+            final = _error_response(StageFailed(f"The server failed on this request: {error!r}"))
+        await asyncio.get_running_loop().run_in_executor(self._senders, self._send_final, sender, final)
+
+    def _send_final(self, sender: Any, response: Any) -> None:
+        # The sender must not be polled once it is closed.
+        self._housekeeping.unwatch(sender)
+        try:
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception:
+            log.exception("the final response could not be sent; closing the request without it")
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    async def _serve(self, triton_request: Any, sender: Any) -> Any:
+        """Sends the events in between; returns the final response."""
+        request = self._parse(triton_request)
+        events = self._pipeline.generate(request)
+        try:
+            async for event in events:
+                response = pb_utils.InferenceResponse(_to_triton(event, request))
+                if isinstance(event, Completed):
+                    log.info(
+                        "%s done: %d x %dx%d, %d steps of %s, queued %.3f s, total %.3f s",
+                        triton_request.request_id() or "-",
+                        request.num_images,
+                        request.width,
+                        request.height,
+                        request.steps,
+                        request.sampler,
+                        event.queue_s,
+                        event.total_s,
+                    )
+                    return response
+                if request.progress or not isinstance(event, Accepted):
+                    await asyncio.get_running_loop().run_in_executor(self._senders, sender.send, response)
+        finally:
+            await events.aclose()
+        raise StageFailed("The pipeline ended without a result.")
+
+    def _parse(self, triton_request: Any) -> TextToImageRequest:
+        parameters = json.loads(triton_request.parameters() or "{}")
+        unknown = [name for name in parameters if not name.startswith(_TRITON_PARAMETERS)]
+        if unknown:
+            allowed = ", ".join(spec.name for spec in REQUEST)
+            raise InvalidRequest(f"Unknown: {', '.join(sorted(unknown))}. A request has these fields: {allowed}.")
+        fields: dict[str, Any] = {}
+        for tensor in triton_request.inputs():
+            # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
+            [fields[tensor.name()]] = tensor.as_numpy().tolist()
+        return request_from_fields(fields, self._pipeline.manifest.model, self._pipeline.limits)
+
+
+def _to_triton(event: Event, request: TextToImageRequest) -> list[Any]:
+    return [pb_utils.Tensor(name, array) for name, array in tensors_from_event(event, request).items()]
+
+
+def _error_response(error: DiffuserveError) -> Any:
+    code = getattr(pb_utils.TritonError, TRITON_CODE.get(type(error), "INTERNAL"))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(to_wire(error), code))

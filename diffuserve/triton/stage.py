@@ -1,0 +1,91 @@
+"""The Triton models text_encoder, unet, vae_decoder and vae_encoder: one engine each, in the Python backend."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from diffuserve.bundle import ModelSpec
+from diffuserve.engines import load_engine
+from diffuserve.errors import BundleError, StageFailed, to_wire
+from diffuserve.stages import Engine
+from diffuserve.tensors import NUMPY_DTYPE, StageSpec, TensorSpec
+from diffuserve.triton.log import log_to_triton
+from diffuserve.triton.placement import read_placement
+
+log = logging.getLogger(__name__)
+
+# Rows of one request and of one guided request: what a server sees first.
+_WARM_BATCHES = (1, 2)
+
+
+class StageModel:
+    """Runs its component on the requests that Triton's dynamic batcher put together."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        log_to_triton(args["model_name"])
+        config = json.loads(args["model_config"])
+        version_folder = Path(args["model_repository"]) / args["model_version"]
+        try:
+            placement = read_placement(version_folder)
+            if placement.component is None:
+                raise BundleError(f"{version_folder} holds no component. Assemble the repository again.")
+            threads = int(config["parameters"]["threads"]["string_value"])
+            self._tensors = placement.component.tensors
+            self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads)
+            # Loading fails if these calls do, so the server is ready only when the engine has really run.
+            _warm(self._engine, self._tensors, placement.model, args["model_name"])
+        except BundleError as error:
+            raise pb_utils.TritonModelException(to_wire(error)) from error
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        rows = []
+        arrays: dict[str, list[NDArray[Any]]] = {spec.name: [] for spec in self._tensors.inputs}
+        for request in requests:
+            for name, parts in arrays.items():
+                parts.append(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
+            rows.append(len(parts[-1]))
+        try:
+            outputs = self._engine(
+                {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in arrays.items()}
+            )
+        except Exception as error:
+            log.exception("the engine failed")
+            failure = pb_utils.TritonError(to_wire(StageFailed(f"The engine failed: {error}")))
+            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
+        ends = np.cumsum(rows)
+        return [
+            pb_utils.InferenceResponse(
+                [
+                    pb_utils.Tensor(name, np.ascontiguousarray(array[end - count : end]))
+                    for name, array in outputs.items()
+                ]
+            )
+            for count, end in zip(rows, ends, strict=True)
+        ]
+
+
+def _warm(engine: Engine, tensors: StageSpec, model: ModelSpec, name: str) -> None:
+    started_s = time.monotonic()
+    for batch in _WARM_BATCHES:
+        engine(
+            {
+                spec.name: np.zeros((batch, *_native_dims(spec, model)), NUMPY_DTYPE[spec.dtype])
+                for spec in tensors.inputs
+            }
+        )
+    log.info("%s is warm, %.1f s", name, time.monotonic() - started_s)
+
+
+def _native_dims(spec: TensorSpec, model: ModelSpec) -> tuple[int, ...]:
+    """Dims with height and width filled in: images are (H, W, 3), latents (C, h, w)."""
+    scale = 1 if spec.dims[-1] == 3 else model.vae_scale_factor
+    sides = iter((model.height // scale, model.width // scale))
+    return tuple(next(sides) if dim == -1 else dim for dim in spec.dims)

@@ -1,0 +1,327 @@
+"""Every sampler against its diffusers class, with a model whose outputs depend on x and t, so that errors compound."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from diffuserve.errors import BundleError, InvalidRequest
+from diffuserve.noise import Generator
+from diffuserve.samplers import SAMPLERS, SLOTS, NoiseSchedule, Trajectory, advance, initial_state, trajectory
+
+REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# EulerAncestralDiscreteScheduler lacks "sample"; test_prediction_types_agree covers it.
+IMPLEMENTED_BY_DIFFUSERS = [pair for pair in product(SAMPLERS, PREDICTION_TYPES) if pair != ("euler_a", "sample")]
+SPACINGS = ("leading", "linspace", "trailing")
+STEPS = (1, 2, 3, 7, 20, 50)
+BETAS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": np.geomspace(1e-4, 0.02, 1000).tolist()},
+}
+STABLE_DIFFUSION = {**BETAS["scaled_linear"], "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+SHAPE = (4, 4, 4)
+TOLERANCE = 5e-6  # of the largest value
+
+Model = Callable[[NDArray[np.float32], float], NDArray[np.float32]]
+
+
+def _model(seed: int = 0) -> Model:
+    """A fixed random linear function of the UNet's input, shifted by a function of the timestep."""
+    size = int(np.prod(SHAPE))
+    random = np.random.default_rng(seed)
+    weights = (0.5 * np.linalg.qr(random.standard_normal((size, size)))[0]).astype(np.float32)
+    shift = random.standard_normal(size).astype(np.float32)
+
+    def model(sample: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = weights @ sample.reshape(-1) + np.float32(np.cos(timestep / 200)) * shift
+        return output.reshape(SHAPE)
+
+    return model
+
+
+MODEL = _model()
+
+
+def _latents(table: Trajectory, seed: int = 5, model: Model = MODEL) -> NDArray[np.float32]:
+    generator = Generator(seed)
+    state = initial_state(generator.randn(SHAPE), table)
+    for i in range(table.evaluations):
+        output = model(table.input_scale[i] * state[0], float(table.timesteps[i]))
+        noise = generator.randn(SHAPE) if table.draws_noise[i] else np.zeros(SHAPE, np.float32)
+        state = advance(state[None], output[None], noise[None], table.update[i : i + 1])[0]
+    return state[0]
+
+
+def _reference_latents(scheduler: Any, steps: int, seed: int = 5) -> NDArray[np.float32]:
+    """As StableDiffusionPipeline drives a scheduler."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # where the first timestep occurs twice, it would start at the second
+    latents = torch.randn((1, *SHAPE), generator=generator) * scheduler.init_noise_sigma
+    draws = {"generator": generator} if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler) else {}
+    for t in scheduler.timesteps:
+        sample = scheduler.scale_model_input(latents, t)
+        output = torch.from_numpy(MODEL(sample.numpy(), float(t)))[None]
+        latents = scheduler.step(output, t, latents, **draws).prev_sample
+    result: NDArray[np.float32] = latents[0].numpy()
+    return result
+
+
+def _reference(sampler: str, config: dict[str, Any], source: Any = diffusers.DDIMScheduler) -> Any:
+    """The sampler's class, made from a pipeline's scheduler of another class."""
+    scheduler_class, overrides = REFERENCES[sampler]
+    return scheduler_class.from_config(source.from_config({"clip_sample": False, **config}).config, **overrides)
+
+
+def _check(
+    sampler: str, config: dict[str, Any], steps: tuple[int, ...] = STEPS, tolerance: float = TOLERANCE, **options: Any
+) -> None:
+    scheduler = _reference(sampler, config, **options)
+    for count in steps:
+        table = trajectory(NoiseSchedule.from_config(config), sampler, count)
+        expected = _reference_latents(scheduler, count)
+        np.testing.assert_allclose(table.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-4)
+        assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-5)
+        latents = _latents(table)
+        assert np.isfinite(latents).all()
+        if sampler == "euler_a" and not np.isfinite(expected).all():
+            continue  # diffusers takes the root of sigma_to^2 - sigma_up^2, which rounding can make negative
+        # Where sigmas are large, diffusers' Euler is off by some float32 roundings of the largest: it computes
+        # x + (x - x0) / sigma * (to - sigma), whose parts cancel. Here they cancel in float64, in the table.
+        rounding = 5e-7 * table.init_noise_sigma if sampler in ("euler", "euler_a") else 0
+        error = float(np.abs(latents - expected).max() / np.abs(expected).max())
+        assert error < max(tolerance, rounding), f"{sampler}, {count} steps, {config}"
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("sampler", "prediction_type"), IMPLEMENTED_BY_DIFFUSERS)
+def test_stable_diffusion_matches_diffusers(sampler: str, prediction_type: str, spacing: str) -> None:
+    _check(sampler, {**STABLE_DIFFUSION, "prediction_type": prediction_type, "timestep_spacing": spacing})
+
+
+@pytest.mark.parametrize("spacing", [None, "trailing"])  # None: the class's own default
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize(("sampler", "prediction_type"), IMPLEMENTED_BY_DIFFUSERS)
+def test_other_betas_match_diffusers(sampler: str, prediction_type: str, betas: str, spacing: str | None) -> None:
+    config = {**BETAS[betas], "prediction_type": prediction_type}
+    if spacing is not None:
+        config["timestep_spacing"] = spacing
+    _check(sampler, config, steps=(1, 3, 20))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("sampler", "prediction_type"), IMPLEMENTED_BY_DIFFUSERS)
+def test_zero_terminal_snr_matches_diffusers(sampler: str, prediction_type: str, spacing: str) -> None:
+    config = {
+        **STABLE_DIFFUSION,
+        "prediction_type": prediction_type,
+        "timestep_spacing": spacing,
+        "rescale_betas_zero_snr": True,
+    }
+    if (sampler, prediction_type, spacing) in {("ddim", "epsilon", "trailing"), ("ddim", "epsilon", "linspace")}:
+        with pytest.raises(BundleError, match="rescale_betas_zero_snr"):  # NaN in diffusers
+            trajectory(NoiseSchedule.from_config(config), sampler, 20)
+        return
+    # The rescaling takes differences, so torch's square root (of 1e-7, and not the same on all CPUs) shows.
+    _check(sampler, config, steps=(1, 3, 20), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_of_any_betas_is_finite(sampler: str, beta_schedule: str) -> None:
+    # Rescaled, these have sigmas above the 4096 of the last timestep, so that they do not fall all the way.
+    config = {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    for steps, spacing in product((1, 2, 20, 500, 998), ("linspace", "trailing")):
+        table = trajectory(NoiseSchedule.from_config({**config, "timestep_spacing": spacing}), sampler, steps)
+        assert np.isfinite(table.update).all()
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "euler_at_final": True},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+        {"lower_order_final": False},
+        {"set_alpha_to_one": True, "steps_offset": 0},
+        {"steps_offset": 3},
+        {"solver_type": "bh2", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"},  # UniPC's and DEIS's files
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_options_match_diffusers(sampler: str, options: dict[str, Any], spacing: str) -> None:
+    _check(sampler, {**STABLE_DIFFUSION, "timestep_spacing": spacing, **options}, steps=(3, 20))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_defaults_are_those_of_the_class_that_runs(sampler: str) -> None:
+    # PNDMScheduler, which Stable Diffusion 1 was published with, spaces "leading" unless told; its file does not say.
+    config = {**STABLE_DIFFUSION, "_class_name": "PNDMScheduler", "skip_prk_steps": True}
+    _check(sampler, config, steps=(7, 20), source=diffusers.PNDMScheduler)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bundled_checkpoint_matches_diffusers(sampler: str) -> None:
+    folder = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji" / "scheduler"
+    _check(sampler, json.loads((folder / "scheduler_config.json").read_text()))
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("sampler", ["euler", "euler_a"])
+def test_prediction_types_agree(sampler: str, zero_snr: bool) -> None:
+    """One model, its noise prediction told as noise, as v and as image, gives one image."""
+    config = {**STABLE_DIFFUSION, "timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
+
+    def latents(prediction_type: str) -> NDArray[np.float32]:
+        table = trajectory(NoiseSchedule.from_config({**config, "prediction_type": prediction_type}), sampler, 20)
+        alphas = dict(zip(table.timesteps.tolist(), table.input_scale.tolist(), strict=True))
+
+        def model(sample: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
+            alpha, eps = alphas[timestep], MODEL(sample, timestep)
+            sigma = np.sqrt(1 - alpha**2)
+            x0 = (sample - sigma * eps.astype(np.float64)) / alpha
+            outputs = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}
+            return outputs[prediction_type].astype(np.float32)
+
+        return _latents(table, model=model)
+
+    expected = latents("epsilon")
+    for prediction_type in ("v_prediction", "sample"):
+        np.testing.assert_allclose(latents(prediction_type), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """Rows at different steps of different samplers, in one call and one by one: the same to the last bit."""
+    schedule = NoiseSchedule.from_config(STABLE_DIFFUSION)
+    random = np.random.default_rng(0)
+    rows = [
+        (trajectory(schedule, sampler, steps), i) for sampler in SAMPLERS for steps, i in ((4, 0), (7, 3), (20, 19))
+    ]
+    state = random.standard_normal((len(rows), SLOTS, *SHAPE), np.float32)
+    output, noise = (random.standard_normal((len(rows), *SHAPE), np.float32) for _ in range(2))
+    output[1] = np.nan  # nor does a row that went wrong touch the others
+    update = np.stack([table.update[i] for table, i in rows])
+    together = advance(state, output, noise, update)
+    assert together.dtype == np.float32
+    for row in range(len(rows)):
+        alone = advance(*(array[row : row + 1] for array in (state, output, noise, update)))[0]
+        np.testing.assert_array_equal(together[row], alone)
+        assert np.isfinite(together[row]).all() == (row != 1)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_tables_of_every_length_are_sound(sampler: str, spacing: str) -> None:
+    schedule = NoiseSchedule.from_config({**STABLE_DIFFUSION, "timestep_spacing": spacing})
+    for steps in (*range(1, 60), 999):
+        if (spacing, steps, sampler[:5]) == ("leading", 999, "dpmpp"):
+            continue  # refused: see below
+        table = trajectory(schedule, sampler, steps)
+        assert table.sampler == sampler
+        assert table.evaluations == table.steps == steps  # also 49, where diffusers' trailing spacing gives 50
+        assert table.timesteps.shape == table.input_scale.shape == table.draws_noise.shape == (steps,)
+        assert table.update.shape == (steps, SLOTS, SLOTS + 2)
+        assert table.steps_done.tolist() == list(range(1, steps + 1))
+        assert (np.diff(table.timesteps) <= 0).all()
+        assert table.timesteps.min() >= 0
+        assert table.timesteps.max() <= 999
+        assert np.isfinite(table.update).all()
+        np.testing.assert_array_equal(table.draws_noise, table.update[:, :, -1].any(axis=1))
+        assert table.draws_noise.any() == (sampler == "euler_a" and steps > 1)
+
+
+def test_tables_are_shared_and_cannot_be_changed() -> None:
+    schedule = NoiseSchedule.from_config({})
+    table = trajectory(schedule, "euler", 5)
+    assert trajectory(NoiseSchedule.from_config({}), "euler", 5) is table
+    with pytest.raises(ValueError, match="read-only"):
+        table.update[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thresholding", True),
+        ("use_karras_sigmas", True),
+        ("use_beta_sigmas", True),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("solver_order", 3),
+        ("interpolation_type", "log_linear"),
+        ("timestep_type", "continuous"),
+        ("lambda_min_clipped", -5.1),
+        ("beta_schedule", "laplace"),
+        ("prediction_type", "flow_prediction"),
+        ("timestep_spacing", "random"),
+        ("final_sigmas_type", "one"),
+        ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", 5),
+        ("trained_betas", ["a"]),
+        ("num_train_timesteps", 1),
+        ("num_train_timesteps", 10.5),
+        ("num_train_timesteps", None),
+        ("beta_start", "0.1"),
+        ("beta_end", float("nan")),
+        ("steps_offset", -1),
+        ("set_alpha_to_one", "false"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_named(name: str, value: object) -> None:
+    with pytest.raises(BundleError, match=name):
+        NoiseSchedule.from_config({**STABLE_DIFFUSION, name: value})
+
+
+def test_settings_that_change_nothing_are_accepted() -> None:
+    config = {
+        **STABLE_DIFFUSION,
+        "clip_sample": True,
+        "lambda_min_clipped": None,
+        "sigma_min": None,
+        "skip_prk_steps": 1,
+    }
+    assert NoiseSchedule.from_config(config) == NoiseSchedule.from_config(STABLE_DIFFUSION)
+
+
+def test_unknown_sampler_names_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest, match="ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras"):
+        trajectory(NoiseSchedule(), "plms", 20)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1000, 10**9])
+def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(InvalidRequest, match="1 to 999"):
+        trajectory(NoiseSchedule(), "ddim", steps)
+
+
+def test_steps_beyond_the_last_timestep_are_refused() -> None:
+    schedule = NoiseSchedule.from_config({**STABLE_DIFFUSION, "timestep_spacing": "leading"})
+    with pytest.raises(InvalidRequest, match="Ask for fewer steps"):
+        trajectory(schedule, "dpmpp_2m", 999)
+
+
+def test_import_loads_no_torch() -> None:
+    code = "import sys, diffuserve.samplers, diffuserve.noise, diffuserve.tokenizer; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "onnxruntime"} & set(loaded)
