@@ -61,7 +61,8 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear map from latents to RGB, for previews without a VAE decode: rgb = latents @ matrix + bias, in 0..1.
 
-    `matrix`: C rows of 3; `rmse`: the fit's root mean square error against decoded images, in 0..1.
+    `matrix`: C rows of 3; `rmse`: the fit's root mean square error against the images it was fitted to, averaged over the
+    pixels of each latent pixel, in 0..1.
     """
 
     matrix: tuple[tuple[float, float, float], ...]
@@ -93,7 +94,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`source_sha256` identifies the checkpoint's files, `bundle_sha256` the exported ones; `created` is ISO 8601, UTC;
-    `scheduler` is the checkpoint's scheduler_config.json as it is; `files` are those beside the components."""
+    `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
 
     format_version: int
     model: ModelSpec

@@ -62,7 +62,7 @@ def stage_specs(*, max_tokens: int, hidden_size: int, latent_channels: int) -> d
     return {
         TEXT_ENCODER: StageSpec((input_ids,), (hidden,)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
-        # row's timestep is a vector of one, and the engine model drops that dimension.
+        # row's timestep is a vector of one, and the exported graph drops that dimension.
         UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), hidden), (noise_pred,)),
         VAE_DECODER: StageSpec((latent_sample,), (image,)),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),

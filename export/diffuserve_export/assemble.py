@@ -1,0 +1,84 @@
+"""A bundle to a Triton model repository.
+
+triton_repo/
+    unet/config.pbtxt           written from the manifest
+    unet/1/model.py             a few lines that import the class from the package
+    unet/1/model.onnx           the bundle's file, linked where the file system allows, else copied
+    unet/1/placement.json       what was placed; written last, so a folder without it is incomplete
+    stable_diffusion/1/...      manifest.json and tokenizer/ instead of an engine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
+from diffuserve.errors import BundleError
+from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
+from diffuserve_export.triton import configs_from_manifest, model_py, text_from_config
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def repository_from_bundle(bundle: Path, output: Path) -> Manifest:
+    """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
+
+    Other folders of `output` are left alone, but Triton takes each of them for a model.
+
+    Raises:
+        BundleError: the bundle is damaged, or `output` cannot be written.
+    """
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    try:
+        for name, config in configs_from_manifest(manifest).items():
+            folder = output / name / "1"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLACEMENT_NAME).unlink(missing_ok=True)
+            _write(output / name / "config.pbtxt", text_from_config(config))
+            _write(folder / "model.py", model_py(name))
+            component = manifest.components.get(name)
+            if component is not None:
+                # Weights beside an .onnx file are found by their names relative to it.
+                base = (bundle / component.files[0].path).parent
+                placed = [
+                    _place(bundle / file.path, folder / (bundle / file.path).relative_to(base))
+                    for file in component.files
+                ]
+            else:
+                names = [
+                    MANIFEST_NAME,
+                    *(file.path for file in manifest.files if file.path.startswith(TOKENIZER_FOLDER + "/")),
+                ]
+                placed = [_place(bundle / path, folder / path) for path in names]
+            files = tuple(place_file(folder, path) for path in placed)
+            write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
+    except OSError as error:
+        raise BundleError(f"The repository {output} cannot be written: {error}") from error
+    return manifest
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file aside and renames it; one that has the same text already keeps its time."""
+    if path.is_file() and path.read_text() == text:
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def _place(source: Path, target: Path) -> Path:
+    """Links `source` to `target`, or copies it where it cannot be linked."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copy2(source, aside)
+    # Renaming one name of a file onto another name of the same file does nothing and leaves both.
+    aside.replace(target)
+    aside.unlink(missing_ok=True)
+    return target

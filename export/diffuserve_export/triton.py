@@ -1,0 +1,105 @@
+"""Triton's model configurations, built as typed protobuf objects from the tensor tables and a bundle's manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from diffuserve.bundle import Manifest
+from diffuserve.pipeline import MAX_DECODE_BATCH
+from diffuserve.request import Limits
+from diffuserve.tensors import (
+    REQUEST,
+    RESPONSE,
+    STABLE_DIFFUSION,
+    TEXT_ENCODER,
+    UNET,
+    VAE_DECODER,
+    VAE_ENCODER,
+    TensorSpec,
+)
+
+# How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
+# already: a delay there would be paid at every step.
+TEXT_ENCODER_DELAY_US = 2000
+
+_MODEL_PY = {
+    True: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
+    "from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n",
+    False: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
+    "from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n",
+}
+
+
+def model_py(name: str) -> str:
+    """The text of a model's 1/model.py."""
+    return _MODEL_PY[name == STABLE_DIFFUSION]
+
+
+def configs_from_manifest(manifest: Manifest) -> dict[str, Any]:
+    """A `ModelConfig` for each Triton model that serves the bundle, by model name."""
+    limits = Limits.for_model(manifest.model)
+    max_batch_sizes = {
+        TEXT_ENCODER: limits.max_rows,
+        UNET: limits.max_rows,
+        VAE_DECODER: MAX_DECODE_BATCH,
+        VAE_ENCODER: MAX_DECODE_BATCH,
+    }
+    configs = {
+        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
+        for name, component in manifest.components.items()
+    }
+    configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits)
+    return configs
+
+
+def text_from_config(config: Any) -> str:
+    """A config.pbtxt. Protobuf's text format leaves out zeros, but Triton reads a missing max_batch_size as unset."""
+    from google.protobuf import text_format
+
+    text = text_format.MessageToString(config)
+    if config.max_batch_size == 0:
+        text += "max_batch_size: 0\n"
+    return "# Written by `diffuserve assemble`.\n" + text
+
+
+def _stage_config(
+    name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int
+) -> Any:
+    from tritonclient.grpc.model_config_pb2 import ModelDynamicBatching
+
+    config = _config(name, inputs, outputs, max_batch_size)
+    delay_us = TEXT_ENCODER_DELAY_US if name == TEXT_ENCODER else 0
+    config.dynamic_batching.CopyFrom(ModelDynamicBatching(max_queue_delay_microseconds=delay_us))
+    # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's ends.
+    config.parameters["threads"].string_value = "0"
+    return config
+
+
+def _stable_diffusion_config(limits: Limits) -> Any:
+    config = _config(STABLE_DIFFUSION, REQUEST, RESPONSE, max_batch_size=0)
+    config.model_transaction_policy.decoupled = True
+    settings = {**asdict(limits), "policy": "fair", "unet_instances": 1}
+    for name, value in settings.items():
+        config.parameters[name].string_value = str(value)
+    return config
+
+
+def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int) -> Any:
+    from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
+
+    def data_type(spec: TensorSpec) -> int:
+        return DataType.Value("TYPE_STRING" if spec.dtype == "BYTES" else f"TYPE_{spec.dtype}")
+
+    return ModelConfig(
+        name=name,
+        backend="python",
+        max_batch_size=max_batch_size,
+        input=[
+            ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.dims, optional=spec.optional)
+            for spec in inputs
+        ],
+        output=[ModelOutput(name=spec.name, data_type=data_type(spec), dims=spec.dims) for spec in outputs],
+        # Written out, since on a machine with GPUs Triton's default is an instance, so an in-flight loop, for each.
+        instance_group=[ModelInstanceGroup(count=1, kind=ModelInstanceGroup.KIND_CPU)],
+    )
