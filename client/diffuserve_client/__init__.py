@@ -1,0 +1,44 @@
+"""The client: prompts in, images out. `Client` for threads, `AsyncClient` for asyncio, `LocalClient` without a server.
+
+    from diffuserve_client import Client
+
+    with Client("localhost:8001") as client:
+        result = client.generate("a slice of pizza", steps=20, seed=7)
+        result.images[0].save("pizza.png")
+
+Errors are those of `diffuserve.errors`. The classes load when they are first used, so that `import diffuserve_client`
+and `diffuserve generate --help` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffuserve_client.aio import AsyncClient
+    from diffuserve_client.client import Client
+    from diffuserve_client.fields import RequestFields
+    from diffuserve_client.local import LocalClient
+    from diffuserve_client.result import Progress, Result
+
+__all__ = ["AsyncClient", "Client", "LocalClient", "Progress", "RequestFields", "Result"]
+
+_MODULE = {
+    "AsyncClient": "aio",
+    "Client": "client",
+    "LocalClient": "local",
+    "Progress": "result",
+    "RequestFields": "fields",
+    "Result": "result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

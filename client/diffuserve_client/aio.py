@@ -1,0 +1,128 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from diffuserve.errors import Cancelled, StageFailed
+from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve_client.endpoint import DEFAULT_URL, Endpoint
+from diffuserve_client.exchange import Exchange
+from diffuserve_client.result import Progress, Result
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from diffuserve_client.fields import RequestFields
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments and methods. Cancelling a task cancels its request on the server.
+
+    It belongs to the event loop in which it is first used.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = STABLE_DIFFUSION,
+        connect_timeout_s: float = 1.0,
+        idle_timeout_s: float | None = 120.0,
+    ) -> None:
+        self._endpoint = Endpoint(url, model, connect_timeout_s, idle_timeout_s)
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; tasks whose requests still run are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
+        if self._closed:
+            raise Cancelled("The client is closed. Make a new one.")
+        if self._channel is None:  # made here, since a channel keeps the event loop that it was made in
+            self._channel = grpc.aio.insecure_channel(self._endpoint.url, options=self._endpoint.channel_options())
+        return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def is_ready(self) -> bool:
+        """Whether the server answers and the model takes requests."""
+        request = service_pb2.ModelReadyRequest(name=self._endpoint.model)
+        try:
+            response = await self._stub().ModelReady(request, timeout=self._endpoint.connect_timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(response.ready)
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """As `Client.generate`."""
+        progress = on_progress is not None
+        exchange = Exchange(self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        result: Result | None = None
+        async with aclosing(self._events(exchange)) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    result = event
+                elif on_progress is not None:
+                    on_progress(event)
+        if result is None:
+            raise StageFailed("The request ended without an image.")
+        return result
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        preview: bool | int = False,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> AsyncGenerator[Progress | Result, None]:
+        """As `Client.stream`. To leave early, close it: `async with contextlib.aclosing(client.stream(...))`."""
+        exchange = Exchange(self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id)
+        return self._events(exchange)
+
+    async def _events(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
+        """Sends the request; a result is always among the events unless an error is raised."""
+        call = self._stub().ModelStreamInfer(iter([exchange.request]))
+        try:
+            while True:
+                message = await asyncio.wait_for(call.read(), self._endpoint.idle_timeout_s)
+                if message is grpc.aio.EOF:
+                    break
+                event = exchange.take(message)
+                if event is not None:
+                    yield event
+            exchange.check_finished()
+        except asyncio.TimeoutError:
+            if not exchange.finished:
+                raise exchange.silent() from None
+        except grpc.RpcError as error:
+            if not exchange.finished:
+                raise exchange.broken(error.code().name, error.details()) from error
+        finally:
+            call.cancel()

@@ -1,0 +1,144 @@
+"""`diffuserve generate`: prompts to image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffuserve.errors import DiffuserveError, InvalidRequest
+
+if TYPE_CHECKING:
+    from diffuserve_client.batch import TextToImage
+    from diffuserve_client.fields import RequestFields
+
+_BUNDLES = Path("model_store/bundles")
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+@click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option(
+    "--prompts",
+    "prompt_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="More prompts: UTF-8, one a line, # for comments.",
+)
+@click.option("--negative-prompt", metavar="TEXT", help="What the images should not show.")
+@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--guidance-scale", type=float, help="How closely to follow the prompt; 1 switches guidance off.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Of the first image; repeat it for several. [random]")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--sampler", metavar="NAME", help="Such as euler or dpmpp_2m.")
+@click.option("-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images a prompt and seed. [1]")
+@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="[the output's extension, or png]")
+@click.option(
+    "-o",
+    "--output",
+    metavar="NAME.png",
+    type=click.Path(path_type=Path),
+    help="Several images become NAME-1.png, NAME-2.png ... [named after prompt and seed]",
+)
+@click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
+@click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
+@click.option("--url", metavar="HOST:PORT", help="The server's gRPC address. [localhost:8001]")
+@click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
+@click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
+@click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
+@click.option("--local", is_flag=True, help="Draw in this process, without a server.")
+@click.option(
+    "--bundle",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help=f"The model for --local. [the one in {_BUNDLES}]",
+)
+def command(
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    seeds: tuple[int, ...],
+    num_images: int,
+    format: str | None,
+    output: Path | None,
+    grid: bool,
+    force: bool,
+    url: str | None,
+    quiet: bool,
+    local: bool,
+    bundle: Path | None,
+    **settings: Any,
+) -> None:
+    """Draws PROMPT and saves the images.
+
+    Several prompts and seeds are drawn together. Settings left out are the model's own.
+
+    \b
+    diffuserve generate "a slice of pizza" -o pizza.png
+    diffuserve generate "a cat" "a dog" --seed 1 --seed 2 --grid -o pets.png
+    """
+    if not prompts and prompt_file is None:
+        raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
+    if local and url is not None:
+        raise click.UsageError("--local needs no server, and --url names one. Drop one of the two.")
+    if bundle is not None and not local:
+        raise click.UsageError("--bundle is for --local; a server has its own. Add --local or drop --bundle.")
+
+    from diffuserve_client.batch import Job
+    from diffuserve_client.output import check_writable, format_for, path_for
+    from diffuserve_client.prompts import read_prompts
+
+    try:
+        texts = [*prompts, *(read_prompts(prompt_file) if prompt_file is not None else [])]
+        image_format = format_for(output, format)
+        # Without -o the final name depends on the seed; any seed's will do to check the folder.
+        check_writable(path_for(output, image_format, prompt=texts[0], seed=0, number=1, total=1))
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from None
+    jobs = [
+        Job(index, prompt, seed)
+        for index, (prompt, seed) in enumerate((prompt, seed) for prompt in texts for seed in seeds or (None,))
+    ]
+    # Separate files keep the server's encoding; a sheet is put together from lossless images.
+    fields: RequestFields = {
+        **settings,  # type: ignore[typeddict-item]
+        "num_images": num_images,
+        "format": "png" if grid else image_format,
+    }
+
+    from diffuserve_client.run import Run
+
+    work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
+    try:
+        client = _local_client(bundle) if local else _client(url)
+        try:
+            failed = work.draw(client)
+        finally:
+            client.close()
+    except KeyboardInterrupt:
+        click.echo("Cancelled.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+    except DiffuserveError as error:
+        raise click.ClickException(str(error)) from None
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _client(url: str | None) -> TextToImage:
+    from diffuserve_client.client import Client
+    from diffuserve_client.endpoint import DEFAULT_URL
+
+    return Client(url or DEFAULT_URL)
+
+
+def _local_client(bundle: Path | None) -> TextToImage:
+    from diffuserve_client.local import LocalClient
+
+    if bundle is None:
+        found = sorted(manifest.parent for manifest in _BUNDLES.glob("*/manifest.json"))
+        if len(found) != 1:
+            names = f"{len(found)} bundles: {', '.join(path.name for path in found)}" if found else "no bundle"
+            raise click.UsageError(f"{_BUNDLES} holds {names}. Name one with --bundle, or make one: diffuserve export")
+        [bundle] = found
+    return LocalClient(bundle)

@@ -1,0 +1,143 @@
+"""The client for ordinary, threaded code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from diffuserve.errors import Cancelled
+from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve_client.endpoint import DEFAULT_URL, Endpoint
+from diffuserve_client.exchange import Exchange
+from diffuserve_client.result import Progress, Result, result_from_events
+from diffuserve_client.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from diffuserve_client.fields import RequestFields
+
+
+class Client:
+    """Sends prompts to a server; one client may be used by many threads at once.
+
+    Every request is a gRPC stream of its own, so each can be cancelled without touching the others.
+
+    Args:
+        url: HOST:PORT of the server's gRPC port.
+        model: name of the text-to-image model.
+        connect_timeout_s: seconds after which an address that does not answer counts as dead.
+        idle_timeout_s: seconds of silence after which a request is cancelled; None waits forever. The server sends
+            something at every step, so this is no limit on how long a request may take.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = STABLE_DIFFUSION,
+        connect_timeout_s: float = 1.0,
+        idle_timeout_s: float | None = 120.0,
+    ) -> None:
+        self._endpoint = Endpoint(url, model, connect_timeout_s, idle_timeout_s)
+        self._channel = grpc.insecure_channel(url, options=self._endpoint.channel_options())
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; requests still running in other threads are cancelled and raise `Cancelled`."""
+        self._channel.close()
+
+    def is_ready(self) -> bool:
+        """Whether the server answers and the model takes requests."""
+        request = service_pb2.ModelReadyRequest(name=self._endpoint.model)
+        try:
+            return bool(self._stub.ModelReady(request, timeout=self._endpoint.connect_timeout_s).ready)
+        except grpc.RpcError:
+            return False
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """Draws images and waits for them.
+
+        Args:
+            prompt: what to draw.
+            request_id: what the server's log calls the request; a random one unless given.
+            on_progress: called when the request is accepted (step 0) and after every step, in this thread; what it
+                raises cancels the request.
+            **fields: the settings, see `RequestFields`.
+
+        Raises:
+            DiffuserveError: one of `diffuserve.errors`: `InvalidRequest`, `QueueFull`, `Draining`, `DeadlineExceeded`,
+                `StageFailed`, `ServerUnavailable`, and `Cancelled` if the client was closed meanwhile.
+        """
+        progress = on_progress is not None
+        exchange = Exchange(self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        return result_from_events(self._events(exchange), on_progress)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        preview: bool | int = False,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Generator[Progress | Result, None, None]:
+        """Yields `Progress` at step 0 and after every step, and at last the `Result`; closing it cancels the request.
+
+        The request is sent when the first event is asked for.
+
+        Args:
+            prompt: what to draw.
+            preview: k for a small image with every k-th step, True for every step.
+            request_id: what the server's log calls the request; a random one unless given.
+            **fields: the settings, see `RequestFields`.
+
+        Raises:
+            DiffuserveError: as `generate`.
+        """
+        exchange = Exchange(self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id)
+        return self._events(exchange)
+
+    def _events(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
+        """Sends the request; a result is always among the events unless an error is raised."""
+        try:
+            call = self._stub.ModelStreamInfer(iter([exchange.request]))
+        except ValueError:  # what gRPC raises for a closed channel
+            raise Cancelled("The client is closed. Make a new one.") from None
+        with Watchdog(self._endpoint.idle_timeout_s, call.cancel) as watchdog:
+            try:
+                while True:
+                    with watchdog.waiting():
+                        message = next(call, None)
+                    if message is None:
+                        break
+                    event = exchange.take(message)
+                    if event is not None:
+                        yield event
+                exchange.check_finished()
+            except grpc.RpcError as error:
+                if exchange.finished:
+                    return
+                if watchdog.expired:
+                    raise exchange.silent() from None
+                raise exchange.broken(error.code().name, error.details()) from error
+            finally:
+                call.cancel()

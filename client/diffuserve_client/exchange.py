@@ -1,0 +1,76 @@
+"""One request and what comes back, whatever carries it: shared by `Client` and `AsyncClient`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from tritonclient.grpc import service_pb2
+
+from diffuserve.errors import DiffuserveError, ServerUnavailable
+from diffuserve_client.endpoint import Endpoint
+from diffuserve_client.failures import error_from_status, error_from_text
+from diffuserve_client.fields import tensor_fields
+from diffuserve_client.result import Progress, Result
+from diffuserve_client.wire import event_from_response, request_from_fields
+
+
+class Exchange:
+    """The state of one request. `request` is what to send; `take` turns each answer into an event.
+
+    Attributes:
+        request: the protobuf message.
+        finished: whether the result has come; what happens to the call afterwards does not matter.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        prompt: str,
+        fields: Mapping[str, Any],
+        *,
+        progress: bool,
+        preview: int = 0,
+        request_id: str | None = None,
+    ) -> None:
+        """Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
+        # Without progress there would be no sign of life to measure the silence by.
+        progress = progress or endpoint.idle_timeout_s is not None
+        tensors = {**tensor_fields(prompt, fields, progress=progress, preview=preview), "encoding": "binary"}
+        self.request = request_from_fields(endpoint.model, request_id or uuid.uuid4().hex, tensors)
+        self.finished = False
+        self._endpoint = endpoint
+        self._format: str = tensors.get("format", "png")
+        self._heard = False
+
+    def take(self, message: service_pb2.ModelStreamInferResponse) -> Progress | Result | None:
+        """The event in a message, None for one that only says that the request was accepted.
+
+        Raises:
+            DiffuserveError: the error that the message carries.
+        """
+        self._heard = True
+        if message.error_message:
+            raise error_from_text(message.error_message, address=self._endpoint.url, model=self._endpoint.model)
+        event = event_from_response(message.infer_response, format=self._format)
+        self.finished = self.finished or isinstance(event, Result)
+        return event
+
+    def broken(self, code: str, details: str | None) -> DiffuserveError:
+        """The error for a call that ended with a gRPC status other than OK."""
+        return error_from_status(code, details or "no details", address=self._endpoint.url, heard=self._heard)
+
+    def silent(self) -> ServerUnavailable:
+        """The error for a server that stopped sending."""
+        return ServerUnavailable(
+            f"The server at {self._endpoint.url} has sent nothing for {self._endpoint.idle_timeout_s} s, so "
+            f"the request {self.request.id} was cancelled. See the server's log, or allow more with idle_timeout_s."
+        )
+
+    def check_finished(self) -> None:
+        """Raises `ServerUnavailable` if the server ended the call without a result."""
+        if not self.finished:
+            raise ServerUnavailable(
+                f"The server at {self._endpoint.url} ended the request {self.request.id} without an image. See its log."
+            )

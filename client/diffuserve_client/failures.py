@@ -1,0 +1,56 @@
+"""From what Triton and gRPC say to the exceptions of `diffuserve.errors`."""
+
+from __future__ import annotations
+
+from diffuserve.errors import Cancelled, DiffuserveError, InvalidRequest, ServerUnavailable, StageFailed, from_wire
+
+# Triton's own words, for what fails before our model sees the request.
+_NO_MODEL = ("unknown model", "no available versions", "is not ready")
+_REFUSED_INPUT = ("inference input", "for input", "inputs but got")
+
+
+def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
+    """The error that a response carries as text: ours by its code, Triton's own by its words."""
+    ours = from_wire(text)
+    if ours is not None:
+        return ours
+    lowered = text.lower()
+    if any(words in lowered for words in _NO_MODEL):
+        return ServerUnavailable(
+            f"The server at {address} does not serve the model {model!r} ({text}). "
+            "It may still be loading, or serve another: see its log."
+        )
+    if any(words in lowered for words in _REFUSED_INPUT):
+        return InvalidRequest(f"{text.rstrip()} (Client and server may be of different versions.)")
+    return StageFailed(text)
+
+
+def error_from_status(code: str, details: str, *, address: str, heard: bool) -> DiffuserveError:
+    """The error for a call that gRPC ended.
+
+    Args:
+        code: name of the status, such as UNAVAILABLE.
+        details: gRPC's text.
+        address: the server's.
+        heard: whether the server had answered before.
+    """
+    ours = from_wire(details)
+    if ours is not None:
+        return ours
+    if not heard and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution")):
+        reason = details.rpartition(": ")[2].rstrip("]")  # the last link of gRPC's chain, such as "Connection refused"
+        return ServerUnavailable(
+            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve"
+        )
+    if code == "CANCELLED":
+        return Cancelled(f"The request was cancelled: the client was closed, or the server at {address} stopped.")
+    if code == "UNIMPLEMENTED":
+        return ServerUnavailable(
+            f"What answers at {address} is no Triton server ({details}). Give its gRPC port, by default 8001."
+        )
+    if code == "RESOURCE_EXHAUSTED":
+        return InvalidRequest(f"The server at {address} refused the request's size ({details}). Shorten the prompt.")
+    return ServerUnavailable(
+        f"The connection to {address} broke during the request ({code}: {details}). "
+        "See whether the server still runs, then send it again."
+    )

@@ -1,0 +1,92 @@
+"""What comes back: `Progress` when the request is accepted and after every step, and one `Result`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+
+from PIL import Image
+
+from diffuserve.errors import StageFailed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` is done; step 0: the request has been accepted.
+
+    `encoded_previews`: small PNG files, one for each image of the request, in the steps that have them.
+    """
+
+    step: int
+    steps: int
+    encoded_previews: list[bytes] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def previews(self) -> list[Image.Image]:
+        """The previews, decoded when first asked for."""
+        return [_decode(data) for data in self.encoded_previews]
+
+    @property
+    def preview(self) -> Image.Image | None:
+        """The first image's preview, or None if this step has none."""
+        return self.previews[0] if self.encoded_previews else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The images of one request and how they came about.
+
+    Attributes:
+        encoded: each image as the server sent it: a file in `format`, or height * width * 3 bytes of RGB for "raw".
+        format: png, jpeg, webp or raw.
+        seeds: one an image; the same seed and settings give the same image.
+        width, height: pixels.
+        parameters: one text an image, in the form that AUTOMATIC1111's web UI reads; PNG, JPEG and WebP carry it too.
+        warnings: what the server did otherwise than asked, in words.
+        queue_s, denoise_s, total_s: seconds of waiting, of denoising, and from arrival to the last image.
+        request_id: what the server's log calls this request.
+    """
+
+    encoded: list[bytes] = field(repr=False)
+    format: str
+    seeds: list[int]
+    width: int
+    height: int
+    parameters: list[str]
+    warnings: list[str]
+    queue_s: float
+    denoise_s: float
+    total_s: float
+    request_id: str
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The images, RGB, decoded when first asked for."""
+        if self.format == "raw":
+            return [Image.frombytes("RGB", (self.width, self.height), data) for data in self.encoded]
+        return [_decode(data) for data in self.encoded]
+
+
+def result_from_events(
+    events: Generator[Progress | Result, None, None], on_progress: Callable[[Progress], object] | None
+) -> Result:
+    """Reads the events of one request to their end; an error, also one of `on_progress`, closes them."""
+    result: Result | None = None
+    with closing(events):
+        for event in events:
+            if isinstance(event, Result):
+                result = event
+            elif on_progress is not None:
+                on_progress(event)
+    if result is None:
+        raise StageFailed("The request ended without an image.")
+    return result
+
+
+def _decode(data: bytes) -> Image.Image:
+    image = Image.open(BytesIO(data))
+    image.load()
+    return image

@@ -1,0 +1,276 @@
+"""`Client` and `AsyncClient` against a server in this process; what both promise is tested on both."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffuserve.errors import Cancelled, DeadlineExceeded, QueueFull, ServerUnavailable, StageFailed
+from diffuserve_client import AsyncClient, Client, Progress, Result
+from tests.client import fake_triton
+from tests.client.fake_triton import SIDE_PX, FakeTriton
+
+Generate = Callable[..., Result]
+
+
+def generate_with_client(address: str, prompt: str, *, settings: Any = None, **fields: Any) -> Result:
+    with Client(address, **(settings or {})) as client:
+        return client.generate(prompt, **fields)
+
+
+def generate_with_async_client(address: str, prompt: str, *, settings: Any = None, **fields: Any) -> Result:
+    async def main() -> Result:
+        async with AsyncClient(address, **(settings or {})) as client:
+            return await client.generate(prompt, **fields)
+
+    return asyncio.run(main())
+
+
+both = pytest.mark.parametrize("generate", [generate_with_client, generate_with_async_client])
+
+
+@both
+def test_generate(triton: FakeTriton, generate: Generate) -> None:
+    result = generate(triton.address, "a cat", num_images=2, seed=7, request_id="mine")
+    assert result.seeds == [7, 8]
+    assert (result.width, result.height) == (SIDE_PX, SIDE_PX)
+    assert (result.queue_s, result.denoise_s, result.total_s) == (0.25, 0.5, 0.75)
+    assert result.parameters == ["a cat\nSeed: 7", "a cat\nSeed: 8"]
+    assert [image.getpixel((0, 0)) for image in result.images] == [(7, 7, 7), (8, 8, 8)]
+    assert [image.info["parameters"] for image in result.images] == result.parameters
+    assert result.request_id == "mine"
+    assert triton.request_ids == ["mine"]
+    fields = {"prompt": "a cat", "num_images": 2, "seed": 7, "encoding": "binary", "progress": True}
+    assert triton.requests == [fields]
+
+
+@both
+def test_formats(triton: FakeTriton, generate: Generate) -> None:
+    for format in ("png", "jpeg", "webp", "raw"):
+        result = generate(triton.address, "a cat", format=format)
+        assert result.format == format
+        assert result.images[0].size == (SIDE_PX, SIDE_PX)
+
+
+@both
+def test_progress(triton: FakeTriton, generate: Generate) -> None:
+    seen: list[Progress] = []
+    generate(triton.address, "a cat", steps=2, on_progress=seen.append)
+    assert seen == [Progress(0, 2), Progress(1, 2), Progress(2, 2)]
+
+
+@both
+def test_progress_is_asked_for_only_where_it_is_used(triton: FakeTriton, generate: Generate) -> None:
+    generate(triton.address, "a cat", settings={"idle_timeout_s": None})
+    assert "progress" not in triton.requests[0]
+
+
+@both
+def test_on_progress_may_raise(triton: FakeTriton, generate: Generate) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError):
+        generate(triton.address, "endless", on_progress=stop)
+    assert triton.cancelled.wait(5)
+
+
+@both
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("error [deadline_exceeded] too late", DeadlineExceeded, "too late"),
+        ("error [queue_full retry_after_s=2.5] full", QueueFull, "full"),
+        ("error something broke", StageFailed, "something broke"),
+        ("empty", ServerUnavailable, "without an image"),
+        ("foreign", StageFailed, "'other' answered with logits"),
+    ],
+)
+def test_errors(triton: FakeTriton, generate: Generate, prompt: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        generate(triton.address, prompt)
+
+
+@both
+def test_unknown_model(triton: FakeTriton, generate: Generate) -> None:
+    with pytest.raises(ServerUnavailable, match="does not serve the model 'other'"):
+        generate(triton.address, "a cat", settings={"model": "other"})
+
+
+@both
+def test_silent_server(triton: FakeTriton, generate: Generate) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=r"sent nothing for 0.4 s"):
+        generate(triton.address, "silent", settings={"idle_timeout_s": 0.4})
+    assert 0.4 <= time.monotonic() - started_s < 3
+    assert triton.cancelled.wait(5)
+
+
+@both
+def test_long_requests_are_not_idle(triton: FakeTriton, generate: Generate) -> None:
+    seen: list[Progress] = []
+
+    def stop_late(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) > 40:
+            raise KeyError("long enough")
+
+    with pytest.raises(KeyError):  # 40 steps of 20 ms are more than the 0.5 s of silence that are allowed
+        generate(triton.address, "endless", settings={"idle_timeout_s": 0.5}, on_progress=stop_late)
+
+
+@contextmanager
+def server_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, str(Path(fake_triton.__file__))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, f"127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+@both
+@pytest.mark.parametrize("prompt", ["endless", "silent"])
+def test_server_killed_during_a_request(generate: Generate, prompt: str) -> None:
+    with server_process() as (process, address):
+
+        def kill(progress: Progress) -> None:
+            os.kill(process.pid, signal.SIGKILL)
+
+        with pytest.raises(ServerUnavailable, match=f"connection to {address} broke during the request"):
+            generate(address, prompt, on_progress=kill)
+
+
+def test_is_ready(triton: FakeTriton) -> None:
+    async def ask(model: str) -> bool:
+        async with AsyncClient(triton.address, model=model) as client:
+            return await client.is_ready()
+
+    for model, expected in (("stable_diffusion", True), ("other", False)):
+        with Client(triton.address, model=model) as client:
+            assert client.is_ready() is expected
+        assert asyncio.run(ask(model)) is expected
+
+
+def test_client_finds_a_server_that_starts_later() -> None:
+    with FakeTriton() as earlier:
+        pass
+    with Client(earlier.address) as client:
+        assert not client.is_ready()
+        with FakeTriton(port=earlier.port):
+            deadline_s = time.monotonic() + 5
+            while not client.is_ready():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            assert client.generate("a cat").seeds == [100]
+
+
+def test_stream(triton: FakeTriton) -> None:
+    with Client(triton.address) as client:
+        *steps, result = client.stream("a cat", steps=4, preview=2, num_images=2)
+    assert isinstance(result, Result)
+    assert [step.step for step in steps if isinstance(step, Progress)] == [0, 1, 2, 3, 4]
+    assert [len(step.previews) for step in steps if isinstance(step, Progress)] == [0, 0, 2, 0, 2]
+    assert triton.requests[0]["preview"] == 2
+
+
+def test_stream_checks_its_arguments_at_once() -> None:
+    with Client() as client, pytest.raises(TypeError, match="unknown keyword stepps"):
+        client.stream("a cat", stepps=3)  # type: ignore[call-arg]
+
+
+def test_closing_a_stream_cancels_the_request(triton: FakeTriton) -> None:
+    with Client(triton.address) as client:
+        events = client.stream("endless")
+        next(events)
+        events.close()
+        assert triton.cancelled.wait(5)
+        assert client.generate("a cat").seeds == [100]
+
+
+def test_a_slow_reader_is_no_silent_server(triton: FakeTriton) -> None:
+    with Client(triton.address, idle_timeout_s=0.2) as client:
+        events = []
+        for event in client.stream("a cat", steps=2):
+            events.append(event)
+            time.sleep(0.3)
+    assert isinstance(events[-1], Result)
+
+
+def test_many_threads_share_a_client(triton: FakeTriton) -> None:
+    with Client(triton.address) as client, ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda seed: client.generate("a cat", seed=seed), range(64)))
+    assert [result.seeds for result in results] == [[seed] for seed in range(64)]
+
+
+def test_closing_the_client_cancels_requests_of_other_threads(triton: FakeTriton) -> None:
+    client = Client(triton.address)
+    started = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.generate, "endless", on_progress=lambda _: started.set())
+        assert started.wait(5)
+        client.close()
+        with pytest.raises(Cancelled):
+            running.result(5)
+    assert triton.cancelled.wait(5)
+    with pytest.raises(Cancelled, match="client is closed"):
+        client.generate("a cat")
+
+
+def test_no_threads_remain(triton: FakeTriton) -> None:
+    with Client(triton.address) as client:
+        client.generate("a cat")
+    deadline_s = time.monotonic() + 5
+    while any(thread.name == "diffuserve-watchdog" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_async_stream(triton: FakeTriton) -> None:
+    async def main() -> list[Progress | Result]:
+        async with AsyncClient(triton.address) as client:
+            return [event async for event in client.stream("a cat", steps=2, preview=True)]
+
+    *steps, result = asyncio.run(main())
+    assert isinstance(result, Result)
+    assert [len(step.previews) for step in steps if isinstance(step, Progress)] == [0, 1, 1]
+
+
+def test_closing_an_async_stream_cancels_the_request(triton: FakeTriton) -> None:
+    async def main() -> None:
+        async with AsyncClient(triton.address) as client:
+            async with aclosing(client.stream("endless")) as events:
+                async for _ in events:
+                    break
+            assert await asyncio.to_thread(triton.cancelled.wait, 5)
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_task_cancels_its_request_only(triton: FakeTriton) -> None:
+    async def main() -> None:
+        async with AsyncClient(triton.address) as client:
+            started = asyncio.Event()
+            task = asyncio.create_task(client.generate("endless", on_progress=lambda _: started.set()))
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(triton.cancelled.wait, 5)
+            results = await asyncio.gather(*(client.generate("a cat", seed=seed) for seed in range(16)))
+            assert [result.seeds for result in results] == [[seed] for seed in range(16)]
+        with pytest.raises(Cancelled, match="client is closed"):
+            await client.generate("a cat")
+
+    asyncio.run(main())
