@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,12 @@ class BlsStages:
         self._outputs = outputs
         # The loop works on numpy arrays, so outputs of engines on a GPU are asked for in the host's memory.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+        self._calls: set[asyncio.Task[dict[str, NDArray[Any]]]] = set()
+
+    @property
+    def calls(self) -> int:
+        """Calls that have not returned, those of cancelled requests included."""
+        return len(self._calls)
 
     async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
         return await self._call(TEXT_ENCODER, {"input_ids": input_ids})
@@ -36,6 +43,19 @@ class BlsStages:
         return (await self._call(VAE_DECODER, {"latent_sample": latent_sample}))["image"]
 
     async def _call(self, stage: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
+        # stopped before it returns.
+        call = asyncio.create_task(self._execute(stage, inputs))
+        self._calls.add(call)
+        call.add_done_callback(self._forget)
+        return await asyncio.shield(call)
+
+    def _forget(self, call: asyncio.Task[dict[str, NDArray[Any]]]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # read, so that asyncio does not report it where nobody waits for the call any more
+
+    async def _execute(self, stage: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         request = pb_utils.InferenceRequest(
             model_name=stage,
             requested_output_names=self._outputs[stage],

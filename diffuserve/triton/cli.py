@@ -71,7 +71,7 @@ def command(
             raise click.ClickException("Triton has ended by itself. Start with --log-level info to see why.")
         click.echo(f"Stopping: finishing running requests, up to {grace_s:g} s ...", err=True)
         if not server.drain(grace_s, give_up=stop_now):
-            click.echo("Stopped with requests unfinished; they were answered with an error.", err=True)
+            click.echo("Some requests were not finished; their clients see the connection break.", err=True)
     click.echo("Stopped.", err=True)
 
 

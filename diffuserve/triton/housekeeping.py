@@ -7,11 +7,13 @@ intervals, and hands what it finds to the event loop.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from typing import Any
 
 from diffuserve.pipeline import Pipeline
+from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.lifecycle import DrainFiles
 from diffuserve.triton.metrics import Metrics
 
@@ -25,11 +27,13 @@ class Housekeeping:
 
     Args:
         pipeline: whose counts are reported, and which is told to drain.
+        stages: the calls that must have returned before Triton is stopped.
         model_name: the label of its metrics.
     """
 
-    def __init__(self, pipeline: Pipeline, model_name: str) -> None:
+    def __init__(self, pipeline: Pipeline, stages: BlsStages, model_name: str) -> None:
         self._pipeline = pipeline
+        self._stages = stages
         self._metrics = Metrics(model_name)
         self._drain_files = DrainFiles.from_environment()
         self._watched: dict[int, tuple[Any, asyncio.Task[Any], asyncio.AbstractEventLoop]] = {}
@@ -49,9 +53,10 @@ class Housekeeping:
             self._watched.pop(id(sender), None)
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread. While Triton unloads the model it may no longer answer the thread's last call, so that is not
+        waited for."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL_S):
@@ -77,5 +82,8 @@ class Housekeeping:
         if self._drain_files is None or not self._drain_files.drain_requested:
             return
         self._pipeline.drain()
-        if self._pipeline.active == 0 and not self._watched and not self._drain_files.drained:
+        if not (self._pipeline.active or self._stages.calls or self._watched or self._drain_files.drained):
+            gc.collect()  # Triton's objects that some reference cycle still holds; see StableDiffusionModel._answer
+            # The launcher stops Triton now, and a call that Triton does not answer any more would hold the model's end up.
+            self._stopped.set()
             self._drain_files.report_drained()

@@ -32,7 +32,9 @@ from diffuserve.triton.placement import read_placement
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
 _PR_SET_PDEATHSIG = 1
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
-LOG_LEVELS = tuple(_LOG_FLAGS)
+_EXIT_GRACE_S = 10.0
+_UNLOAD_TIMEOUT_S = 20.0
+_ABORT_TIMEOUT_S = 2.0
 
 
 class TritonServer:
@@ -76,6 +78,7 @@ class TritonServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.drain(_EXIT_GRACE_S)
         self.stop()
 
     @property
@@ -105,14 +108,18 @@ class TritonServer:
             time.sleep(0.05)
         return self._drain_files.drained
 
-    def stop(self, timeout_s: float = 15.0) -> None:
-        """Stops Triton and its models and removes what they left in shared memory and on disk. Can be called twice."""
+    def stop(self) -> None:
+        """Stops Triton and its models and removes what they left in shared memory and on disk. Can be called twice.
+
+        A Triton that has drained gets time to unload its models. One that has not would wait in vain for calls between
+        its models, which it can no longer carry out.
+        """
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if process.poll() is None:
                     process.terminate()
-                    process.wait(timeout_s)
+                    process.wait(_UNLOAD_TIMEOUT_S if self._drain_files.drained else _ABORT_TIMEOUT_S)
             # The whole session: models whose server has died or hangs go too.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

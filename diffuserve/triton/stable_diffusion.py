@@ -48,9 +48,10 @@ class StableDiffusionModel:
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
+            stages = BlsStages(outputs)
             self._pipeline = Pipeline(
                 version_folder,
-                BlsStages(outputs),
+                stages,
                 limits,
                 policy=parameters["policy"],
                 unet_instances=int(parameters["unet_instances"]),
@@ -59,7 +60,7 @@ class StableDiffusionModel:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
-        self._housekeeping = Housekeeping(self._pipeline, args["model_name"])
+        self._housekeeping = Housekeeping(self._pipeline, stages, args["model_name"])
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
@@ -84,6 +85,10 @@ class StableDiffusionModel:
         except Exception as error:
             log.exception("%s failed", request_id)
             final = _error_response(StageFailed(f"The server failed on this request: {error!r}"))
+        finally:
+            # The task's exception refers to this frame by its traceback, and this frame to the task. Undone, such a
+            # ring would keep the sender until some garbage collection, and Triton unloads no model that has one.
+            del task
         await asyncio.get_running_loop().run_in_executor(self._senders, self._send_final, sender, final)
 
     def _send_final(self, sender: Any, response: Any) -> None:
