@@ -146,7 +146,7 @@ def read_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST_NAME
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{bundle} is no bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
         ) from None

@@ -94,7 +94,7 @@ TRITON_CODE: dict[type[DiffuserveError], str] = {
 }
 
 _BY_CODE: dict[str, type[DiffuserveError]] = {cls.code: cls for cls in DiffuserveError.__subclasses__()}
-_WIRE = re.compile(r"\[(?P<code>[a-z_]+)(?P<fields>(?: [a-z_]+=[^\s\]]+)*)\] (?P<message>.*)", re.DOTALL)
+_WIRE = re.compile(r"\[(?P<code>[a-z_]+)(?P<fields>(?: [a-z_]+=[^\s\]]+)*)\] (?=(?P<message>.*))", re.DOTALL)
 
 
 def to_wire(error: DiffuserveError) -> str:

@@ -57,7 +57,7 @@ class Limits:
                 number = number_type(text)
             except ValueError:
                 raise InvalidRequest(f"The limit {field.name} is {text!r}; it must be a positive number.") from None
-            if not (math.isfinite(number) and number > 0):
+            if not 0 < number < math.inf:  # also refuses NaN
                 raise InvalidRequest(f"The limit {field.name} is {text!r}; it must be a positive number.")
             overrides[field.name] = number
         return cls(**{**_as_dict(cls.for_model(model)), **overrides})
@@ -198,7 +198,7 @@ class _Checker:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InvalidRequest(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
         if not low <= value <= high:  # also refuses NaN
-            raise InvalidRequest(f"{name} is {value:g}; it must be from {low:g} to {high:g}.")
+            raise InvalidRequest(f"{name} is {value}; it must be from {low:g} to {high:g}.")
         return float(value)
 
     def side(self, name: str, default: int, multiple: int, high: int) -> int:

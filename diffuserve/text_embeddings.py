@@ -43,11 +43,16 @@ class TextEmbeddings:
             self.misses += 1
             task = asyncio.create_task(self._encode(text))
             self._encoding[text] = task
-            task.add_done_callback(lambda _: self._encoding.pop(text))
+            task.add_done_callback(lambda done: self._forget(text, done))
         else:
             self.hits += 1
         # Shielded, since other requests may wait for the same text when this one is cancelled.
         return await asyncio.shield(task)
+
+    def _forget(self, text: str, task: asyncio.Task[Conditioning]) -> None:
+        del self._encoding[text]
+        if not task.cancelled():
+            task.exception()  # so that asyncio does not complain of it where all who waited have been cancelled
 
     async def _encode(self, text: str) -> Conditioning:
         input_ids = self._tokenizer.encode(text).input_ids[np.newaxis]

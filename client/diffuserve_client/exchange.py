@@ -40,36 +40,40 @@ class Exchange:
         tensors = {**tensor_fields(prompt, fields, progress=progress, preview=preview), "encoding": "binary"}
         self.request = request_from_fields(endpoint.model, request_id or uuid.uuid4().hex, tensors)
         self.finished = False
+        self._error: DiffuserveError | None = None
         self._endpoint = endpoint
         self._format: str = tensors.get("format", "png")
         self._heard = False
 
     def take(self, message: service_pb2.ModelStreamInferResponse) -> Progress | Result | None:
-        """The event in a message, None for one that only says that the request was accepted.
+        """The event in a message, or None.
 
-        Raises:
-            DiffuserveError: the error that the message carries.
+        An error is kept for `check_finished`, so that the call is read to its end: a Triton whose client hangs up on it
+        while it ends a stream keeps the request, and then unloads the model only by force.
         """
         self._heard = True
         if message.error_message:
-            raise error_from_text(message.error_message, address=self._endpoint.url, model=self._endpoint.model)
+            self._error = error_from_text(message.error_message, address=self._endpoint.url, model=self._endpoint.model)
+            return None
         event = event_from_response(message.infer_response, format=self._format)
         self.finished = self.finished or isinstance(event, Result)
         return event
 
     def broken(self, code: str, details: str | None) -> DiffuserveError:
         """The error for a call that ended with a gRPC status other than OK."""
-        return error_from_status(code, details or "no details", address=self._endpoint.url, heard=self._heard)
+        return self._error or error_from_status(code, details or "no details", address=self._endpoint.url, heard=self._heard)
 
-    def silent(self) -> ServerUnavailable:
+    def silent(self) -> DiffuserveError:
         """The error for a server that stopped sending."""
-        return ServerUnavailable(
+        return self._error or ServerUnavailable(
             f"The server at {self._endpoint.url} has sent nothing for {self._endpoint.idle_timeout_s} s, so "
             f"the request {self.request.id} was cancelled. See the server's log, or allow more with idle_timeout_s."
         )
 
     def check_finished(self) -> None:
-        """Raises `ServerUnavailable` if the server ended the call without a result."""
+        """Raises the error that the server sent, or `ServerUnavailable` if it ended the call without a result."""
+        if self._error is not None:
+            raise self._error
         if not self.finished:
             raise ServerUnavailable(
                 f"The server at {self._endpoint.url} ended the request {self.request.id} without an image. See its log."

@@ -10,10 +10,10 @@ import asyncio
 import gc
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from diffuserve.pipeline import Pipeline
-from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.lifecycle import DrainFiles
 from diffuserve.triton.metrics import Metrics
 
@@ -27,13 +27,15 @@ class Housekeeping:
 
     Args:
         pipeline: whose counts are reported, and which is told to drain.
-        stages: the calls that must have returned before Triton is stopped.
+        is_idle: whether every request has had its last response and every call to another model has returned, so that
+            Triton can be stopped.
         model_name: the label of its metrics.
     """
 
-    def __init__(self, pipeline: Pipeline, stages: BlsStages, model_name: str) -> None:
+    def __init__(self, pipeline: Pipeline, is_idle: Callable[[], bool], model_name: str) -> None:
         self._pipeline = pipeline
-        self._stages = stages
+        self._is_idle = is_idle
+        self._was_idle = False
         self._metrics = Metrics(model_name)
         self._drain_files = DrainFiles.from_environment()
         self._watched: dict[int, tuple[Any, asyncio.Task[Any], asyncio.AbstractEventLoop]] = {}
@@ -82,7 +84,9 @@ class Housekeeping:
         if self._drain_files is None or not self._drain_files.drain_requested:
             return
         self._pipeline.drain()
-        if not (self._pipeline.active or self._stages.calls or self._watched or self._drain_files.drained):
+        # Twice in a row, since a request that has just been answered may still be on its way out of `execute`.
+        was_idle, self._was_idle = self._was_idle, self._is_idle()
+        if was_idle and self._was_idle:
             gc.collect()  # Triton's objects that some reference cycle still holds; see StableDiffusionModel._answer
             # The launcher stops Triton now, and a call that Triton does not answer any more would hold the model's end up.
             self._stopped.set()

@@ -33,7 +33,9 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend 
 _PR_SET_PDEATHSIG = 1
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
 _EXIT_GRACE_S = 10.0
-_UNLOAD_TIMEOUT_S = 20.0
+# Triton takes about three seconds. After draining there is nothing left to lose, and Triton 2.51 sometimes keeps a request
+# whose client hung up in the middle, and with it the model, for good.
+_UNLOAD_TIMEOUT_S = 6.0
 _ABORT_TIMEOUT_S = 2.0
 
 

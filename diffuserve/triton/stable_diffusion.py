@@ -48,10 +48,10 @@ class StableDiffusionModel:
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
-            stages = BlsStages(outputs)
+            self._stages = BlsStages(outputs)
             self._pipeline = Pipeline(
                 version_folder,
-                stages,
+                self._stages,
                 limits,
                 policy=parameters["policy"],
                 unet_instances=int(parameters["unet_instances"]),
@@ -60,7 +60,8 @@ class StableDiffusionModel:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
-        self._housekeeping = Housekeeping(self._pipeline, stages, args["model_name"])
+        self._unanswered = 0
+        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"])
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
@@ -69,7 +70,17 @@ class StableDiffusionModel:
         self._housekeeping.stop()
         self._senders.shutdown(wait=False)
 
+    def _is_idle(self) -> bool:
+        return not (self._unanswered or self._stages.calls)
+
     async def _answer(self, request: Any) -> None:
+        self._unanswered += 1
+        try:
+            await self._answer_once(request)
+        finally:
+            self._unanswered -= 1
+
+    async def _answer_once(self, request: Any) -> None:
         sender = request.get_response_sender()
         request_id = request.request_id() or "-"
         task = asyncio.create_task(self._serve(request, sender))

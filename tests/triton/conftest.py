@@ -1,0 +1,47 @@
+"""A real Triton server on the bundled model, one for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+
+
+@pytest.fixture(scope="session")
+def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository that serves the bundled model."""
+    from diffuserve_export.assemble import repository_from_bundle
+
+    folder = tmp_path_factory.mktemp("repository")
+    repository_from_bundle(bundle, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository, Address.on_free_ports(), log_level="warning") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: TritonServer) -> Iterator[Client]:
+    with Client(server.address.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference_pipeline() -> Any:
+    """diffusers' own pipeline on the bundled checkpoint, fp32, quiet."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    checkpoint = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji"
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,107 @@
+"""What in-flight batching promises, on the real server."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+from tests.images import psnr_db
+from tests.metrics import read_metrics
+
+SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras")
+
+
+def mixed_requests(count: int, sizes: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+    """Requests that agree on nothing."""
+    choose = random.Random(3)  # noqa: S311 - test data
+    samplers, guidance = itertools.cycle(SAMPLERS), itertools.cycle((1.0, 3.0, 5.0, 7.5))
+    return [
+        {
+            "prompt": choose.choice(("a red heart, flat", "a rocket, glossy", "an apple", "")),
+            "steps": choose.randint(4, 16),
+            "sampler": next(samplers),
+            "guidance_scale": next(guidance),
+            "seed": choose.randrange(2**32),
+            "width": sizes[index % len(sizes)][0],
+            "height": sizes[index % len(sizes)][1],
+        }
+        for index in range(count)
+    ]
+
+
+def generate_all(client: Client, requests: list[dict[str, Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda request: client.generate(**request, format="raw").images[0], requests))
+
+
+def test_an_image_does_not_depend_on_its_company(client: Client) -> None:
+    requests = mixed_requests(12, ((128, 128), (96, 160)))
+    alone = [client.generate(**request, format="raw").images[0] for request in requests]
+    together = generate_all(client, requests)
+    figures = [psnr_db(image, reference) for image, reference in zip(together, alone, strict=True)]
+    identical = sum(math.isinf(figure) for figure in figures)
+    print(f"{identical} of {len(figures)} identical to the byte, least PSNR {min(figures):.1f} dB")
+    assert min(figures) >= 50
+
+
+def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServer) -> None:
+    def counts() -> dict[str, float]:
+        time.sleep(0.5)  # the loop's own counts reach the endpoint at intervals
+        metrics = read_metrics(server.address.metrics)
+        return {
+            "rows": metrics["nv_inference_count", "unet"],
+            "calls": metrics["nv_inference_exec_count", "unet"],
+            "shared": metrics["diffuserve_unet_rows", "stable_diffusion"],
+            "shareable": metrics["diffuserve_unet_rows_shareable", "stable_diffusion"],
+        }
+
+    requests = mixed_requests(16, ((128, 128),))
+    before = counts()
+    generate_all(client, requests)
+    used = {name: value - before[name] for name, value in counts().items()}
+    mean_batch = used["rows"] / used["calls"]
+    share = used["shared"] / used["shareable"]
+    print(
+        f"mean UNet batch {mean_batch:.2f} rows over {used['calls']:.0f} calls; {share:.1%} of the rows that could share did"
+    )
+    assert used["rows"] == sum(request["steps"] * (1 + (request["guidance_scale"] > 1)) for request in requests)
+    assert mean_batch > 6
+    assert share >= 0.95
+
+
+def test_a_short_request_overtakes_a_long_one(client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.generate, "a rocket", steps=80)
+        time.sleep(0.3)
+        client.generate("a rocket", steps=3)
+        assert not long.done()
+        assert long.result().denoise_s > 0
+
+
+def test_cancelling_frees_the_rows(client: Client, server: TritonServer) -> None:
+    def active() -> float:
+        return read_metrics(server.address.metrics)["diffuserve_requests_active", "stable_diffusion"]
+
+    events = client.stream("a rocket", steps=150, num_images=8)
+    for event in events:
+        if event.step == 2:  # type: ignore[union-attr]
+            break
+    events.close()
+    deadline_s = time.monotonic() + 5
+    while active() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert active() == 0
+
+
+def test_images_of_one_request_have_seeds_of_their_own(client: Client) -> None:
+    several = client.generate("an apple", num_images=3, seed=2**32 - 2, steps=4, format="raw")
+    assert several.seeds == [2**32 - 2, 2**32 - 1, 0]
+    for seed, image in zip(several.seeds, several.images, strict=True):
+        single = client.generate("an apple", seed=seed, steps=4, format="raw").images[0]
+        assert psnr_db(image, single) >= 50

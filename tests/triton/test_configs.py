@@ -1,0 +1,71 @@
+"""The committed model repository is what `assemble` writes for the bundled model, and assembling checks what it places."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffuserve.bundle import read_manifest
+from diffuserve.errors import BundleError
+from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
+from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.triton import configs_from_manifest, model_py, text_from_config
+
+COMMITTED = Path(__file__).parents[2] / "triton_repo"
+MODELS = {"text_encoder", "unet", "vae_decoder", "vae_encoder", "stable_diffusion"}
+
+
+def test_the_committed_repository_is_up_to_date(bundle: Path) -> None:
+    configs = configs_from_manifest(read_manifest(bundle))
+    assert set(configs) == MODELS == {folder.name for folder in COMMITTED.iterdir()}
+    for name, config in configs.items():
+        assert (COMMITTED / name / "config.pbtxt").read_text() == text_from_config(config)
+        assert (COMMITTED / name / "1" / "model.py").read_text() == model_py(name)
+
+
+def test_the_timestep_is_batched_and_the_loops_model_is_not(bundle: Path) -> None:
+    configs = configs_from_manifest(read_manifest(bundle))
+    assert configs["unet"].max_batch_size > 1
+    assert configs["unet"].dynamic_batching.max_queue_delay_microseconds == 0
+    assert "max_batch_size: 0" in text_from_config(configs["stable_diffusion"])
+    assert configs["stable_diffusion"].model_transaction_policy.decoupled
+    for config in configs.values():
+        assert [(group.count, group.kind) for group in config.instance_group] == [(1, 2)]  # one, KIND_CPU
+
+
+def test_a_damaged_bundle_is_not_assembled(bundle: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "bundle"
+    shutil.copytree(bundle, damaged)
+    path = damaged / "unet" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"unet/model\.onnx is damaged"):
+        repository_from_bundle(damaged, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_file_that_changed_after_assembly_is_not_started(bundle: Path, tmp_path: Path) -> None:
+    repository_from_bundle(bundle, tmp_path)
+    folder = tmp_path / "unet" / "1"
+    assert read_placement(folder).files
+    copy = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").unlink()  # it may be a link to the bundle's own file
+    (folder / "model.onnx").write_bytes(copy)
+    with pytest.raises(BundleError, match="has changed since it was assembled"):
+        read_placement(folder)
+    (folder / PLACEMENT_NAME).unlink()
+    with pytest.raises(BundleError, match="holds no engine"):
+        read_placement(folder)
+
+
+def test_assembling_again_repairs_and_leaves_nothing_aside(bundle: Path, tmp_path: Path) -> None:
+    repository_from_bundle(bundle, tmp_path)
+    (tmp_path / "unet" / "1" / PLACEMENT_NAME).unlink()
+    (tmp_path / "unet" / "config.pbtxt").write_text("spoiled")
+    repository_from_bundle(bundle, tmp_path)
+    read_placement(tmp_path / "unet" / "1")
+    assert "spoiled" not in (tmp_path / "unet" / "config.pbtxt").read_text()
+    assert not list(tmp_path.rglob(".*"))

@@ -1,0 +1,73 @@
+"""The same model over Triton's own HTTP endpoints, as curl uses them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffuserve.triton.launcher import TritonServer
+
+
+def post(server: TritonServer, endpoint: str, body: Any) -> tuple[int, str]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    url = f"{server.address.http}/v2/models/stable_diffusion/{endpoint}"
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_generate_returns_one_json_with_the_image_in_base64(server: TritonServer) -> None:
+    status, text = post(server, "generate", {"prompt": "a slice of pizza", "seed": 7, "steps": 5})
+    answer = json.loads(text)
+    assert status == 200
+    assert answer["seed"] == 7
+    assert answer["event"] == "completed"
+    image = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
+    assert (image.format, image.size) == ("PNG", (128, 128))
+
+
+def test_generate_stream_sends_progress_as_server_sent_events(server: TritonServer) -> None:
+    status, text = post(server, "generate_stream", {"prompt": "a rocket", "steps": 4, "progress": True, "preview": 2})
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    assert status == 200
+    assert [event["event"] for event in events] == ["accepted"] + ["progress"] * 4 + ["completed"]
+    assert base64.b64decode(events[2]["preview"]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "x", "steps": 0}, "steps is 0; it must be from 1 to 150"),
+        ({"prompt": "x", "colour": "red"}, "Unknown: colour"),
+        ({"prompt": "x", "width": 100}, "Nearest: 96 or 128"),
+        ({"steps": 5}, "prompt"),
+    ],
+)
+def test_a_bad_body_is_answered_with_400_and_the_reason(server: TritonServer, body: Any, words: str) -> None:
+    status, text = post(server, "generate", body)
+    assert status == 400
+    assert words in text
+
+
+def test_a_body_that_is_no_json_is_an_error(server: TritonServer) -> None:
+    status, text = post(server, "generate", b"{not json")
+    assert status >= 400  # Triton's own choice is 500
+    assert "JSON" in text
+
+
+def test_plain_infer_is_refused(server: TritonServer) -> None:
+    body = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["x"]}]}
+    status, text = post(server, "infer", body)
+    assert status >= 400
+    assert "decoupled" in text

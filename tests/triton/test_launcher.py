@@ -1,0 +1,156 @@
+"""`diffuserve serve` as an operator uses it: real processes, signals, and what is left behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffuserve.errors import Draining, LaunchError, ServerUnavailable
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+
+DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
+
+
+@contextmanager
+def serve(repository: Path, address: Address, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [str(DIFFUSERVE), "serve", "--repository", str(repository), "--http-port", str(address.http_port)]
+    command += ["--grpc-port", str(address.grpc_port), "--metrics-port", str(address.metrics_port), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_until_ready(address: Address) -> None:
+    end_s = time.monotonic() + 60
+    with Client(address.grpc) as client:
+        while not client.is_ready():
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
+
+
+def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are more than an entry in the process table, which lasts until somebody's init has seen it."""
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def shared_memory_of(launcher_pid: int) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"diffuserve_{launcher_pid}_*"))  # noqa: S108
+
+
+def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(repository: Path) -> None:
+    address = Address.on_free_ports()
+    with serve(repository, address) as process, ThreadPoolExecutor(4) as pool, Client(address.grpc) as client:
+        wait_until_ready(address)
+        children = psutil.Process(process.pid).children(recursive=True)
+        running = [pool.submit(client.generate, "a rocket", steps=steps, seed=steps) for steps in (30, 60, 90)]
+        time.sleep(0.7)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(Draining):
+            client.generate("an apple", steps=1)
+        assert all(future.result().images[0].size == (128, 128) for future in running)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Serving tiny-emoji" in output
+    assert "max_steps 150" in output
+    assert "Stopped." in errors
+    assert not still_running(children)
+    assert not shared_memory_of(process.pid)
+
+
+def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_up(repository: Path) -> None:
+    address = Address.on_free_ports()
+    with serve(repository, address) as process:
+        wait_until_ready(address)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert shared_memory_of(process.pid)
+        process.kill()
+        process.wait()
+        psutil.wait_procs(children, timeout=40)
+        assert not still_running(children)
+    with TritonServer(repository, Address.on_free_ports()):
+        assert not shared_memory_of(process.pid)
+
+
+def test_a_port_in_use_is_named(repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        free = Address.on_free_ports()
+        address = Address(http_port=free.http_port, grpc_port=port, metrics_port=free.metrics_port)
+        with serve(repository, address) as process:
+            _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"Port {port} on 127.0.0.1 cannot be used" in errors
+    assert "--grpc-port" in errors
+
+
+def test_an_engine_that_changed_since_assembly_is_not_served(repository: Path, tmp_path: Path) -> None:
+    spoiled = tmp_path / "repository"
+    shutil.copytree(repository, spoiled)
+    (spoiled / "unet" / "1" / "model.onnx").write_bytes(b"not a model")
+    with (
+        pytest.raises(Exception, match="has changed since it was assembled"),
+        TritonServer(spoiled, Address.on_free_ports()),
+    ):
+        pass
+
+
+def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository: Path, tmp_path: Path) -> None:
+    """The launcher's own check is passed, so it is the model's warm-up call that fails."""
+    from diffuserve.triton.placement import place_file, read_placement, write_placement
+
+    spoiled = tmp_path / "repository"
+    shutil.copytree(repository, spoiled, copy_function=shutil.copy2)
+    folder = spoiled / "unet" / "1"
+    placement = read_placement(folder)
+    (folder / "model.onnx").write_bytes(b"not a model")
+    replaced = type(placement)(
+        placement.model, placement.bundle_sha256, placement.component, (place_file(folder, folder / "model.onnx"),)
+    )
+    write_placement(folder, replaced)
+    with pytest.raises(LaunchError, match="ONNX Runtime cannot load"), TritonServer(spoiled, Address.on_free_ports()):
+        pass
+
+
+def test_a_missing_repository_and_a_missing_triton_are_named(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(LaunchError, match="diffuserve assemble"),
+        TritonServer(tmp_path / "none", Address.on_free_ports()),
+    ):
+        pass
+    monkeypatch.setenv("TRITONSERVER", str(tmp_path / "tritonserver"))
+    with pytest.raises(LaunchError, match="no executable file"), TritonServer(repository, Address.on_free_ports()):
+        pass
+
+
+def test_a_client_without_a_server_says_so(repository: Path) -> None:
+    started_s = time.monotonic()
+    with Client(Address.on_free_ports().grpc) as client, pytest.raises(ServerUnavailable, match="diffuserve serve"):
+        client.generate("an apple")
+    assert time.monotonic() - started_s < 5
+
+
+def test_stopping_leaves_no_temporary_folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with TritonServer(repository, Address.on_free_ports()) as server:
+        assert list(tmp_path.iterdir())
+        assert server.running
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""Images served by Triton against diffusers' own pipeline in fp32."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffuserve_client import Client
+from tests.images import psnr_db
+
+PROMPTS = ("a slice of pizza, glossy, on a blue background", "a red heart, flat")
+SEEDS = (7, 4_000_000_000)
+SIZES = ((128, 128), (160, 96))
+SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras")
+
+
+def scheduler_of(sampler: str, config: Any) -> Any:
+    import diffusers
+
+    match sampler:
+        case "ddim":
+            return diffusers.DDIMScheduler.from_config(config)
+        case "euler":
+            return diffusers.EulerDiscreteScheduler.from_config(config)
+        case "euler_a":
+            return diffusers.EulerAncestralDiscreteScheduler.from_config(config)
+        case "dpmpp_2m":
+            return diffusers.DPMSolverMultistepScheduler.from_config(config)
+        case "dpmpp_2m_karras":
+            return diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    raise AssertionError(sampler)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_served_images_are_those_of_diffusers(sampler: str, client: Client, reference_pipeline: Any) -> None:
+    import torch
+
+    pipe = reference_pipeline
+    pipe.scheduler = scheduler_of(sampler, pipe.scheduler.config)
+    subjects = list(itertools.product(PROMPTS, SEEDS))
+    settings = [
+        {"guidance_scale": guidance_scale, "steps": steps, "width": width, "height": height}
+        for guidance_scale, steps, (width, height) in itertools.product((1.0, 5.0), (7, 20), SIZES)
+    ]
+
+    def served(subject: tuple[str, int], setting: dict[str, Any]) -> Any:
+        prompt, seed = subject
+        return client.generate(prompt, seed=seed, sampler=sampler, **setting).images[0]
+
+    with ThreadPoolExecutor(32) as pool:  # all at once, so that parity is shown in a mixed batch
+        images = [[pool.submit(served, subject, setting) for subject in subjects] for setting in settings]
+    figures = []
+    for setting, row in zip(settings, images, strict=True):
+        expected = pipe(
+            [prompt for prompt, _ in subjects],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in subjects],
+            num_inference_steps=setting["steps"],
+            **{name: value for name, value in setting.items() if name != "steps"},
+        ).images
+        figures += [psnr_db(image.result(), reference) for image, reference in zip(row, expected, strict=True)]
+    print(f"{sampler}: PSNR of {len(figures)} images: least {min(figures):.1f} dB, median {np.median(figures):.1f} dB")
+    assert min(figures) >= 38
