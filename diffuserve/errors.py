@@ -14,7 +14,7 @@
 
 Triton's status codes lack several of these, and errors on a gRPC stream arrive as text only. So a message on the wire
 begins with a machine-readable code, `[queue_full retry_after_s=2.5] 64 requests are waiting ...`; `to_wire` writes it
-and `from_wire` reads it back. `HTTP_STATUS` and `TRITON_CODE` are the one table from the tree to both protocols.
+and `from_wire` reads it back. `TRITON_CODE` is the one table from the tree to Triton's codes, and so to HTTP's.
 """
 
 from __future__ import annotations
@@ -75,15 +75,7 @@ class LaunchError(DiffuserveError):
     code = "launch_error"
 
 
-# Triton's own HTTP front end maps its codes to these statuses, so the two tables agree wherever it has a code.
-HTTP_STATUS: dict[type[DiffuserveError], int] = {
-    InvalidRequest: 400,
-    Cancelled: 499,
-    StageFailed: 500,
-    QueueFull: 503,
-    Draining: 503,
-    DeadlineExceeded: 503,
-}
+# Triton's HTTP front end answers these codes with 400, 499, 500 and 503.
 TRITON_CODE: dict[type[DiffuserveError], str] = {
     InvalidRequest: "INVALID_ARG",
     Cancelled: "CANCELLED",

@@ -12,6 +12,7 @@ from diffuserve.stages import Float32
 
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
+_EXIF_CHARACTERS = 15_000  # an EXIF block has 64 KiB, and a character of UTF-16 up to four bytes
 
 
 def encode_image(pixels: NDArray[np.uint8], format: str, parameters: str = "") -> bytes:
@@ -39,7 +40,7 @@ def encode_image(pixels: NDArray[np.uint8], format: str, parameters: str = "") -
         exif = Image.Exif()
         if parameters:
             # EXIF 2.32, 4.6.5: a user comment begins with the name of its character code, padded to eight bytes.
-            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters[:_EXIF_CHARACTERS].encode("utf-16-be")
         image.save(stream, format, quality=95, exif=exif)
     return stream.getvalue()
 

@@ -30,7 +30,8 @@ from diffuserve.errors import StageFailed
 from diffuserve.noise import Generator
 from diffuserve.policies import Policy, fair
 from diffuserve.samplers import Trajectory, advance, initial_state
-from diffuserve.stages import Conditioning, Float32
+from diffuserve.stages import Conditioning, Float32, checked
+from diffuserve.tensors import UNET
 
 log = logging.getLogger(__name__)
 
@@ -309,15 +310,16 @@ class InflightLoop:
         """One UNet call and the sampler's update of its latents. A failure fails the jobs in it and no others."""
         started_s = self._clock()
         try:
-            output = await asyncio.wait_for(self._denoise(*_unet_inputs(batch)), self._call_timeout_s)
+            call = checked(UNET, self._denoise(*_unet_inputs(batch)))
+            output = await asyncio.wait_for(call, self._call_timeout_s)
             self._advance(batch, output)
         except asyncio.TimeoutError:
             self._fail_all(batch, StageFailed(f"A UNet call gave no answer within {self._call_timeout_s:g} s."))
         except StageFailed as error:
             self._fail_all(batch, error)
         except Exception as error:
-            log.exception("a UNet call failed")
-            self._fail_all(batch, StageFailed(f"The UNet call failed: {error}"))
+            log.exception("a UNet call could not be made or used")
+            self._fail_all(batch, StageFailed(f"The step failed: {error!r}"))
         finally:
             self._account(batch, self._clock() - started_s)
             self._idle_instances += 1
@@ -343,8 +345,8 @@ class InflightLoop:
         """
         rows = sum(latent.job.rows_per_image for latent in batch)
         expected = (rows, *batch[0].job.shape)
-        if output.shape != expected:
-            raise StageFailed(f"The UNet returned {output.shape} where {expected} was expected.")
+        if output.shape != expected or output.dtype != np.float32:
+            raise StageFailed(f"The UNet returned {output.dtype} {output.shape} where float32 {expected} was expected.")
         with np.errstate(all="ignore"):  # values that are not finite are found below, and fail their own request only
             prediction = _guided(batch, output)
         positions = [(latent, latent.job.trajectory, latent.position) for latent in batch]

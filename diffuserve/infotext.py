@@ -33,7 +33,7 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int) -> str:
         "Version": f"diffuserve {__version__}",
     }
     lines = [request.prompt]
-    if request.negative_prompt:
+    if request.negative_prompt and request.guided:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)

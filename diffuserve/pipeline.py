@@ -24,7 +24,8 @@ from diffuserve.infotext import infotext
 from diffuserve.policies import POLICIES
 from diffuserve.request import Limits, TextToImageRequest
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.stages import Float32, Stages
+from diffuserve.stages import Float32, Stages, checked
+from diffuserve.tensors import VAE_DECODER
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import Tokenizer
 
@@ -239,13 +240,14 @@ class Pipeline:
     async def _decode(self, latents: Float32, request: TextToImageRequest) -> NDArray[np.uint8]:
         """Returns (n, H, W, 3) uint8; raises StageFailed if the decoder returned anything else."""
         parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
-        pixels = np.concatenate(await asyncio.gather(*(self._stages.decode(part) for part in parts)))
-        expected = (len(latents), request.height, request.width, 3)
-        if pixels.shape != expected or pixels.dtype != np.uint8:
-            raise StageFailed(
-                f"The VAE decoder returned {pixels.dtype} {pixels.shape} where uint8 {expected} was expected."
-            )
-        return pixels
+        decoded = await asyncio.gather(*(checked(VAE_DECODER, self._stages.decode(part)) for part in parts))
+        for part, pixels in zip(parts, decoded, strict=True):
+            expected = (len(part), request.height, request.width, 3)
+            if pixels.shape != expected or pixels.dtype != np.uint8:
+                raise StageFailed(
+                    f"The VAE decoder returned {pixels.dtype} {pixels.shape} where uint8 {expected} was expected."
+                )
+        return np.concatenate(decoded)
 
     async def _previews(self, step: _Step) -> tuple[bytes, ...]:
         if step.denoised is None:
@@ -260,7 +262,8 @@ class Pipeline:
 
     def _warnings(self, request: TextToImageRequest) -> tuple[str, ...]:
         warnings = []
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        texts = {"prompt": request.prompt, **({"negative_prompt": request.negative_prompt} if request.guided else {})}
+        for name, text in texts.items():
             dropped = self._tokenizer.encode(text).dropped_text
             if dropped:
                 warnings.append(

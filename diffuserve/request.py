@@ -131,7 +131,7 @@ def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Lim
     request = TextToImageRequest(
         prompt=check.text("prompt", None, limits.max_prompt_bytes),
         negative_prompt=check.text("negative_prompt", "", limits.max_prompt_bytes),
-        steps=check.integer("steps", model.default_steps, 1, limits.max_steps),
+        steps=check.integer("steps", min(model.default_steps, limits.max_steps), 1, limits.max_steps),
         guidance_scale=check.number("guidance_scale", model.default_guidance_scale, 0.0, limits.max_guidance_scale),
         seed=check.integer("seed", lambda: secrets.randbelow(MAX_SEED + 1), 0, MAX_SEED),
         width=check.side("width", model.width, model.size_multiple, limits.max_side_px),
@@ -202,15 +202,15 @@ class _Checker:
         return float(value)
 
     def side(self, name: str, default: int, multiple: int, high: int) -> int:
-        value = self.integer(name, default, -(2**31), 2**31 - 1)
         high -= high % multiple
-        if not multiple <= value <= high:
+        value = self._take(name, min(default, high))
+        if isinstance(value, bool) or not isinstance(value, int) or not multiple <= value <= high:
             raise InvalidRequest(
-                f"{name} is {value} px; it must be a multiple of {multiple} from {multiple} to {high}."
+                f"{name} is {value!r} px; it must be a multiple of {multiple} from {multiple} to {high}."
             )
         if value % multiple:
             below = value - value % multiple
-            nearest = " or ".join(str(side) for side in (below, below + multiple) if side)
+            nearest = " or ".join(str(side) for side in (below, below + multiple))
             raise InvalidRequest(
                 f"{name} is {value} px; this model needs a multiple of {multiple}. Nearest: {nearest}."
             )

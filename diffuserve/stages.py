@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.errors import StageFailed
+
+Result = TypeVar("Result")
 Float32 = NDArray[np.float32]
 # What the UNet is conditioned on besides sample and timestep, by input name: (B, ...) float32 each.
 Conditioning = Mapping[str, Float32]
@@ -36,3 +39,13 @@ class Engine(Protocol):
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Runs the component on batched arrays by input name; returns the outputs by name."""
         ...
+
+
+async def checked(stage: str, call: Awaitable[Result]) -> Result:
+    """Awaits a stage's call; whatever it raises, a timeout of its own included, becomes `StageFailed`."""
+    try:
+        return await call
+    except StageFailed:
+        raise
+    except Exception as error:
+        raise StageFailed(f"The stage {stage} failed: {error or type(error).__name__}") from error

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffuserve.stages import Conditioning, Float32, Stages
+from diffuserve.stages import Conditioning, Float32, Stages, checked
+from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.tokenizer import Tokenizer
 
 
@@ -56,7 +57,7 @@ class TextEmbeddings:
 
     async def _encode(self, text: str) -> Conditioning:
         input_ids = self._tokenizer.encode(text).input_ids[np.newaxis]
-        batch = await self._stages.encode_text(input_ids)
+        batch = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids))
         embedding = {name: array[0] for name, array in batch.items()}
         self._cache[text] = embedding
         self._bytes += _bytes(embedding)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+
 MODEL_STORE = Path(__file__).parents[1] / "model_store"
+CHECKPOINT = MODEL_STORE / "checkpoints" / "tiny-emoji"
 
 
 @pytest.fixture(scope="session")
@@ -14,4 +21,39 @@ def bundle() -> Path:
     """The bundled checkpoint's bundle; exported first if it is missing or out of date, which takes a minute or two."""
     from diffuserve_export.export import bundle_from_checkpoint
 
-    return bundle_from_checkpoint(MODEL_STORE / "checkpoints" / "tiny-emoji", MODEL_STORE / "bundles" / "tiny-emoji")
+    return bundle_from_checkpoint(CHECKPOINT, MODEL_STORE / "bundles" / "tiny-emoji")
+
+
+@pytest.fixture(scope="session")
+def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository that serves the bundled model."""
+    from diffuserve_export.assemble import repository_from_bundle
+
+    folder = tmp_path_factory.mktemp("repository")
+    repository_from_bundle(bundle, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """A real Triton on the bundled model, one for the whole session."""
+    with TritonServer(repository, Address.on_free_ports(), log_level="warning") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: TritonServer) -> Iterator[Client]:
+    """A client of that server."""
+    with Client(server.address.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference_pipeline() -> Any:
+    """diffusers' own pipeline on the bundled checkpoint, fp32, quiet."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -61,7 +61,9 @@ class Exchange:
 
     def broken(self, code: str, details: str | None) -> DiffuserveError:
         """The error for a call that ended with a gRPC status other than OK."""
-        return self._error or error_from_status(code, details or "no details", address=self._endpoint.url, heard=self._heard)
+        return self._error or error_from_status(
+            code, details or "no details", address=self._endpoint.url, heard=self._heard
+        )
 
     def silent(self) -> DiffuserveError:
         """The error for a server that stopped sending."""

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import read_manifest, verify
 from diffuserve.engines import load_engine
-from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 
@@ -53,7 +52,4 @@ class LocalStages:
             pool.shutdown()
 
     async def _run(self, stage: str, call: Callable[[Engine], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads[stage], call, self._engines[stage])
-        except Exception as error:
-            raise StageFailed(f"The stage {stage} failed: {error}") from error
+        return await asyncio.get_running_loop().run_in_executor(self._threads[stage], call, self._engines[stage])

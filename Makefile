@@ -1,0 +1,52 @@
+# `make demo` draws a picture from a bare checkout; `make test` runs the default suite. Both are safe to run again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKPOINT := model_store/checkpoints/tiny-emoji
+BUNDLE := model_store/bundles/tiny-emoji
+
+.DEFAULT_GOAL := help
+.PHONY: help install bundle repository demo test test-all lint format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## a virtual environment with everything
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+bundle: install
+	@$(BIN)/diffuserve export $(CHECKPOINT) --output $(BUNDLE)
+
+repository: bundle
+	@$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
+
+demo: repository  ## export the bundled checkpoint, start Triton, draw demo.png, stop
+	@$(BIN)/python examples/demo.py
+
+test: repository  ## the default suite: lint, types and tests, under 10 minutes on two cores
+	$(MAKE) --no-print-directory lint
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-all: repository  ## everything, the slow tests too
+	$(MAKE) --no-print-directory lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: repository  ## measure: served time against in-process time
+	$(BIN)/diffuserve bench overhead
+
+clean:  ## remove what was made, but not the virtual environment
+	rm -rf model_store/bundles triton_repo/*/1/[!m]* demo.png bench-results

@@ -1,0 +1,1 @@
+"""Benchmarks of diffuserve: two things compared in one run, with machine, versions and settings."""

@@ -1,0 +1,117 @@
+"""A small model that is none: its manifest, its bundle, and stages that are a few lines of numpy."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from diffuserve.bundle import Component, Manifest, ModelSpec, Preview, describe_file, sha256_of_files, write_manifest
+from diffuserve.stages import Conditioning, Float32
+from diffuserve.tensors import STAGES, stage_specs
+
+TOKENIZER = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji" / "tokenizer"
+
+MODEL = ModelSpec(
+    name="fake",
+    family="stable-diffusion",
+    latent_channels=4,
+    hidden_size=5,
+    max_tokens=12,
+    vae_scale_factor=8,
+    size_multiple=16,
+    width=64,
+    height=48,
+    default_steps=7,
+    default_guidance_scale=3.5,
+    default_sampler="euler",
+)
+PREVIEW = Preview(
+    matrix=((0.3, 0.0, 0.1), (0.0, 0.2, 0.0), (-0.1, 0.0, 0.3), (0.05, 0.05, 0.05)), bias=(0.5, 0.4, 0.3), rmse=0.1
+)
+
+
+def make_bundle(folder: Path, **changes: Any) -> Manifest:
+    """Writes a bundle with a real tokenizer and a few bytes for each component; `changes` are the manifest's fields."""
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    specs = stage_specs(max_tokens=MODEL.max_tokens, hidden_size=MODEL.hidden_size, latent_channels=4)
+    components = {}
+    for name in STAGES:
+        path = folder / name / "model.onnx"
+        path.parent.mkdir()
+        path.write_bytes(f"no real {name}".encode())
+        components[name] = Component(
+            engine="onnxruntime",
+            precision="fp32",
+            files=(describe_file(folder, path),),
+            tensors=specs[name],
+            tolerance=1e-4,
+            parity=(),
+        )
+    files = tuple(describe_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
+    manifest = Manifest(
+        format_version=1,
+        model=MODEL,
+        scheduler={"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        components=components,
+        files=files,
+        preview=PREVIEW,
+        source="fake",
+        source_sha256="0123456789abcdef" * 4,
+        bundle_sha256=sha256_of_files(files),
+        created="2025-01-02T03:04:05+00:00",
+        versions={"python": "3.11"},
+    )
+    manifest = msgspec.structs.replace(manifest, **changes)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+@dataclass
+class FakeStages:
+    """Implements `diffuserve.stages.Stages`; each row depends on that row alone.
+
+    `on_call` may raise in a stage's place; a stage named in `held` waits for `release` and sets `entered` before.
+    """
+
+    on_call: Callable[[str, NDArray[Any]], None] = lambda stage, array: None
+    held: str = ""
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+
+    def rows(self, stage: str) -> list[int]:
+        """Batch sizes of the stage's calls so far."""
+        return [shape[0] for name, shape in self.calls if name == stage]
+
+    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
+        await self._enter("encode_text", input_ids)
+        text = np.sin(input_ids.astype(np.float32))[..., np.newaxis]
+        return {"encoder_hidden_states": np.repeat(text, MODEL.hidden_size, axis=2)}
+
+    async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+        await self._enter("denoise", sample)
+        text = conditioning["encoder_hidden_states"].mean(axis=(1, 2)) * timestep / 1000
+        output: Float32 = np.float32(0.4) * np.tanh(sample) + text[:, None, None, None].astype(np.float32)
+        return output
+
+    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
+        await self._enter("decode", latent_sample)
+        rgb = (latent_sample[:, :3].clip(-1, 1) * 127 + 128).astype(np.uint8).transpose(0, 2, 3, 1)
+        return rgb.repeat(MODEL.vae_scale_factor, axis=1).repeat(MODEL.vae_scale_factor, axis=2)
+
+    async def _enter(self, stage: str, array: NDArray[Any]) -> None:
+        self.calls.append((stage, array.shape))
+        if stage == self.held:
+            self.entered.set()
+            await self.release.wait()
+        else:
+            await asyncio.sleep(0)
+        self.on_call(stage, array)

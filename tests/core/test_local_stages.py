@@ -1,0 +1,118 @@
+"""The bundled model, its engines in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from diffuserve.bundle import read_manifest, write_manifest
+from diffuserve.engines import load_engine
+from diffuserve.engines.local import LocalStages
+from diffuserve.errors import BundleError, StageFailed
+from diffuserve.pipeline import Completed, Pipeline
+from diffuserve.request import Limits, request_from_fields
+from diffuserve.stages import checked
+from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET
+from diffuserve.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def stages(bundle: Path) -> Iterator[LocalStages]:
+    local = LocalStages(bundle)
+    yield local
+    local.close()
+
+
+def generate(bundle: Path, stages: LocalStages, seed: int) -> Completed:
+    model = read_manifest(bundle).model
+    fields = {"prompt": "a red apple", "seed": seed, "steps": 2, "width": 64, "height": 96, "num_images": 2}
+    request = request_from_fields(fields, model, Limits.for_model(model))
+
+    async def main() -> Completed:
+        pipeline = Pipeline(bundle, stages)
+        try:
+            *_, last = [event async for event in pipeline.generate(request)]
+        finally:
+            await pipeline.close()
+        assert isinstance(last, Completed)
+        return last
+
+    return asyncio.run(main())
+
+
+def test_the_same_request_gives_the_same_files(bundle: Path, stages: LocalStages) -> None:
+    first, again, other = (generate(bundle, stages, seed) for seed in (3, 3, 5))
+    assert (first.pixels.dtype, first.pixels.shape) == (np.uint8, (2, 96, 64, 3))
+    assert first.images == again.images
+    assert not set(first.images) & set(other.images)
+    assert first.pixels.std() > 5  # a picture, not a plain colour
+
+
+def test_shapes(bundle: Path, stages: LocalStages) -> None:
+    model = read_manifest(bundle).model
+    input_ids = np.stack([Tokenizer(bundle / "tokenizer", model.max_tokens).encode(text).input_ids for text in "ab"])
+    sample = np.random.default_rng(0).standard_normal((2, model.latent_channels, 16, 24)).astype(np.float32)
+
+    async def main() -> None:
+        conditioning = await stages.encode_text(input_ids)
+        assert {name: array.shape for name, array in conditioning.items()} == {
+            "encoder_hidden_states": (2, model.max_tokens, model.hidden_size)
+        }
+        noise = await stages.denoise(sample, np.array([999, 3], np.float32), conditioning)
+        assert (noise.dtype, noise.shape) == (np.float32, sample.shape)
+        image = await stages.decode(sample)
+        factor = model.vae_scale_factor
+        assert (image.dtype, image.shape) == (np.uint8, (2, 16 * factor, 24 * factor, 3))
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_refuses_its_input_fails_the_call_only(bundle: Path, stages: LocalStages) -> None:
+    model = read_manifest(bundle).model
+    with pytest.raises(StageFailed, match="The stage text_encoder failed"):
+        asyncio.run(checked("text_encoder", stages.encode_text(np.zeros((1, model.max_tokens), np.float64))))
+    assert asyncio.run(stages.encode_text(np.zeros((1, model.max_tokens), np.int32)))
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_a_damaged_bundle_is_refused(bundle: Path, tmp_path: Path, damage: str) -> None:
+    manifest = read_manifest(bundle)
+    for file in manifest.all_files():
+        path = tmp_path / file.path
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((bundle / file.path).read_bytes())
+    write_manifest(tmp_path, manifest)
+    path = tmp_path / manifest.components[UNET].files[0].path
+    if damage == "missing":
+        path.unlink()
+    else:
+        with path.open("r+b") as stream:
+            stream.seek(path.stat().st_size // 2)
+            byte = stream.read(1)[0]
+            stream.seek(-1, 1)
+            stream.write(bytes([byte ^ 1]))
+    with pytest.raises(BundleError, match=f"{path} is {'missing' if damage == 'missing' else 'damaged'}"):
+        LocalStages(tmp_path)
+
+
+def test_engines_that_cannot_be_loaded(bundle: Path, tmp_path: Path) -> None:
+    component = read_manifest(bundle).components[TEXT_ENCODER]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(BundleError, match=f"ONNX Runtime cannot load {path}"):
+        load_engine(path, component, threads=1)
+    with pytest.raises(BundleError, match="made for the engine 'abacus'; this diffuserve has: onnxruntime"):
+        load_engine(path, msgspec.structs.replace(component, engine="abacus"), threads=1)
+
+
+def test_the_manifest_describes_every_stage(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert set(manifest.components) == set(STAGES)
+    for component in manifest.components.values():
+        assert component.parity
+        assert all(parity.max_abs_error <= component.tolerance for parity in component.parity)

@@ -1,0 +1,392 @@
+"""The pipeline over stages that are a few lines of numpy."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuserve.bundle import read_manifest
+from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
+from diffuserve.images import encode_image
+from diffuserve.infotext import infotext
+from diffuserve.pipeline import MAX_DECODE_BATCH, Accepted, Completed, Event, Pipeline, Progress
+from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.tokenizer import Tokenizer
+from tests.core.fakes import MODEL, FakeStages, make_bundle
+
+STAGES = ("encode_text", "denoise", "decode")
+
+
+@pytest.fixture(scope="module")
+def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("bundle")
+    make_bundle(folder)
+    return folder
+
+
+def make_request(**fields: Any) -> TextToImageRequest:
+    defaults = {"prompt": "a cat", "seed": 7, "steps": 3, "guidance_scale": 4.0, "format": "raw"}
+    return request_from_fields({**defaults, **fields}, MODEL, Limits.for_model(MODEL))
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Like asyncio.run, with a bound; fails if an exception was never retrieved or a task was left behind."""
+    noise: list[dict[str, Any]] = []
+
+    async def quiet() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: noise.append(context))
+        await asyncio.wait_for(main(), 20)
+        gc.collect()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(quiet())
+    gc.collect()
+    assert noise == []
+
+
+@asynccontextmanager
+async def serving(bundle: Path, stages: FakeStages, limits: Limits | None = None) -> AsyncIterator[Pipeline]:
+    """A pipeline that must have nothing left to do at the end."""
+    pipeline = Pipeline(bundle, stages, limits)
+    try:
+        yield pipeline
+        assert pipeline.loop.alive
+        assert_free(pipeline)
+    finally:
+        await pipeline.close()
+
+
+def assert_free(pipeline: Pipeline) -> None:
+    left = (pipeline.active, pipeline.waiting, pipeline.loop.images_active, pipeline.loop.rows_left)
+    assert left == (0, 0, 0, 0)
+
+
+async def draw(pipeline: Pipeline, **fields: Any) -> list[Event]:
+    return [event async for event in pipeline.generate(make_request(**fields))]
+
+
+async def completed(pipeline: Pipeline, **fields: Any) -> Completed:
+    last = (await draw(pipeline, **fields))[-1]
+    assert isinstance(last, Completed)
+    return last
+
+
+def start(pipeline: Pipeline, **fields: Any) -> asyncio.Task[list[Event]]:
+    return asyncio.create_task(draw(pipeline, **fields))
+
+
+def test_events_in_order(fake_bundle: Path) -> None:
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            quiet = await draw(pipeline)
+            assert [type(event) for event in quiet] == [Accepted, Completed]
+            accepted, *steps, last = await draw(pipeline, progress=True)
+            assert accepted == Accepted(3)
+            assert steps == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
+            assert isinstance(last, Completed)
+
+    run(main)
+
+
+def test_previews_come_every_kth_step(fake_bundle: Path) -> None:
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            events = await draw(pipeline, steps=7, preview=3, progress=True, num_images=2)
+            steps = [event for event in events if isinstance(event, Progress)]
+            assert [len(event.previews) for event in steps] == [0, 0, 2, 0, 0, 2, 0]
+            for preview in (*steps[2].previews, *steps[5].previews):
+                with Image.open(io.BytesIO(preview)) as image:
+                    assert (image.format, image.size) == ("PNG", (8, 6))
+            assert len({*steps[2].previews, *steps[5].previews}) == 4
+            assert not any(isinstance(event, Progress) for event in await draw(pipeline, preview=1))
+
+    run(main)
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "raw"])
+def test_completed(fake_bundle: Path, format: str) -> None:
+    async def main() -> None:
+        fields = {"num_images": 3, "seed": 2**32 - 2, "format": format, "width": 96}
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            done = await completed(pipeline, **fields)
+        assert done.seeds == (2**32 - 2, 2**32 - 1, 0)
+        assert (done.pixels.dtype, done.pixels.shape) == (np.uint8, (3, 48, 96, 3))
+        manifest, request = read_manifest(fake_bundle), make_request(**fields)
+        assert done.parameters == tuple(infotext(request, manifest, seed) for seed in done.seeds)
+        expected = [encode_image(image, format, text) for image, text in zip(done.pixels, done.parameters, strict=True)]
+        assert list(done.images) == expected
+        assert done.warnings == ()
+        assert min(done.queue_s, done.denoise_s) >= 0
+        assert 0 < done.queue_s + done.denoise_s <= done.total_s
+
+    run(main)
+
+
+def test_images_are_those_of_their_own_seeds(fake_bundle: Path) -> None:
+    async def main() -> None:
+        count = MAX_DECODE_BATCH + 2
+        stages = FakeStages()
+        async with serving(fake_bundle, stages) as pipeline:
+            together = await completed(pipeline, num_images=count, sampler="euler_a")
+            assert stages.rows("decode") == [MAX_DECODE_BATCH, 2]
+            for index in (0, MAX_DECODE_BATCH - 1, count - 1):
+                alone = await completed(pipeline, seed=7 + index, sampler="euler_a")
+                np.testing.assert_allclose(together.pixels[index], alone.pixels[0], atol=1)
+        assert len({image.tobytes() for image in together.pixels}) == count
+
+    run(main)
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(0, 1), (1, 1), (1.5, 2)])
+def test_guidance_takes_a_second_row(fake_bundle: Path, guidance_scale: float, rows: int) -> None:
+    async def main() -> None:
+        stages = FakeStages()
+        async with serving(fake_bundle, stages) as pipeline:
+            done = await completed(pipeline, guidance_scale=guidance_scale, num_images=2, negative_prompt="a dog")
+            other = await completed(pipeline, guidance_scale=guidance_scale, num_images=2, negative_prompt="")
+        assert stages.rows("denoise") == [2 * rows] * 6
+        assert stages.rows("encode_text") == [1] * (1 if rows == 1 else 3)
+        assert np.array_equal(done.pixels, other.pixels) == (rows == 1)
+
+    run(main)
+
+
+def test_requests_share_calls(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(held="encode_text")
+        async with serving(fake_bundle, stages) as pipeline:
+            requests = [start(pipeline, seed=seed, prompt="a cat", negative_prompt="a cat") for seed in range(4)]
+            await stages.entered.wait()
+            assert pipeline.active == pipeline.waiting == 4
+            stages.release.set()
+            await asyncio.gather(*requests)
+        assert stages.rows("denoise") == [8, 8, 8]
+        assert stages.rows("encode_text") == [1]
+
+    run(main)
+
+
+def test_long_prompts_are_warned_about(fake_bundle: Path) -> None:
+    async def main() -> None:
+        long = "red blue cat dog " * 5
+        kept = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens).encode(long).dropped_text
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            assert (await completed(pipeline, prompt=long)).warnings == (
+                f"The prompt is longer than 12 tokens; this end of it was not used: {kept!r}",
+            )
+            [warning] = (await completed(pipeline, negative_prompt=long)).warnings
+            assert warning.startswith("The negative_prompt is longer than 12 tokens")
+
+    run(main)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deadline(fake_bundle: Path, stage: str) -> None:
+    async def main() -> None:
+        stages = FakeStages(held=stage)
+        async with serving(fake_bundle, stages) as pipeline:
+            with pytest.raises(DeadlineExceeded, match="timeout_ms of 20"):
+                await draw(pipeline, timeout_ms=20)
+            assert stages.entered.is_set()
+            assert_free(pipeline)
+            stages.release.set()
+            assert (await completed(pipeline, timeout_ms=60_000)).images
+
+    run(main)
+
+
+@pytest.mark.parametrize("by", ["closing", "cancelling"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_leaving_early_frees_everything(fake_bundle: Path, stage: str, by: str) -> None:
+    async def main() -> None:
+        stages = FakeStages(held=stage)
+        async with serving(fake_bundle, stages) as pipeline:
+            if by == "closing":
+                events = pipeline.generate(make_request(num_images=3))
+                assert await anext(events) == Accepted(3)
+                await stages.entered.wait()
+                assert pipeline.active == 1
+                await events.aclose()
+            else:
+                reader = start(pipeline, num_images=3)
+                await stages.entered.wait()
+                reader.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reader
+            assert_free(pipeline)
+            stages.release.set()
+            assert (await completed(pipeline)).images
+
+    run(main)
+
+
+def test_closing_at_once(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages()
+        async with serving(fake_bundle, stages) as pipeline:
+            await pipeline.generate(make_request()).aclose()
+            events = pipeline.generate(make_request())
+            await anext(events)
+            await events.aclose()
+            assert_free(pipeline)
+        assert stages.calls == []
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", [StageFailed("broken"), ValueError("broken")], ids=["StageFailed", "ValueError"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_fails_one_request_only(fake_bundle: Path, stage: str, error: Exception) -> None:
+    bad_ids = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens).encode("bad").input_ids
+
+    def fail(at: str, array: Any) -> None:
+        if at == stage and (array.shape[-1] == 2 if stage != "encode_text" else (array == bad_ids).all()):
+            raise error
+
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages(on_call=fail)) as pipeline:
+            good = [start(pipeline, seed=seed, steps=5) for seed in range(2)]
+            bad = start(pipeline, prompt="bad", width=16, steps=5)
+            with pytest.raises((StageFailed, type(error)), match="broken"):
+                await bad
+            for events in await asyncio.gather(*good):
+                assert isinstance(events[-1], Completed)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "decoded",
+    [
+        lambda pixels: pixels.astype(np.float32),
+        lambda pixels: pixels[:, :-1],
+        lambda pixels: pixels[..., :1],
+        lambda pixels: pixels[:1],
+        lambda pixels: pixels.transpose(0, 3, 1, 2),
+    ],
+    ids=["dtype", "height", "channels", "count", "order"],
+)
+def test_wrong_decoder_output(fake_bundle: Path, decoded: Callable[[Any], Any]) -> None:
+    class Stages(FakeStages):
+        async def decode(self, latent_sample: Any) -> Any:
+            return decoded(await super().decode(latent_sample))
+
+    async def main() -> None:
+        async with serving(fake_bundle, Stages()) as pipeline:
+            with pytest.raises(StageFailed, match=r"decoder returned .* where uint8 \(2, 48, 64, 3\) was expected"):
+                await draw(pipeline, num_images=2)
+
+    run(main)
+
+
+def test_wrong_unet_output(fake_bundle: Path) -> None:
+    class Stages(FakeStages):
+        async def denoise(self, *args: Any) -> Any:
+            return (await super().denoise(*args)) * np.float32(np.nan)
+
+    async def main() -> None:
+        async with serving(fake_bundle, Stages()) as pipeline:
+            with pytest.raises(StageFailed, match="not finite"):
+                await draw(pipeline)
+
+    run(main)
+
+
+def test_the_queue_is_bounded(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(held="denoise")
+        limits = replace(Limits.for_model(MODEL), max_waiting_requests=2)
+        async with serving(fake_bundle, stages, limits) as pipeline:
+            waiting = [start(pipeline) for _ in range(2)]
+            await stages.entered.wait()
+            with pytest.raises(
+                QueueFull, match=r"^2 requests are waiting, and no more are queued. Try again in"
+            ) as full:
+                await draw(pipeline)
+            assert full.value.retry_after_s == 1.0  # no call has been measured yet
+            assert pipeline.active == pipeline.waiting == 2
+            stages.release.set()
+            await asyncio.gather(*waiting)
+            assert (await completed(pipeline)).images
+
+            stages.release.clear()
+            stages.entered.clear()
+            waiting = [start(pipeline) for _ in range(2)]
+            await stages.entered.wait()
+            with pytest.raises(QueueFull) as full:
+                await draw(pipeline)
+            assert 0.1 <= full.value.retry_after_s <= 60
+            stages.release.set()
+            await asyncio.gather(*waiting)
+
+    run(main)
+
+
+def test_a_request_past_its_first_step_does_not_wait(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(held="decode")
+        limits = replace(Limits.for_model(MODEL), max_waiting_requests=1)
+        async with serving(fake_bundle, stages, limits) as pipeline:
+            first = start(pipeline)
+            await stages.entered.wait()
+            assert (pipeline.active, pipeline.waiting) == (1, 0)
+            second = start(pipeline)
+            stages.release.set()
+            await asyncio.gather(first, second)
+
+    run(main)
+
+
+def test_draining(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(held="denoise")
+        async with serving(fake_bundle, stages) as pipeline:
+            accepted = start(pipeline)
+            await stages.entered.wait()
+            pipeline.drain()
+            with pytest.raises(Draining, match="takes no new requests"):
+                await draw(pipeline)
+            assert pipeline.active == 1
+            stages.release.set()
+            assert isinstance((await accepted)[-1], Completed)
+
+    run(main)
+
+
+def test_closing_the_pipeline_fails_what_is_left(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(held="denoise")
+        pipeline = Pipeline(fake_bundle, stages)
+        requests = [start(pipeline, width=width) for width in (16, 32)]
+        await stages.entered.wait()
+        await pipeline.close()
+        for result in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(result, StageFailed)
+        assert_free(pipeline)
+
+    run(main)
+
+
+def test_too_few_rows_for_guidance(fake_bundle: Path) -> None:
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages(), replace(Limits.for_model(MODEL), max_rows=1)) as pipeline:
+            with pytest.raises(StageFailed, match="Set it to 2 or more"):
+                await draw(pipeline)
+            assert (await completed(pipeline, guidance_scale=1, num_images=2)).images
+
+    run(main)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is no bundle"):
+        Pipeline(tmp_path, FakeStages())

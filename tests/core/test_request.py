@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from diffuserve.errors import InvalidRequest
+from diffuserve.request import MAX_SEED, MAX_TIMEOUT_MS, Limits, TextToImageRequest, request_from_fields
+from diffuserve.samplers import SAMPLERS
+from diffuserve.tensors import REQUEST
+from tests.core.fakes import MODEL
+
+LIMITS = Limits(
+    max_steps=20, max_side_px=130, max_guidance_scale=10.0, max_images=4, max_prompt_bytes=12, max_waiting_requests=9
+)
+
+
+def parse(**values: Any) -> TextToImageRequest:
+    return request_from_fields({"prompt": "a cat", **values}, MODEL, LIMITS)
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**values)
+    return str(caught.value)
+
+
+def test_defaults_come_from_the_model() -> None:
+    request = parse(seed=3)
+    assert request == TextToImageRequest(
+        prompt="a cat",
+        negative_prompt="",
+        steps=MODEL.default_steps,
+        guidance_scale=MODEL.default_guidance_scale,
+        seed=3,
+        width=MODEL.width,
+        height=MODEL.height,
+        sampler=MODEL.default_sampler,
+    )
+    nothing = {field.name: None for field in fields(TextToImageRequest)}
+    assert parse(**{**nothing, "prompt": "a cat", "seed": 3}) == request
+
+
+def test_the_wire_has_every_field() -> None:
+    assert [spec.name for spec in REQUEST] == [field.name for field in fields(TextToImageRequest)]
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    drawn = {parse().seed for _ in range(20)}
+    assert len(drawn) > 1
+    assert all(0 <= seed <= MAX_SEED for seed in drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("steps", 1, 20),
+        ("guidance_scale", 0, 10),
+        ("seed", 0, MAX_SEED),
+        ("num_images", 1, 4),
+        ("priority", 0, 9),
+        ("timeout_ms", 0, MAX_TIMEOUT_MS),
+        ("preview", 0, 20),
+    ],
+)
+def test_bounds(name: str, low: int, high: int) -> None:
+    for allowed in (low, high):
+        assert getattr(parse(**{name: allowed}), name) == allowed
+    for refused in (low - 1, high + 1):
+        assert refusal(**{name: refused}) == f"{name} is {refused}; it must be from {low} to {high}."
+    for wrong_type in (True, False, "3", b"3", [3]):
+        kind = "number" if name == "guidance_scale" else "whole number"
+        expected = f"{name} is {wrong_type!r}; it must be a {kind} from {low} to {high}."
+        assert refusal(**{name: wrong_type}) == expected
+    if name != "guidance_scale":
+        assert refusal(**{name: 3.0}).startswith(f"{name} is 3.0; it must be a whole number")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 10.000001, 10**400])
+def test_guidance_that_is_not_a_number_in_range(value: float) -> None:
+    message = refusal(guidance_scale=value)
+    assert message.startswith(f"guidance_scale is {value}; it must be from 0 to 10")
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.0001, True), (7.5, True)])
+def test_guidance_up_to_one_is_none(scale: float, guided: bool) -> None:
+    request = parse(guidance_scale=scale)
+    assert request.guided is guided
+    assert isinstance(request.guidance_scale, float)
+
+
+@pytest.mark.parametrize("name", ["width", "height"])
+def test_sizes(name: str) -> None:
+    for allowed in (16, 112, 128):  # 130, rounded down to the model's multiple
+        assert getattr(parse(**{name: allowed}), name) == allowed
+    for refused in (0, -16, 8, 144, 2**31 - 1):
+        assert refusal(**{name: refused}) == f"{name} is {refused} px; it must be a multiple of 16 from 16 to 128."
+    for refused, nearest in ((17, "16 or 32"), (100, "96 or 112"), (127, "112 or 128")):
+        assert refusal(**{name: refused}).endswith(
+            f"{refused} px; this model needs a multiple of 16. Nearest: {nearest}."
+        )
+    for wrong_type in (True, 64.0, "64"):
+        assert refusal(**{name: wrong_type}).startswith(f"{name} is {wrong_type!r} px; it must be a multiple of 16")
+    assert refusal(**{name: 2**31}).startswith(f"{name} is {2**31}; it must be")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("sampler", tuple(SAMPLERS)), ("format", ("png", "jpeg", "webp", "raw")), ("encoding", ("base64", "binary"))],
+)
+def test_choices(name: str, allowed: tuple[str, ...]) -> None:
+    for value in allowed:
+        assert getattr(parse(**{name: value}), name) == value
+        assert getattr(parse(**{name: value.encode()}), name) == value
+    for refused in ("", "PNG", "Euler", 1, True, ["png"]):
+        assert refusal(**{name: refused}) == f"{name} is {refused!r}; it must be one of {', '.join(allowed)}."
+    assert refusal(**{name: "x" * 1000}).startswith(f"{name} is '{'x' * 40}...'; it must be")
+    assert refusal(**{name: b"\xff"}).startswith(f"{name} is '\ufffd'; it must be")
+
+
+def test_progress_is_a_bool() -> None:
+    assert parse(progress=True).progress is True
+    for refused in (1, 0, "true", b"false"):
+        assert refusal(progress=refused) == f"progress is {refused!r}; it must be true or false."
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_texts(name: str) -> None:
+    for value, text in (("", ""), (b"", ""), ("Grüße", "Grüße"), ("Grüße".encode(), "Grüße"), ("😀" * 3, "😀" * 3)):
+        assert getattr(parse(**{name: value}), name) == text
+    for refused in ("a" * 13, "😀" * 3 + "a", b"a" * 13):
+        assert refusal(**{name: refused}) == f"{name} has 13 bytes; at most 12 are allowed. Shorten it."
+    assert refusal(**{name: b"ab\xff"}) == f"{name} is not UTF-8 (invalid start byte at byte 2). Encode it as UTF-8."
+    assert refusal(**{name: "a\ud800"}) == f"{name} has a lone surrogate at position 1; it must be valid Unicode."
+    assert refusal(**{name: 5}) == f"{name} is of type int; it must be text."
+
+
+@pytest.mark.parametrize("values", [{}, {"prompt": None}])
+def test_a_prompt_is_needed(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="prompt is missing"):
+        request_from_fields(values, MODEL, LIMITS)
+
+
+def test_unknown_fields_are_named() -> None:
+    message = refusal(cfg=7, a_name_that_goes_on_and_on_and_on_and_on_and_on=1)
+    assert message.startswith("Unknown: a_name_that_goes_on_and_on_and_on_and_on, cfg. A request has these fields: ")
+    listed = message.split("fields: ")[1].rstrip(".").split(", ")
+    assert listed == [field.name for field in fields(TextToImageRequest)]
+
+
+def test_each_image_has_a_seed_and_seeds_wrap() -> None:
+    assert parse(seed=5, num_images=3).seeds == (5, 6, 7)
+    assert parse(seed=MAX_SEED - 1, num_images=4).seeds == (MAX_SEED - 1, MAX_SEED, 0, 1)
+
+
+def test_limits_of_a_model() -> None:
+    limits = Limits.for_model(MODEL)
+    assert limits == Limits(max_side_px=128)
+    assert Limits.from_parameters(MODEL, {"policy": "fair"}) == limits
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
+def test_limits_from_parameters(name: str) -> None:
+    limits = Limits.from_parameters(MODEL, {name: "7", "other": "x"})
+    changed = {field.name for field in fields(Limits) if getattr(limits, field.name) != getattr(Limits(), field.name)}
+    assert changed == {name, "max_side_px"}
+    assert getattr(limits, name) == 7
+    is_float = name == "max_guidance_scale"
+    assert isinstance(getattr(limits, name), float if is_float else int)
+    for text in ("", "x", "0", "-3", "nan", "inf", "1e999", "1" * 5000, *([] if is_float else ["7.5", "1e3"])):
+        expected = re.escape(f"The limit {name} is {text!r}; it must be a positive number.")
+        with pytest.raises(InvalidRequest, match=expected):
+            Limits.from_parameters(MODEL, {name: text})
+
+
+def test_a_limit_too_large_for_a_float() -> None:
+    with pytest.raises(InvalidRequest, match="max_guidance_scale"):
+        Limits.from_parameters(MODEL, {"max_guidance_scale": "9" * 400})
+    assert Limits.from_parameters(MODEL, {"max_steps": "9" * 400}).max_steps == int("9" * 400)

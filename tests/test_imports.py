@@ -1,0 +1,165 @@
+"""Which package may import which, and what the command line loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffuserve.cli import _VERBS
+
+ROOT = Path(__file__).parents[1]
+# The folder of each package, and which of ours it may import besides itself.
+MAY_IMPORT = {
+    "diffuserve": ("diffuserve", set()),
+    "diffuserve_export": ("export/diffuserve_export", {"diffuserve"}),
+    "diffuserve_client": ("client/diffuserve_client", {"diffuserve"}),
+    "diffuserve_loadtest": ("loadtest/diffuserve_loadtest", {"diffuserve", "diffuserve_client"}),
+    "triton_repo": ("triton_repo", {"diffuserve"}),
+}
+CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
+DEFINES_TORCH_MODULES = Path("export/diffuserve_export/modules.py")
+NOT_FOR_HELP = HEAVY | {"numpy", "grpc", "tritonclient", "PIL", "tokenizers", "tqdm"}
+
+
+def _sources(folder: str) -> Iterator[tuple[Path, ast.Module]]:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    for path in paths:
+        yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """Names of the modules that one statement imports; a relative import gives an empty name."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(node.module or "") if not node.level else ""]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        return [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+    return []
+
+
+def _all_imports(tree: ast.AST) -> set[str]:
+    """Top-level packages imported anywhere in a module, also inside functions and for type checking only."""
+    return {name.split(".")[0] for node in ast.walk(tree) for name in _imported(node)}
+
+
+def _imports_when_loaded(tree: ast.AST) -> set[str]:
+    """Top-level packages imported by importing the module: not those in functions or under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        found |= {name.split(".")[0] for name in _imported(node)} | _imports_when_loaded(node)
+    return found
+
+
+def test_the_scan_sees_imports_wherever_they_stand() -> None:
+    source = """
+import a.b, c
+from d.e import f
+from . import x
+if TYPE_CHECKING:
+    import g
+try:
+    import h
+except ImportError:
+    pass
+class K:
+    import i
+    def method(self):
+        if self:
+            from j import k
+importlib.import_module("l.m")
+async def later(): import n
+"""
+    assert _imports_when_loaded(ast.parse(source)) == {"a", "c", "d", "", "h", "i", "l"}
+    assert _all_imports(ast.parse(source)) == {"a", "c", "d", "", "g", "h", "i", "j", "l", "n"}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_one_way(package: str) -> None:
+    folder, others = MAY_IMPORT[package]
+    wrong = {
+        f"{path} imports {name or 'relatively'}"
+        for path, tree in _sources(folder)
+        for name in _all_imports(tree)
+        if name in ("", "tests", *MAY_IMPORT) and name not in {package, *others}
+    }
+    assert not wrong
+
+
+def test_the_command_line_alone_names_the_other_packages() -> None:
+    others = "|".join(name for name in MAY_IMPORT if name != "diffuserve")
+    naming = {
+        path
+        for path, tree in _sources("diffuserve")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and re.fullmatch(rf"({others})(\.\w+)*", str(node.value))
+        if node.value != "triton_repo"  # the default folder to serve, no package
+    }
+    assert naming == {Path("diffuserve/cli.py")}
+
+
+def test_the_core_loads_few_libraries() -> None:
+    allowed = CORE_LIBRARIES | set(sys.stdlib_module_names) | {"diffuserve"}
+    wrong = {
+        f"{path} imports {name}"
+        for path, tree in _sources("diffuserve")
+        if path.parts[1] not in ("triton", "engines")
+        for name in _imports_when_loaded(tree) - allowed
+    }
+    assert not wrong
+
+
+def test_heavy_libraries_are_imported_inside_functions() -> None:
+    heavy = {
+        (path, name)
+        for folder, _ in MAY_IMPORT.values()
+        for path, tree in _sources(folder)
+        for name in _imports_when_loaded(tree) & HEAVY
+    }
+    assert heavy == {(DEFINES_TORCH_MODULES, "torch")}
+
+
+@pytest.mark.parametrize("verb", ["", *_VERBS])
+def test_help(verb: str) -> None:
+    script = Path(sys.executable).with_name("diffuserve")
+    run = subprocess.run([script, *([verb] if verb else []), "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"Usage: diffuserve {verb}".rstrip())
+    if not verb:
+        assert all(f"  {name} " in run.stdout and line in run.stdout for name, (_, line, _) in _VERBS.items())
+
+
+@pytest.mark.parametrize("verb", ["", *_VERBS])
+def test_help_loads_nothing_heavy(verb: str) -> None:
+    code = (
+        "import json, sys; from diffuserve.cli import root;"
+        f"root.main({[verb] if verb else []} + ['--help'], prog_name='diffuserve', standalone_mode=False);"
+        "print(json.dumps(list(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = set(json.loads(run.stdout.splitlines()[-1]))
+    assert "diffuserve.cli" in loaded
+    assert not loaded & NOT_FOR_HELP
+    others = {name.split(".")[0] for name in loaded} & set(MAY_IMPORT) - {"diffuserve"}
+    assert others == ({_VERBS[verb][0].split(".")[0]} - {"diffuserve"} if verb else set())
+
+
+def test_an_unknown_verb() -> None:
+    script = Path(sys.executable).with_name("diffuserve")
+    run = subprocess.run([script, "paint"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "No such command 'paint'" in run.stderr
