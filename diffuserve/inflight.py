@@ -183,27 +183,20 @@ class InflightLoop:
             (n, C, h, w) float32: the finished latents, unit variance.
 
         Raises:
-            StageFailed: a UNet call that carried one of its images failed, or the loop itself has died.
+            StageFailed: a UNet call that carried one of its images failed, or the loop itself died.
         """
         if job.rows_per_image > self._max_rows:
             raise StageFailed(
                 f"An image with guidance takes two UNet rows, and max_rows is {self._max_rows}. Set it to 2 or more."
             )
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="inflight loop")
-        if self._task.done():
-            raise StageFailed("The in-flight loop has died; the server's log says why. Restart the server.")
         self._waiting.append(job)
         self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="inflight loop")
         try:
             return await job.done
         finally:
             self._discard(job)
-
-    @property
-    def alive(self) -> bool:
-        """False once the loop's own task has ended; it never should."""
-        return self._task is None or not self._task.done()
 
     @property
     def images_active(self) -> int:
@@ -229,8 +222,9 @@ class InflightLoop:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        """Runs while there is anything to do; the next request starts it again, also after it has died."""
         try:
-            while True:
+            while self._waiting or self._active or self._calls:
                 self._admit()
                 while self._idle_instances and (batch := self._select()):
                     self._start_call(batch)
@@ -241,7 +235,7 @@ class InflightLoop:
             raise
         finally:
             for job in [*self._waiting, *self._active]:
-                _fail(job, StageFailed("The in-flight loop has stopped."))
+                _fail(job, StageFailed("The in-flight loop has stopped; the server's log says why."))
 
     def _discard(self, job: Job) -> None:
         """Forgets a job that is finished, failed or cancelled. A call in flight keeps its own references."""
@@ -304,7 +298,6 @@ class InflightLoop:
         self._idle_instances -= 1
         task = asyncio.create_task(self._call(batch), name="unet call")
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
 
     async def _call(self, batch: list[Latent]) -> None:
         """One UNet call and the sampler's update of its latents. A failure fails the jobs in it and no others."""
@@ -323,6 +316,7 @@ class InflightLoop:
         finally:
             self._account(batch, self._clock() - started_s)
             self._idle_instances += 1
+            self._calls = {task for task in self._calls if task is not asyncio.current_task()}
             self._wake.set()
 
     def _account(self, batch: list[Latent], call_s: float) -> None:

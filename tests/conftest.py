@@ -37,7 +37,7 @@ def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
     """A real Triton on the bundled model, one for the whole session."""
-    with TritonServer(repository, Address.on_free_ports(), log_level="warning") as server:
+    with TritonServer(repository, Address.on_free_ports()) as server:
         yield server
 
 

@@ -32,6 +32,8 @@ from diffuserve.triton.placement import read_placement
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
 _PR_SET_PDEATHSIG = 1
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
+# What Triton says, whatever its log level, where there is no GPU, and when it is asked to stop.
+_HARMLESS = ("Failed to initialize NVML", "CudaDriverHelper has not been initialized", "Signal (15) received")
 _EXIT_GRACE_S = 10.0
 # Triton takes about three seconds. After draining there is nothing left to lose, and Triton 2.51 sometimes keeps a request
 # whose client hung up in the middle, and with it the model, for good.
@@ -54,7 +56,7 @@ class TritonServer:
     """
 
     def __init__(
-        self, repository: Path, address: Address, *, log_level: str = "warning", ready_timeout_s: float = 600.0
+        self, repository: Path, address: Address, *, log_level: str = "error", ready_timeout_s: float = 600.0
     ) -> None:
         self.repository = repository
         self.address = address
@@ -171,8 +173,9 @@ class TritonServer:
     def _pump_log(self, stream: IO[str]) -> None:
         with stream:
             for line in stream:
-                self._log_tail.append(line.rstrip())
-                sys.stderr.write(line)
+                if not any(words in line for words in _HARMLESS):
+                    self._log_tail.append(line.rstrip())
+                    sys.stderr.write(line)
 
     def _wait_until_ready(self) -> None:
         end_s = time.monotonic() + self._ready_timeout_s

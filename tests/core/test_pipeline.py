@@ -60,7 +60,6 @@ async def serving(bundle: Path, stages: FakeStages, limits: Limits | None = None
     pipeline = Pipeline(bundle, stages, limits)
     try:
         yield pipeline
-        assert pipeline.loop.alive
         assert_free(pipeline)
     finally:
         await pipeline.close()
