@@ -28,18 +28,15 @@ import numpy as np
 
 from diffuserve.errors import StageFailed
 from diffuserve.noise import Generator
-from diffuserve.policies import Policy, fair
 from diffuserve.samplers import Trajectory, advance, initial_state
+from diffuserve.selection import LatentShape, Selection
 from diffuserve.stages import Conditioning, Float32, checked
+from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 
 log = logging.getLogger(__name__)
 
 Denoise = Callable[[Float32, Float32, Conditioning], Awaitable[Float32]]
-LatentShape = tuple[int, int, int]
-
-# A job that has not run for this long is treated as one priority level more urgent, so low priority is never starvation.
-PRIORITY_AGEING_S = 10.0
 
 
 @dataclass(eq=False)
@@ -59,6 +56,11 @@ class Latent:
     denoised: Float32 | None = None
 
     @property
+    def rows(self) -> int:
+        """UNet rows that it takes in a call."""
+        return self.job.rows_per_image
+
+    @property
     def finished(self) -> bool:
         return self.position == self.job.trajectory.evaluations
 
@@ -76,6 +78,7 @@ class Job:
         guidance_scale: weight of the difference between the two predictions; ignored without `unconditional`.
         priority: 0 (first) .. 9 (last).
         arrival_s: on the loop's clock.
+        client_id: whose request it is, for fair shares among clients; requests without one share the empty one.
         preview_every: estimate the finished latents at every k-th step; 0 means never.
         on_step: called after each sampling step that all images of the job have done, with the number of steps done and,
             at every `preview_every`-th, the images' estimates of the finished latents, (n, C, h, w) float32.
@@ -89,6 +92,7 @@ class Job:
     guidance_scale: float
     priority: int
     arrival_s: float
+    client_id: str = ""
     preview_every: int = 0
     on_step: Callable[[int, Float32 | None], None] = lambda step, denoised: None
 
@@ -117,22 +121,14 @@ class Job:
     def rows_left(self) -> int:
         return self.rows_total - self.rows_done
 
+    def ready_latents(self) -> list[Latent]:
+        """Those that a call may take: admitted, not in a call and not finished."""
+        if self.done.done():
+            return []
+        return [latent for latent in self.latents if not (latent.running or latent.finished)]
+
     def wants_preview(self, step: int) -> bool:
         return self.preview_every > 0 and step % self.preview_every == 0
-
-
-@dataclass
-class Stats:
-    """Counts since the start; a server turns them into metrics.
-
-    `rows_shareable`: the rows of each call's shape that were ready for it, at most the row budget, so that
-    `rows / rows_shareable` is the share of rows that could have shared a call and did.
-    """
-
-    calls: int = 0
-    rows: int = 0
-    rows_shareable: int = 0
-    call_s: float = 0.0
 
 
 class InflightLoop:
@@ -140,39 +136,38 @@ class InflightLoop:
 
     Args:
         denoise: the UNet call, as in `Stages.denoise`.
-        max_rows: rows of one call.
+        selection: what goes into each call.
         max_active_images: images with latents, running or paused; jobs beyond it wait.
-        policy: the order within a priority when not all latents fit; see `diffuserve.policies`.
         instances: UNet calls in flight at once, one for each instance of the model.
         call_timeout_s: seconds after which a UNet call counts as hung; its jobs fail and the loop goes on.
+        stats: where calls and their rows are counted.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         denoise: Denoise,
+        selection: Selection,
         *,
-        max_rows: int,
         max_active_images: int,
-        policy: Policy = fair,
         instances: int = 1,
         call_timeout_s: float = 300.0,
+        stats: Stats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._denoise = denoise
-        self._max_rows = max_rows
+        self._selection = selection
         self._max_active_images = max_active_images
-        self._policy = policy
         self._idle_instances = instances
         self._call_timeout_s = call_timeout_s
         self._clock = clock
         self._waiting: list[Job] = []
         self._active: list[Job] = []
-        self._served_s: dict[LatentShape, float] = {}
         self._wake = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
-        self.stats = Stats()
+        self._stats = stats or Stats()
+        self._rows_per_s = 0.0
 
     # -- for requests ------------------------------------------------------------------------------------------------
 
@@ -185,10 +180,8 @@ class InflightLoop:
         Raises:
             StageFailed: a UNet call that carried one of its images failed, or the loop itself died.
         """
-        if job.rows_per_image > self._max_rows:
-            raise StageFailed(
-                f"An image with guidance takes two UNet rows, and max_rows is {self._max_rows}. Set it to 2 or more."
-            )
+        if job.rows_per_image > self._selection.max_rows:
+            raise StageFailed("An image with guidance takes two UNet rows, and max_rows is 1. Set it to 2 or more.")
         self._waiting.append(job)
         self._wake.set()
         if self._task is None or self._task.done():
@@ -209,8 +202,8 @@ class InflightLoop:
 
     @property
     def rows_per_s(self) -> float:
-        """Mean speed so far, 0 before the first call."""
-        return self.stats.rows / self.stats.call_s if self.stats.call_s else 0.0
+        """The speed of late, 0 before the first call."""
+        return self._rows_per_s
 
     async def close(self) -> None:
         """Stops the loop and the calls in flight; jobs still in it fail."""
@@ -226,7 +219,7 @@ class InflightLoop:
         try:
             while self._waiting or self._active or self._calls:
                 self._admit()
-                while self._idle_instances and (batch := self._select()):
+                while self._idle_instances and (batch := self._selection.select(self._active, self._clock())):
                     self._start_call(batch)
                 await self._wake.wait()
                 self._wake.clear()
@@ -248,7 +241,7 @@ class InflightLoop:
         """Gives latents to waiting jobs, the most urgent first, while there is room. A job is admitted whole; one that
         is larger than the room alone is admitted when nothing else is active."""
         now_s = self._clock()
-        self._waiting.sort(key=lambda job: (_urgency(job, now_s), self._policy(job, now_s)))
+        self._waiting = self._selection.order(self._waiting, now_s)
         room = self._max_active_images - self.images_active
         while self._waiting and (len(self._waiting[0].seeds) <= room or not self._active):
             job = self._waiting.pop(0)
@@ -256,45 +249,13 @@ class InflightLoop:
                 generator = Generator(seed)
                 job.latents.append(Latent(job, initial_state(generator.randn(job.shape), job.trajectory), generator))
             self._active.append(job)
+            self._stats.observe("queue_seconds", now_s - job.arrival_s)
             room -= len(job.seeds)
-
-    def _select(self) -> list[Latent]:
-        """The latents of the next call: of one shape, the most urgent first, as many as the row budget holds."""
-        now_s = self._clock()
-        ready: dict[LatentShape, list[Latent]] = {}
-        for job in sorted(self._active, key=lambda job: (_urgency(job, now_s), self._policy(job, now_s))):
-            if not job.done.done():
-                for latent in job.latents:
-                    if not (latent.running or latent.finished):
-                        ready.setdefault(job.shape, []).append(latent)
-        if not ready:
-            return []
-        batch, rows = [], 0
-        shape = self._next_shape(ready, now_s)
-        for latent in ready[shape]:
-            if rows + latent.job.rows_per_image <= self._max_rows:
-                batch.append(latent)
-                rows += latent.job.rows_per_image
-        self.stats.rows_shareable += min(self._max_rows, sum(latent.job.rows_per_image for latent in ready[shape]))
-        return batch
-
-    def _next_shape(self, ready: dict[LatentShape, list[Latent]], now_s: float) -> LatentShape:
-        """Among the shapes that have a most urgent latent, the one that has had the least time for its images.
-
-        This is stride scheduling (Waldspurger and Weihl, MIT/LCS/TM-528, 1995) with time as the resource and the ready
-        images as tickets: small and large sizes each get time in proportion to what waits in them, so neither stands
-        behind the other. A shape that was not there before starts level with the least served of the others.
-        """
-        shapes = {job.shape for job in self._active}
-        level_s = min((self._served_s[shape] for shape in shapes if shape in self._served_s), default=0.0)
-        self._served_s = {shape: self._served_s.get(shape, level_s) for shape in shapes}
-        most_urgent = min(_urgency(latents[0].job, now_s) for latents in ready.values())
-        urgent = [shape for shape, latents in ready.items() if _urgency(latents[0].job, now_s) == most_urgent]
-        return min(urgent, key=self._served_s.__getitem__)
 
     def _start_call(self, batch: list[Latent]) -> None:
         for latent in batch:
             latent.running = True
+        self._stats.count("unet_rows_shareable", min(self._selection.max_rows, self._selection.ready_rows))
         self._idle_instances -= 1
         task = asyncio.create_task(self._call(batch), name="unet call")
         self._calls.add(task)
@@ -320,13 +281,16 @@ class InflightLoop:
             self._wake.set()
 
     def _account(self, batch: list[Latent], call_s: float) -> None:
+        rows = sum(latent.rows for latent in batch)
         for latent in batch:
             latent.running = False
-        shape = batch[0].job.shape
-        self._served_s[shape] = self._served_s.get(shape, 0.0) + call_s / len(batch)
-        self.stats.calls += 1
-        self.stats.rows += sum(latent.job.rows_per_image for latent in batch)
-        self.stats.call_s += call_s
+        self._selection.account(batch, call_s)
+        speed = rows / max(call_s, 1e-9)
+        self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
+        self._stats.count("unet_calls")
+        self._stats.count("unet_rows", rows)
+        self._stats.observe("unet_call_rows", rows)
+        self._stats.observe("unet_call_seconds", call_s)
 
     def _advance(self, batch: list[Latent], output: Float32) -> None:
         """Applies guidance and each latent's own sampler to all of them at once, and completes the jobs that are done.
@@ -337,7 +301,7 @@ class InflightLoop:
         Raises:
             StageFailed: the output's shape or dtype is not the sample's.
         """
-        rows = sum(latent.job.rows_per_image for latent in batch)
+        rows = sum(latent.rows for latent in batch)
         expected = (rows, *batch[0].job.shape)
         if output.shape != expected or output.dtype != np.float32:
             raise StageFailed(f"The UNet returned {output.dtype} {output.shape} where float32 {expected} was expected.")
@@ -395,11 +359,6 @@ class InflightLoop:
 def _fail(job: Job, error: StageFailed) -> None:
     if not job.done.done():
         job.done.set_exception(error)
-
-
-def _urgency(job: Job, now_s: float) -> int:
-    """The job's priority, better by one level for every `PRIORITY_AGEING_S` that it has not run."""
-    return job.priority - int((now_s - job.last_step_s) / PRIORITY_AGEING_S)
 
 
 def _unet_inputs(batch: list[Latent]) -> tuple[Float32, Float32, Conditioning]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,35 +17,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import read_manifest
-from diffuserve.errors import DeadlineExceeded, Draining, QueueFull, StageFailed
+from diffuserve.costs import CallCosts
+from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
 from diffuserve.images import encode_image, preview_from_latents
 from diffuserve.inflight import InflightLoop, Job
 from diffuserve.infotext import infotext
-from diffuserve.policies import POLICIES
+from diffuserve.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.request import Limits, TextToImageRequest
 from diffuserve.samplers import NoiseSchedule, trajectory
+from diffuserve.selection import InflightSelection, RequestSelection, Selection
 from diffuserve.stages import Float32, Stages, checked
+from diffuserve.stats import Stats
 from diffuserve.tensors import VAE_DECODER
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import Tokenizer
 
 # Images of one VAE call: activations at full image size are the largest of all stages.
 MAX_DECODE_BATCH = 8
+REPORT_WAITING_S = 5.0
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request has been checked and will be worked on."""
+    """The request has been checked and waits for its first step, `position` requests before it. Sent at once, and again
+    every `REPORT_WAITING_S` while it waits, so that a client sees that the server lives, and the server sees when an
+    HTTP client has gone."""
 
     steps: int
+    position: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All images of the request have done `step` of `steps`; `previews` are small PNG files, one an image, or none."""
+    """All images of the request have done `step` of `steps`; `eta_s`: seconds that the remaining steps will take at the
+    speed of those done; `previews` are small PNG files, one an image, or none."""
 
     step: int
     steps: int
+    eta_s: float
     previews: tuple[bytes, ...] = ()
 
 
@@ -76,7 +85,11 @@ class _Step:
     """A step done; `denoised`: (n, C, h, w) float32, where a preview is wanted."""
 
     step: int
+    eta_s: float
     denoised: Float32 | None
+
+
+_Steps = asyncio.Queue[_Step | None]
 
 
 class Pipeline:
@@ -86,8 +99,13 @@ class Pipeline:
         bundle: folder with manifest.json and tokenizer/; the components are the stages' business.
         stages: the engine calls.
         limits: what is accepted; by default the model's own.
-        policy: a name of `diffuserve.policies.POLICIES`.
+        batching: inflight; or request or none, the baselines of `diffuserve.selection.RequestSelection`.
+        policy: a name of `diffuserve.policies.POLICIES`, for in-flight batching.
         unet_instances: UNet calls in flight at once.
+        call_timeout_s: seconds after which a UNet call counts as hung.
+
+    Raises:
+        BundleError: the bundle is damaged, or there is no such batching or policy.
     """
 
     def __init__(
@@ -95,37 +113,51 @@ class Pipeline:
         bundle: Path,
         stages: Stages,
         limits: Limits | None = None,
-        policy: str = "fair",
+        *,
+        batching: str = "inflight",
+        policy: str = DEFAULT_POLICY,
         unet_instances: int = 1,
+        call_timeout_s: float = 300.0,
     ) -> None:
         self.manifest = read_manifest(bundle)
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._tokenizer = Tokenizer(bundle / "tokenizer", self.manifest.model.max_tokens)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
         self._stages = stages
-        self._embeddings = TextEmbeddings(self._tokenizer, stages)
+        self.stats = Stats()
+        self._embeddings = TextEmbeddings(self._tokenizer, stages, self.stats)
         self._loop = InflightLoop(
             stages.denoise,
-            max_rows=self.limits.max_rows,
+            _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds)),
             max_active_images=self.limits.max_active_images,
-            policy=POLICIES[policy],
             instances=unet_instances,
+            call_timeout_s=call_timeout_s,
+            stats=self.stats,
         )
         # A pool of its own, so that encoding files never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
-        self._waiting: set[asyncio.Queue[_Step | None]] = set()
+        # In order of arrival: those not past their first step, and those past it.
+        self._waiting: dict[_Steps, TextToImageRequest] = {}
+        self._running: dict[_Steps, TextToImageRequest] = {}
         self._draining = False
-        self.active = 0
-        """Requests accepted and not yet answered."""
 
     @property
     def loop(self) -> InflightLoop:
         return self._loop
 
     @property
-    def waiting(self) -> int:
-        """Requests accepted whose first step is not done yet."""
-        return len(self._waiting)
+    def active(self) -> int:
+        """Requests accepted and not yet answered."""
+        return len(self._waiting) + len(self._running)
+
+    def gauges(self) -> dict[str, int]:
+        """The gauges of `diffuserve.stats.METRICS`."""
+        return {
+            "requests_waiting": len(self._waiting),
+            "requests_running": len(self._running),
+            "rows_waiting": sum(request.rows for request in list(self._waiting.values())),
+            "rows_running": sum(request.rows for request in list(self._running.values())),
+        }
 
     def drain(self) -> None:
         """Refuses every request from now on; those accepted go on."""
@@ -137,7 +169,7 @@ class Pipeline:
         self._encoders.shutdown()
 
     async def generate(self, request: TextToImageRequest) -> AsyncGenerator[Event, None]:
-        """Yields `Accepted`, a `Progress` a step if the request asks for it, and `Completed`.
+        """Yields `Accepted`, if the request asks for progress a `Progress` a step, and `Completed`.
 
         Closing the iterator, or cancelling the task that reads it, frees the request's rows at the next step.
 
@@ -147,38 +179,76 @@ class Pipeline:
             DeadlineExceeded: the request's `timeout_ms` passed.
             StageFailed: an engine failed.
         """
-        self._refuse_if_full()
-        steps: asyncio.Queue[_Step | None] = asyncio.Queue()
-        self._waiting.add(steps)
-        self.active += 1
+        self._refuse_if_full(request)
+        steps: _Steps = asyncio.Queue()
+        self._waiting[steps] = request
         drawing = asyncio.create_task(self._draw_in_time(request, steps))
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
-            yield Accepted(request.steps)
-            while (step := await steps.get()) is not None:
+            yield Accepted(request.steps, self._position(steps))
+            async for event in self._progress(request, steps):
                 if request.progress:
-                    yield Progress(step.step, request.steps, await self._previews(step))
-            yield await drawing
+                    yield event
+            completed = await drawing
+            self._count_completed(completed)
+            yield completed
+        except (asyncio.CancelledError, GeneratorExit):
+            if not drawing.done():
+                self.stats.count("requests_cancelled")
+            raise
+        except DeadlineExceeded:
+            self.stats.count("requests_expired")
+            raise
+        except Exception:
+            self.stats.count("requests_failed")
+            raise
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
-            self._waiting.discard(steps)
-            self.active -= 1
+            self._waiting.pop(steps, None)
+            self._running.pop(steps, None)
 
-    def _refuse_if_full(self) -> None:
+    async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progress]:
+        while True:
+            timeout_s = REPORT_WAITING_S if steps in self._waiting else None
+            try:
+                step = await asyncio.wait_for(steps.get(), timeout_s)
+            except asyncio.TimeoutError:
+                yield Accepted(request.steps, self._position(steps))
+                continue
+            if step is None:
+                return
+            previews = await self._previews(step) if request.progress else ()
+            yield Progress(step.step, request.steps, step.eta_s, previews)
+
+    def _position(self, steps: _Steps) -> int:
+        """Requests that arrived earlier and wait too."""
+        return next((index for index, waiting in enumerate(self._waiting) if waiting is steps), 0)
+
+    def _count_completed(self, completed: Completed) -> None:
+        images = len(completed.images)
+        self.stats.count("requests_completed")
+        self.stats.count("images", images)
+        self.stats.observe("request_seconds", completed.total_s)
+        self.stats.observe("image_seconds", completed.total_s / images)
+        self.stats.observe("first_step_seconds", completed.queue_s)
+
+    def _refuse_if_full(self, request: TextToImageRequest) -> None:
         if self._draining:
-            raise Draining(
-                "The server is shutting down and takes no new requests. Send it to another one, or again later."
-            )
-        if len(self._waiting) >= self.limits.max_waiting_requests:
+            self.stats.count("requests_refused")
+            raise Draining("The server is shutting down and takes no new requests. Send it to another, or again later.")
+        waiting, rows = len(self._waiting), self.gauges()["rows_waiting"]
+        full = waiting >= self.limits.max_waiting_requests or rows + request.rows > self.limits.max_waiting_rows
+        if waiting and full:
+            self.stats.count("requests_refused")
             rows_per_s = self._loop.rows_per_s
             retry_after_s = min(60.0, max(0.1, self._loop.rows_left / rows_per_s)) if rows_per_s else 1.0
             raise QueueFull(
-                f"{len(self._waiting)} requests are waiting, and no more are queued. Try again in {retry_after_s:.1f} s.",
+                f"{waiting} requests of {rows} rows are waiting, and no more are queued. Try again in {retry_after_s:.1f} s.",
                 retry_after_s,
             )
 
-    async def _draw_in_time(self, request: TextToImageRequest, steps: asyncio.Queue[_Step | None]) -> Completed:
+    async def _draw_in_time(self, request: TextToImageRequest, steps: _Steps) -> Completed:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
             return await asyncio.wait_for(self._draw(request, steps), timeout_s)
@@ -188,7 +258,7 @@ class Pipeline:
                 "Allow more time, fewer steps or fewer images."
             ) from None
 
-    async def _draw(self, request: TextToImageRequest, steps: asyncio.Queue[_Step | None]) -> Completed:
+    async def _draw(self, request: TextToImageRequest, steps: _Steps) -> Completed:
         arrival_s = time.monotonic()
         conditional, unconditional = await asyncio.gather(
             self._embeddings.get(request.prompt),
@@ -196,8 +266,11 @@ class Pipeline:
         )
 
         def on_step(step: int, denoised: Float32 | None) -> None:
-            self._waiting.discard(steps)
-            steps.put_nowait(_Step(step, denoised))
+            if steps in self._waiting:
+                self._running[steps] = self._waiting.pop(steps)
+            first_s = job.first_step_s or arrival_s
+            per_step_s = (time.monotonic() - (first_s if step > 1 else arrival_s)) / max(step - 1, 1)
+            steps.put_nowait(_Step(step, per_step_s * (request.steps - step), denoised))
 
         model = self.manifest.model
         job = Job(
@@ -213,6 +286,7 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             priority=request.priority,
             arrival_s=arrival_s,
+            client_id=request.client_id,
             preview_every=request.preview,
             on_step=on_step,
         )
@@ -274,3 +348,13 @@ class Pipeline:
 
 async def _nothing() -> None:
     return None
+
+
+def _selection(batching: str, policy: str, max_rows: int, costs: CallCosts) -> Selection:
+    if policy not in POLICIES:
+        raise BundleError(f"There is no policy {policy!r}; it must be one of {', '.join(POLICIES)}.")
+    if batching == "inflight":
+        return InflightSelection(max_rows, POLICIES[policy], costs)
+    if batching in ("request", "none"):
+        return RequestSelection(max_rows, together=batching == "request")
+    raise BundleError(f"There is no batching {batching!r}; it must be one of inflight, request, none.")

@@ -37,3 +37,4 @@ def srpt(job: Job, now_s: float) -> float:
 
 
 POLICIES: dict[str, Policy] = {"fifo": fifo, "fair": fair, "srpt": srpt}
+DEFAULT_POLICY = "fair"

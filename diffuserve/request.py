@@ -16,6 +16,7 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 FORMATS = ("png", "jpeg", "webp", "raw")
 ENCODINGS = ("base64", "binary")
 PRIORITIES = (0, 9)
+MAX_CLIENT_ID_BYTES = 128
 MAX_TIMEOUT_MS = 24 * 3600 * 1000
 
 
@@ -33,7 +34,9 @@ class Limits:
     max_active_images: int = 128
     """Images being denoised, running or paused; a paused one costs its latents only."""
     max_waiting_requests: int = 256
-    """Requests admitted to the server but not yet active; more are refused at once."""
+    """Requests accepted whose first step is not done; more are refused at once."""
+    max_waiting_rows: int = 2048
+    """UNet rows a step that those requests will take; more are refused at once."""
 
     @classmethod
     def for_model(cls, model: ModelSpec) -> Limits:
@@ -81,6 +84,7 @@ class TextToImageRequest:
         sampler: a name of `diffuserve.samplers.SAMPLERS`.
         num_images: images drawn from the prompt.
         priority: 0 (first) .. 9 (last).
+        client_id: whose request it is; the server's time is shared fairly among clients. Requests without one share one.
         timeout_ms: milliseconds from arrival until the request is given up; 0 means never.
         format: png, jpeg, webp, or raw (rows of RGB, uint8).
         encoding: base64 (text that JSON can carry) or binary.
@@ -98,6 +102,7 @@ class TextToImageRequest:
     sampler: str
     num_images: int = 1
     priority: int = 5
+    client_id: str = ""
     timeout_ms: int = 0
     format: str = "png"
     encoding: str = "base64"
@@ -108,6 +113,11 @@ class TextToImageRequest:
     def guided(self) -> bool:
         """Whether each image takes two UNet rows: conditional and unconditional."""
         return self.guidance_scale > 1.0
+
+    @property
+    def rows(self) -> int:
+        """UNet rows that it takes in every step."""
+        return self.num_images * (2 if self.guided else 1)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -139,6 +149,7 @@ def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Lim
         sampler=check.choice("sampler", model.default_sampler, tuple(SAMPLERS)),
         num_images=check.integer("num_images", 1, 1, limits.max_images),
         priority=check.integer("priority", 5, low, high),
+        client_id=check.text("client_id", "", MAX_CLIENT_ID_BYTES),
         timeout_ms=check.integer("timeout_ms", 0, 0, MAX_TIMEOUT_MS),
         format=check.choice("format", "png", FORMATS),
         encoding=check.choice("encoding", "base64", ENCODINGS),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffuserve.stages import Conditioning, Float32, Stages, checked
+from diffuserve.stats import Stats
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.tokenizer import Tokenizer
 
@@ -19,15 +20,16 @@ class TextEmbeddings:
     Requests with the same text that arrive together wait for one call of the encoder. A failed call is not kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stages: Stages, max_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stages: Stages, stats: Stats | None = None, max_bytes: int = 64 << 20
+    ) -> None:
         self._tokenizer = tokenizer
         self._stages = stages
         self._max_bytes = max_bytes
         self._bytes = 0
         self._cache: OrderedDict[str, Mapping[str, Float32]] = OrderedDict()
         self._encoding: dict[str, asyncio.Task[Conditioning]] = {}
-        self.hits = 0
-        self.misses = 0
+        self._stats = stats or Stats()
 
     async def get(self, text: str) -> Conditioning:
         """The UNet's conditioning for one text: arrays without a batch dimension, by input name.
@@ -36,17 +38,17 @@ class TextEmbeddings:
             StageFailed: the encoder failed.
         """
         if text in self._cache:
-            self.hits += 1
+            self._stats.count("text_cache_hits")
             self._cache.move_to_end(text)
             return self._cache[text]
         task = self._encoding.get(text)
         if task is None:
-            self.misses += 1
+            self._stats.count("text_cache_misses")
             task = asyncio.create_task(self._encode(text))
             self._encoding[text] = task
             task.add_done_callback(lambda done: self._forget(text, done))
         else:
-            self.hits += 1
+            self._stats.count("text_cache_hits")
         # Shielded, since other requests may wait for the same text when this one is cancelled.
         return await asyncio.shield(task)
 

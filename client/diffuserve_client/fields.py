@@ -33,6 +33,8 @@ class RequestFields(TypedDict, total=False):
     """Images drawn from the prompt; None means one."""
     priority: int | None
     """0 (first) .. 9 (last)."""
+    client_id: str | None
+    """Whose request it is, for a fair share of the server among clients."""
     timeout_s: float | None
     """Seconds after which the server gives the request up; None means never."""
     format: str | None

@@ -101,9 +101,9 @@ class LocalClient:
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Accepted):
-                    yield Progress(0, event.steps)
+                    yield Progress(0, event.steps, position=event.position)
                 elif isinstance(event, StepDone):
-                    yield Progress(event.step, event.steps, list(event.previews))
+                    yield Progress(event.step, event.steps, eta_s=event.eta_s, encoded_previews=list(event.previews))
                 else:
                     yield Result(
                         encoded=list(event.images),

@@ -15,13 +15,16 @@ from diffuserve.errors import StageFailed
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` is done; step 0: the request has been accepted.
+    """`step` of `steps` is done; step 0: the request has been accepted and waits, `position` requests before it.
 
+    `eta_s`: seconds that the remaining steps will take, None while it waits.
     `encoded_previews`: small PNG files, one for each image of the request, in the steps that have them.
     """
 
     step: int
     steps: int
+    position: int = 0
+    eta_s: float | None = None
     encoded_previews: list[bytes] = field(default_factory=list, repr=False)
 
     @cached_property

@@ -80,9 +80,11 @@ def event_from_response(response: service_pb2.ModelInferResponse, *, format: str
         values = _values(response)
         event = values["event"][0].decode()
         if event == "accepted" and "steps" in values:
-            return Progress(0, values["steps"][0])
+            return Progress(0, values["steps"][0], position=values.get("position", [0])[0])
         if event == "progress":
-            return Progress(values["step"][0], values["steps"][0], values.get("preview", []))
+            previews = values.get("preview", [])
+            eta_s = values.get("eta_s", [None])[0]
+            return Progress(values["step"][0], values["steps"][0], eta_s=eta_s, encoded_previews=previews)
         if event == "completed":
             return Result(
                 encoded=values["image"],

@@ -23,9 +23,9 @@ def tensors_from_event(event: Event, request: TextToImageRequest) -> dict[str, N
     """
     values: dict[str, Iterable[Any]]
     if isinstance(event, Accepted):
-        values = {"event": [b"accepted"], "step": [0], "steps": [event.steps]}
+        values = {"event": [b"accepted"], "step": [0], "steps": [event.steps], "position": [event.position]}
     elif isinstance(event, Progress):
-        values = {"event": [b"progress"], "step": [event.step], "steps": [event.steps]}
+        values = {"event": [b"progress"], "step": [event.step], "steps": [event.steps], "eta_s": [event.eta_s]}
         if event.previews:
             values["preview"] = _encoded(event.previews, request)
     elif isinstance(event, Completed):

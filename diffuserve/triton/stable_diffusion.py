@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle import read_manifest
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
-from diffuserve.pipeline import Accepted, Completed, Event, Pipeline
+from diffuserve.pipeline import Completed, Event, Pipeline
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
 from diffuserve.tensors import REQUEST
 from diffuserve.triton.bls_stages import BlsStages
@@ -53,8 +53,10 @@ class StableDiffusionModel:
                 version_folder,
                 self._stages,
                 limits,
+                batching=parameters["batching"],
                 policy=parameters["policy"],
                 unet_instances=int(parameters["unet_instances"]),
+                call_timeout_s=float(parameters["call_timeout_s"]),
             )
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
@@ -131,7 +133,7 @@ class StableDiffusionModel:
                         event.total_s,
                     )
                     return response
-                if request.progress or not isinstance(event, Accepted):
+                if request.progress:
                     await asyncio.get_running_loop().run_in_executor(self._senders, sender.send, response)
         finally:
             await events.aclose()

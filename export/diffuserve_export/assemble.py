@@ -17,12 +17,12 @@ from pathlib import Path
 from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
 from diffuserve.errors import BundleError
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
-from diffuserve_export.triton import configs_from_manifest, model_py, text_from_config
+from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 
 TOKENIZER_FOLDER = "tokenizer"
 
 
-def repository_from_bundle(bundle: Path, output: Path) -> Manifest:
+def repository_from_bundle(bundle: Path, output: Path, serving: Serving | None = None) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
     Other folders of `output` are left alone, but Triton takes each of them for a model.
@@ -33,7 +33,7 @@ def repository_from_bundle(bundle: Path, output: Path) -> Manifest:
     manifest = read_manifest(bundle)
     verify(bundle, manifest)
     try:
-        for name, config in configs_from_manifest(manifest).items():
+        for name, config in configs_from_manifest(manifest, serving).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)

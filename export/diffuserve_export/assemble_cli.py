@@ -17,15 +17,34 @@ import click
     show_default=True,
     help="The model repository.",
 )
-def command(bundle: Path, output: Path) -> None:
+@click.option(
+    "--batching",
+    type=click.Choice(["inflight", "request", "none"]),
+    default="inflight",
+    show_default=True,
+    help="request and none are baselines to measure against.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(["fair", "srpt", "fifo"]),
+    default="fair",
+    show_default=True,
+    help="Whose step is next.",
+)
+@click.option(
+    "--unet-instances", type=click.IntRange(1), default=1, show_default=True, help="Copies of the UNet, one a GPU."
+)
+def command(bundle: Path, output: Path, batching: str, policy: str, unet_instances: int) -> None:
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
     engines. One repository serves one bundle; choose another --output for another bundle.
     """
     from diffuserve_export.assemble import repository_from_bundle
+    from diffuserve_export.triton import Serving
 
-    manifest = repository_from_bundle(bundle, output)
+    serving = Serving(batching=batching, policy=policy, unet_instances=unet_instances)
+    manifest = repository_from_bundle(bundle, output, serving)
     click.echo(
         f"{output} serves {manifest.model.name} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffuserve.bundle import Manifest
 from diffuserve.pipeline import MAX_DECODE_BATCH
+from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
 from diffuserve.tensors import (
     REQUEST,
@@ -36,8 +37,22 @@ def model_py(name: str) -> str:
     return _MODEL_PY[name == STABLE_DIFFUSION]
 
 
-def configs_from_manifest(manifest: Manifest) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Serving:
+    """How a repository serves its bundle, besides the limits: what `diffuserve.pipeline.Pipeline` is given.
+
+    `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each.
+    """
+
+    batching: str = "inflight"
+    policy: str = DEFAULT_POLICY
+    unet_instances: int = 1
+    call_timeout_s: float = 300.0
+
+
+def configs_from_manifest(manifest: Manifest, serving: Serving | None = None) -> dict[str, Any]:
     """A `ModelConfig` for each Triton model that serves the bundle, by model name."""
+    serving = serving or Serving()
     limits = Limits.for_model(manifest.model)
     max_batch_sizes = {
         TEXT_ENCODER: limits.max_rows,
@@ -49,7 +64,8 @@ def configs_from_manifest(manifest: Manifest) -> dict[str, Any]:
         name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
         for name, component in manifest.components.items()
     }
-    configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits)
+    configs[UNET].instance_group[0].count = serving.unet_instances
+    configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
     return configs
 
 
@@ -76,11 +92,10 @@ def _stage_config(
     return config
 
 
-def _stable_diffusion_config(limits: Limits) -> Any:
+def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
     config = _config(STABLE_DIFFUSION, REQUEST, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    settings = {**asdict(limits), "policy": "fair", "unet_instances": 1}
-    for name, value in settings.items():
+    for name, value in {**asdict(limits), **asdict(serving)}.items():
         config.parameters[name].string_value = str(value)
     return config
 

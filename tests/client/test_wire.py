@@ -34,6 +34,7 @@ def test_every_field_arrives() -> None:
         "sampler": "euler",
         "num_images": 2,
         "priority": 0,
+        "client_id": "me",
         "timeout_ms": 1500,
         "format": "png",
         "encoding": "binary",
@@ -92,7 +93,7 @@ def test_accepted_and_progress() -> None:
     preview = encode_image(np.zeros((2, 4, 3), np.uint8), "png")
     assert event_from_response(response(event=[b"accepted"], step=[0], steps=[9]), format="png") == Progress(0, 9)
     event = event_from_response(response(event=[b"progress"], step=[3], steps=[9], preview=[preview]), format="png")
-    assert event == Progress(3, 9, [preview])
+    assert event == Progress(3, 9, encoded_previews=[preview])
     assert isinstance(event, Progress) and event.preview is not None
     assert event.preview.size == (4, 2)
     assert Progress(3, 9).preview is None

@@ -63,6 +63,7 @@ def make_bundle(folder: Path, **changes: Any) -> Manifest:
         components=components,
         files=files,
         preview=PREVIEW,
+        unet_seconds={1: 0.01, 8: 0.05},
         source="fake",
         source_sha256="0123456789abcdef" * 4,
         bundle_sha256=sha256_of_files(files),

@@ -66,7 +66,12 @@ async def serving(bundle: Path, stages: FakeStages, limits: Limits | None = None
 
 
 def assert_free(pipeline: Pipeline) -> None:
-    left = (pipeline.active, pipeline.waiting, pipeline.loop.images_active, pipeline.loop.rows_left)
+    left = (
+        pipeline.active,
+        pipeline.gauges()["requests_waiting"],
+        pipeline.loop.images_active,
+        pipeline.loop.rows_left,
+    )
     assert left == (0, 0, 0, 0)
 
 
@@ -90,8 +95,8 @@ def test_events_in_order(fake_bundle: Path) -> None:
             quiet = await draw(pipeline)
             assert [type(event) for event in quiet] == [Accepted, Completed]
             accepted, *steps, last = await draw(pipeline, progress=True)
-            assert accepted == Accepted(3)
-            assert steps == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
+            assert accepted == Accepted(3, 0)
+            assert [(step.step, step.steps, step.previews) for step in steps] == [(1, 3, ()), (2, 3, ()), (3, 3, ())]
             assert isinstance(last, Completed)
 
     run(main)
@@ -166,7 +171,7 @@ def test_requests_share_calls(fake_bundle: Path) -> None:
         async with serving(fake_bundle, stages) as pipeline:
             requests = [start(pipeline, seed=seed, prompt="a cat", negative_prompt="a cat") for seed in range(4)]
             await stages.entered.wait()
-            assert pipeline.active == pipeline.waiting == 4
+            assert pipeline.active == pipeline.gauges()["requests_waiting"] == 4
             stages.release.set()
             await asyncio.gather(*requests)
         assert stages.rows("denoise") == [8, 8, 8]
@@ -212,7 +217,7 @@ def test_leaving_early_frees_everything(fake_bundle: Path, stage: str, by: str) 
         async with serving(fake_bundle, stages) as pipeline:
             if by == "closing":
                 events = pipeline.generate(make_request(num_images=3))
-                assert await anext(events) == Accepted(3)
+                assert await anext(events) == Accepted(3, 0)
                 await stages.entered.wait()
                 assert pipeline.active == 1
                 await events.aclose()
@@ -309,11 +314,11 @@ def test_the_queue_is_bounded(fake_bundle: Path) -> None:
             waiting = [start(pipeline) for _ in range(2)]
             await stages.entered.wait()
             with pytest.raises(
-                QueueFull, match=r"^2 requests are waiting, and no more are queued. Try again in"
+                QueueFull, match=r"^2 requests of 4 rows are waiting, and no more are queued. Try again in"
             ) as full:
                 await draw(pipeline)
             assert full.value.retry_after_s == 1.0  # no call has been measured yet
-            assert pipeline.active == pipeline.waiting == 2
+            assert pipeline.active == pipeline.gauges()["requests_waiting"] == 2
             stages.release.set()
             await asyncio.gather(*waiting)
             assert (await completed(pipeline)).images
@@ -338,7 +343,7 @@ def test_a_request_past_its_first_step_does_not_wait(fake_bundle: Path) -> None:
         async with serving(fake_bundle, stages, limits) as pipeline:
             first = start(pipeline)
             await stages.entered.wait()
-            assert (pipeline.active, pipeline.waiting) == (1, 0)
+            assert (pipeline.active, pipeline.gauges()["requests_waiting"]) == (1, 0)
             second = start(pipeline)
             stages.release.set()
             await asyncio.gather(first, second)

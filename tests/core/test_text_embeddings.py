@@ -17,6 +17,12 @@ TOKENIZE = Tokenizer(TOKENIZER, MODEL.max_tokens)
 EMBEDDING_BYTES = MODEL.max_tokens * MODEL.hidden_size * 4
 
 
+def counts(embeddings: TextEmbeddings) -> tuple[int, int]:
+    """Hits and misses."""
+    stats = embeddings._stats
+    return stats.total("text_cache_hits"), stats.total("text_cache_misses")
+
+
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Like asyncio.run; fails if an exception was never retrieved or a task was left behind."""
     noise: list[dict[str, Any]] = []
@@ -42,7 +48,7 @@ def test_each_text_is_encoded_once() -> None:
         embeddings = TextEmbeddings(TOKENIZE, stages)
         first, other, again = [await embeddings.get(text) for text in ("a cat", "a dog", "a cat")]
         assert stages.calls == [("encode_text", (1, MODEL.max_tokens))] * 2
-        assert (embeddings.hits, embeddings.misses) == (1, 2)
+        assert counts(embeddings) == (1, 2)
         assert again["encoder_hidden_states"] is first["encoder_hidden_states"]
         expected = await FakeStages().encode_text(TOKENIZE.encode("a cat").input_ids[np.newaxis])
         np.testing.assert_array_equal(first["encoder_hidden_states"], expected["encoder_hidden_states"][0])
@@ -60,7 +66,7 @@ def test_concurrent_requests_share_a_call() -> None:
         stages.release.set()
         results = await asyncio.gather(*waiters)
         assert len(stages.calls) == 2
-        assert (embeddings.hits, embeddings.misses) == (2, 2)
+        assert counts(embeddings) == (2, 2)
         assert results[0] is results[1] is results[3]
 
     run(main)

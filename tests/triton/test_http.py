@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from diffuserve.triton.launcher import TritonServer
+from tests.metrics import read_metrics
 
 
 def post(server: TritonServer, endpoint: str, body: Any) -> tuple[int, str]:
@@ -71,3 +74,23 @@ def test_plain_infer_is_refused(server: TritonServer) -> None:
     status, text = post(server, "infer", body)
     assert status >= 400
     assert "decoupled" in text
+
+
+def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer) -> None:
+    def running() -> float:
+        return read_metrics(server.address.metrics)["diffuserve_requests_running", "stable_diffusion"]
+
+    body = json.dumps({"prompt": "a rocket", "steps": 150, "num_images": 4, "progress": True}).encode()
+    head = (
+        f"POST /v2/models/stable_diffusion/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((server.address.host, server.address.http_port)) as connection:
+        connection.sendall(head.encode() + body)
+        received = b""
+        while b'"progress"' not in received:  # `accepted` came at once, and steps are under way
+            received += connection.recv(4096)
+        assert b'"accepted"' in received
+    deadline_s = time.monotonic() + 10
+    while running() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert running() == 0

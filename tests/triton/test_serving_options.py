@@ -1,0 +1,91 @@
+"""What `assemble` can set besides the defaults, each on a server of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from diffuserve.errors import QueueFull
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.triton import Serving
+from tests.images import psnr_db
+from tests.metrics import read_metrics
+
+
+@contextmanager
+def serving(bundle: Path, folder: Path, options: Serving, **limits: int) -> Iterator[tuple[TritonServer, Client]]:
+    repository_from_bundle(bundle, folder, options)
+    config = folder / "stable_diffusion" / "config.pbtxt"
+    text = config.read_text()
+    for name, value in limits.items():
+        head, _, tail = text.partition(f'key: "{name}"\n  value {{\n    string_value: "')
+        text = f'{head}key: "{name}"\n  value {{\n    string_value: "{value}{tail[tail.index(chr(34)) :]}'
+    config.write_text(text)
+    try:
+        with TritonServer(folder, Address.on_free_ports()) as server, Client(server.address.grpc) as client:
+            yield server, client
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_two_unets_each_have_a_call_in_flight_and_the_images_are_the_same(
+    bundle: Path, tmp_path: Path, client: Client
+) -> None:
+    requests = [{"prompt": "an apple", "seed": seed, "steps": 6, "format": "raw"} for seed in range(6)]
+    expected = [client.generate(**request).images[0] for request in requests]  # type: ignore[arg-type]
+    with (
+        serving(bundle, tmp_path / "two", Serving(unet_instances=2), max_rows=4) as (_, two),
+        ThreadPoolExecutor(6) as pool,
+    ):
+        images = list(pool.map(lambda request: two.generate(**request).images[0], requests))
+    for image, reference in zip(images, expected, strict=True):
+        assert psnr_db(image, reference) >= 50
+
+
+def test_the_request_level_baseline_batches_what_agrees(bundle: Path, tmp_path: Path) -> None:
+    with (
+        serving(bundle, tmp_path / "request", Serving(batching="request")) as (server, client),
+        ThreadPoolExecutor(8) as pool,
+    ):
+        list(pool.map(lambda seed: client.generate("an apple", seed=seed, steps=4 + seed % 2), range(8)))
+        metrics = read_metrics(server.address.metrics)
+        calls = metrics["nv_inference_exec_count", "unet"]
+    # Two batches of four if all arrived together: 9 calls. One request after the other would be 36.
+    assert 9 <= calls <= 20
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(bundle: Path, tmp_path: Path) -> None:
+    limits = {"max_active_images": 1, "max_waiting_requests": 2}
+    with (
+        serving(bundle, tmp_path / "full", Serving(), **limits) as (server, client),
+        ThreadPoolExecutor(12) as pool,
+    ):
+        outcomes = [pool.submit(client.generate, "an apple", seed=seed, steps=25) for seed in range(12)]
+        refused = [error for outcome in outcomes if (error := outcome.exception())]
+        served = [outcome.result() for outcome in outcomes if not outcome.exception()]
+        metrics = read_metrics(server.address.metrics)
+    assert served
+    assert refused
+    assert len(served) + len(refused) == 12
+    for error in refused:
+        assert isinstance(error, QueueFull)
+        assert 0 < error.retry_after_s <= 60
+    assert metrics["diffuserve_requests_refused", "stable_diffusion"] == len(refused)
+
+
+def test_an_unknown_policy_is_refused_at_the_start(bundle: Path, tmp_path: Path) -> None:
+    from diffuserve.errors import LaunchError
+
+    with (
+        pytest.raises(LaunchError, match="There is no policy 'lottery'; it must be one of fifo, fair, srpt"),
+        serving(bundle, tmp_path / "policy", Serving(policy="lottery")),
+    ):
+        pass
