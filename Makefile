@@ -45,8 +45,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: repository  ## measure: served time against in-process time
-	$(BIN)/diffuserve bench overhead
+bench: repository  ## every benchmark, an hour or two on two cores; results in bench-results/
+	@for verb in engine overhead efficiency mixed short cancel same policies; do \
+		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
+	done
 
 clean:  ## remove what was made, but not the virtual environment
 	rm -rf model_store/bundles triton_repo/*/1/[!m]* demo.png bench-results

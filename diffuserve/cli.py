@@ -20,7 +20,7 @@ _VERBS = {
     "assemble": ("diffuserve_export.assemble_cli", "Bundle -> Triton model repository.", "serve"),
     "serve": ("diffuserve.triton.cli", "Starts Triton on a model repository.", "serve"),
     "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),
-    "bench": ("diffuserve_loadtest.bench_cli", "Measures, two things against each other in one run.", "serve"),
+    "bench": ("diffuserve_loadtest.bench_cli", "Measures, two things against each other in one run.", "loadtest"),
 }
 
 

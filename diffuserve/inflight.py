@@ -224,8 +224,7 @@ class InflightLoop:
                 await self._wake.wait()
                 self._wake.clear()
         except Exception:
-            log.exception("the in-flight loop died")
-            raise
+            log.exception("the in-flight loop died; the next request starts it again")
         finally:
             for job in [*self._waiting, *self._active]:
                 _fail(job, StageFailed("The in-flight loop has stopped; the server's log says why."))
@@ -352,8 +351,9 @@ class InflightLoop:
             job.done.set_result(np.stack([latent.state[0] for latent in job.latents]))
 
     def _fail_all(self, batch: list[Latent], error: StageFailed) -> None:
+        # An exception each: awaiting one adds to its traceback, which would tie the requests' frames together.
         for job in dict.fromkeys(latent.job for latent in batch):
-            _fail(job, error)
+            _fail(job, StageFailed(str(error)))
 
 
 def _fail(job: Job, error: StageFailed) -> None:

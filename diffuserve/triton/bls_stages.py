@@ -1,8 +1,17 @@
-"""The stages as calls to the other models of the same Triton server (business logic scripting)."""
+"""The stages as calls to the other models of the same Triton server (business logic scripting).
+
+When a model's process dies, Triton goes on calling the model ready, answers each of its requests with an error within
+about a second, and never starts the process again. So the first call that meets this error has Triton load the model
+once more, and is then tried a second time; calls that come meanwhile wait. A request loses a few seconds, not its
+image. That needs a Triton started by the launcher; under another such calls fail until it is started again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +21,14 @@ from numpy.typing import NDArray
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Float32
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.triton.model_control import ModelControl
+
+log = logging.getLogger(__name__)
+
+# Triton's words for a model whose process has died.
+_DEAD = "is not healthy"
+# How long a call waits for a model to be loaded again; the largest take about a minute.
+_LOAD_TIMEOUT_S = 120.0
 
 
 class BlsStages:
@@ -26,6 +43,12 @@ class BlsStages:
         # The loop works on numpy arrays, so outputs of engines on a GPU are asked for in the host's memory.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
         self._calls: set[asyncio.Task[dict[str, NDArray[Any]]]] = set()
+        self._model_control = ModelControl.from_environment()
+        # The latest load of each stage that has died, running or done. Its result is why it failed, or None: an exception
+        # would be raised in every call that waits, and its traceback keep their requests.
+        self._loads: dict[str, asyncio.Task[str | None]] = {}
+        # A pool of its own, since hung calls may fill the event loop's.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="stage loader")
 
     @property
     def calls(self) -> int:
@@ -56,14 +79,52 @@ class BlsStages:
             call.exception()  # read, so that asyncio does not report it where nobody waits for the call any more
 
     async def _execute(self, stage: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        load = self._loads.get(stage)
+        if load is not None:
+            load = self._load_after(load, stage) if load.done() and load.result() else load
+            await self._wait_for(load, stage)
+        response = await self._infer(stage, inputs)
+        # A load that began during the call takes the model away for a moment, which other errors than _DEAD tell.
+        if response.has_error() and (_DEAD in response.error().message() or self._loads.get(stage) is not load):
+            await self._wait_for(self._load_after(load, stage), stage)
+            response = await self._infer(stage, inputs)
+        if response.has_error():
+            raise StageFailed(f"The stage {stage} failed: {response.error().message()}")
+        # Copied, since the arrays lie in shared memory that Triton reuses once the response is gone.
+        return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
+
+    async def _infer(self, stage: str, inputs: dict[str, NDArray[Any]]) -> Any:
         request = pb_utils.InferenceRequest(
             model_name=stage,
             requested_output_names=self._outputs[stage],
             inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
             preferred_memory=self._memory,
         )
-        response = await request.async_exec()
-        if response.has_error():
-            raise StageFailed(f"The stage {stage} failed: {response.error().message()}")
-        # Copied, since the arrays lie in shared memory that Triton reuses once the response is gone.
-        return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
+        return await request.async_exec()
+
+    def _load_after(self, load: asyncio.Task[str | None] | None, stage: str) -> asyncio.Task[str | None]:
+        """The load that follows `load`: started now, unless another call has done so."""
+        if self._loads.get(stage) is load:
+            self._loads[stage] = asyncio.create_task(self._load(stage))
+        return self._loads[stage]
+
+    async def _load(self, stage: str) -> str | None:
+        if self._model_control is None:
+            return f"The process of {stage} has died. Start Triton again, best by `diffuserve serve`."
+        log.warning("the process of %s has died; loading the model again", stage)
+        started_s = time.monotonic()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._loader, self._model_control.reload, stage)
+        except Exception as error:
+            log.error("%s could not be loaded again: %s", stage, error)
+            return f"The process of {stage} has died, and it could not be loaded again. {error}"
+        log.warning("%s is loaded again, %.1f s", stage, time.monotonic() - started_s)
+        return None
+
+    async def _wait_for(self, load: asyncio.Task[str | None], stage: str) -> None:
+        try:
+            failure = await asyncio.wait_for(asyncio.shield(load), _LOAD_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            failure = f"The process of {stage} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
+        if failure:
+            raise StageFailed(failure)

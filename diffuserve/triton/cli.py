@@ -68,7 +68,9 @@ def command(
         while server.running and not stop.wait(0.2):
             pass
         if not server.running:
-            raise click.ClickException("Triton has ended by itself. Start with --log-level info to see why.")
+            raise click.ClickException(
+                server.failure or "Triton has ended by itself. Start with --log-level info to see why."
+            )
         click.echo(f"Stopping: finishing running requests, up to {grace_s:g} s ...", err=True)
         if not server.drain(grace_s, give_up=stop_now):
             click.echo("Some requests were not finished; their clients see the connection break.", err=True)

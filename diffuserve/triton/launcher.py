@@ -1,4 +1,10 @@
-"""Starts Triton on a model repository, waits until it serves, drains it and leaves nothing behind."""
+"""Starts Triton on a model repository, waits until it serves, drains it and leaves nothing behind.
+
+Triton does not start a model's process again when it has died. For the stages the in-flight model sees to that
+(`diffuserve.triton.bls_stages`). When its own process dies, Triton 2.51 keeps its clients' streams open for good, and
+crashes when the model is loaded again. So the launcher then ends Triton at once: the streams break, which clients notice,
+and `diffuserve serve` ends with an error, so that whatever supervises it can start it again.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,8 @@ from diffuserve.errors import LaunchError, from_wire
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import Address
 from diffuserve.triton.installation import find_installation
-from diffuserve.triton.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles
+from diffuserve.triton.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles, LifeSign
+from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
 from diffuserve.triton.placement import read_placement
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
@@ -39,6 +46,7 @@ _EXIT_GRACE_S = 10.0
 # whose client hung up in the middle, and with it the model, for good.
 _UNLOAD_TIMEOUT_S = 6.0
 _ABORT_TIMEOUT_S = 2.0
+_WATCH_INTERVAL_S = 0.2
 
 
 class TritonServer:
@@ -63,6 +71,9 @@ class TritonServer:
         self._log_level = log_level
         self._ready_timeout_s = ready_timeout_s
         self._log_tail: collections.deque[str] = collections.deque(maxlen=200)
+        self._stopping = threading.Event()
+        self.failure: str | None = None
+        """Why the launcher ended Triton without being asked to."""
 
     def __enter__(self) -> TritonServer:
         _check_repository(self.repository)
@@ -70,10 +81,12 @@ class TritonServer:
         _remove_shared_memory_of_the_dead()
         self._run_folder = Path(tempfile.mkdtemp(prefix="diffuserve-"))
         self._drain_files = DrainFiles(self._run_folder)
+        self._life_sign = LifeSign(self._run_folder)
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{self.address.grpc_port}_"
         try:
             self._start()
             self._wait_until_ready()
+            threading.Thread(target=self._watch, name="in-flight model's watch", daemon=True).start()
         except BaseException:
             self.stop()
             raise
@@ -118,6 +131,7 @@ class TritonServer:
         A Triton that has drained gets time to unload its models. One that has not would wait in vain for calls between
         its models, which it can no longer carry out.
         """
+        self._stopping.set()
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -137,12 +151,15 @@ class TritonServer:
         installation = find_installation(self._run_folder)
         warnings, info = _LOG_FLAGS[self._log_level]
         address = self.address
+        control = ModelControl(address.http)
         command = [
             str(installation.binary),
             f"--model-repository={self.repository.resolve()}",
             "--disable-auto-complete-config",
             "--strict-readiness=true",
             "--exit-on-error=true",
+            # So that the in-flight model can load a stage again whose process has died.
+            *control.flags(),
             f"--http-address={address.host}",
             f"--http-port={address.http_port}",
             f"--grpc-address={address.host}",
@@ -157,7 +174,7 @@ class TritonServer:
             command.append(f"--backend-directory={installation.backend_directory}")
         self._process = subprocess.Popen(
             command,
-            env=_environment(installation.library_paths, self._run_folder),
+            env=_environment(installation.library_paths, self._run_folder, control),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -176,6 +193,15 @@ class TritonServer:
                 if not any(words in line for words in _HARMLESS):
                     self._log_tail.append(line.rstrip())
                     sys.stderr.write(line)
+
+    def _watch(self) -> None:
+        """Ends Triton when the in-flight model's process has died."""
+        while self.running and not self._stopping.wait(_WATCH_INTERVAL_S):
+            if self._life_sign.lost:
+                self.failure = f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                return
 
     def _wait_until_ready(self) -> None:
         end_s = time.monotonic() + self._ready_timeout_s
@@ -213,12 +239,13 @@ def read_parameters(repository: Path) -> dict[str, str]:
     return {name: parameter.string_value for name, parameter in config.parameters.items()}
 
 
-def _environment(library_paths: tuple[Path, ...], run_folder: Path) -> dict[str, str]:
+def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: ModelControl) -> dict[str, str]:
     environment = dict(os.environ)
     # The models' processes embed an interpreter. It ignores PYTHONPATH, and finds its home, and with it a virtual
     # environment's packages, by the first python3 on the PATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment[RUN_FOLDER_VARIABLE] = str(run_folder)
+    environment[MODEL_CONTROL_VARIABLE] = control.to_environment()
     paths = [*map(str, library_paths), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     if paths:
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)

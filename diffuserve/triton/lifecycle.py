@@ -1,14 +1,19 @@
-"""How the launcher asks the in-flight model to drain, and hears that it has.
+"""How the launcher asks the in-flight model to drain, hears that it has, and notices when its process has died.
 
 On SIGTERM Triton stops its schedulers first, so a running loop's next UNet call would fail: Triton cannot drain a model
 that calls others. The launcher therefore asks the model before it stops Triton. Two empty files in a folder that only
 this user can enter carry that, since the model's process has no other link to the launcher.
+
+When the model's process dies, Triton calls the model ready as before, and its clients wait forever. So the process holds
+a lock on a third file there, which the kernel lets go of whatever way the process ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 RUN_FOLDER_VARIABLE = "DIFFUSERVE_RUN_FOLDER"
 
@@ -39,3 +44,36 @@ class DrainFiles:
     @property
     def drained(self) -> bool:
         return self._drained.exists()
+
+
+class LifeSign:
+    """The lock that the in-flight model's process holds."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._path = run_folder / "alive"
+        self._held: IO[bytes] | None = None
+
+    @classmethod
+    def from_environment(cls) -> LifeSign | None:
+        """As `DrainFiles.from_environment`."""
+        folder = os.environ.get(RUN_FOLDER_VARIABLE)
+        return cls(Path(folder)) if folder else None
+
+    def give(self) -> None:
+        """For the model: holds the lock until `withdraw` or the process's end."""
+        self._held = self._path.open("wb")
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+
+    def withdraw(self) -> None:
+        """For the model that ends as it should."""
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def lost(self) -> bool:
+        """For the launcher, once the model is ready: whether the process has ended without `withdraw`."""
+        try:
+            with self._path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):
+            return False
+        return True

@@ -22,6 +22,7 @@ from diffuserve.request import Limits, TextToImageRequest, request_from_fields
 from diffuserve.tensors import REQUEST
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
+from diffuserve.triton.lifecycle import LifeSign
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.responses import tensors_from_event
@@ -64,11 +65,16 @@ class StableDiffusionModel:
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
         self._unanswered = 0
         self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"])
+        self._life_sign = LifeSign.from_environment()
+        if self._life_sign:
+            self._life_sign.give()
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
 
     def finalize(self) -> None:
+        if self._life_sign:
+            self._life_sign.withdraw()
         self._housekeeping.stop()
         self._senders.shutdown(wait=False)
 

@@ -1,7 +1,13 @@
-"""The Triton models text_encoder, unet, vae_decoder and vae_encoder: one engine each, in the Python backend."""
+"""The Triton models text_encoder, unet, vae_decoder and vae_encoder: one engine each, in the Python backend.
+
+An engine that hangs cannot be interrupted, and would block its model for good. So the process ends itself after
+`call_timeout_s`, with a traceback of every thread in the log; whoever calls the stage has it loaded again, see
+`diffuserve.triton.bls_stages`.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import time
@@ -37,7 +43,9 @@ class StageModel:
             placement = read_placement(version_folder)
             if placement.component is None:
                 raise BundleError(f"{version_folder} holds no component. Assemble the repository again.")
-            threads = int(config["parameters"]["threads"]["string_value"])
+            parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+            threads = int(parameters["threads"])
+            self._call_timeout_s = float(parameters["call_timeout_s"])
             self._tensors = placement.component.tensors
             self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
@@ -52,6 +60,8 @@ class StageModel:
             for name, parts in arrays.items():
                 parts.append(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             rows.append(len(parts[-1]))
+        # Its thread needs no interpreter lock, so it also ends an engine that holds the lock while it hangs.
+        faulthandler.dump_traceback_later(self._call_timeout_s, exit=True)
         try:
             outputs = self._engine(
                 {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in arrays.items()}
@@ -60,6 +70,8 @@ class StageModel:
             log.exception("the engine failed")
             failure = pb_utils.TritonError(to_wire(StageFailed(f"The engine failed: {error}")))
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         ends = np.cumsum(rows)
         return [
             pb_utils.InferenceResponse(

@@ -41,7 +41,8 @@ def model_py(name: str) -> str:
 class Serving:
     """How a repository serves its bundle, besides the limits: what `diffuserve.pipeline.Pipeline` is given.
 
-    `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each.
+    `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each. `call_timeout_s`:
+    seconds after which a stage's call counts as hung; the loop gives it up, and the stage's process ends itself.
     """
 
     batching: str = "inflight"
@@ -64,6 +65,8 @@ def configs_from_manifest(manifest: Manifest, serving: Serving | None = None) ->
         name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
         for name, component in manifest.components.items()
     }
+    for config in configs.values():
+        config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
     configs[UNET].instance_group[0].count = serving.unet_instances
     configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
     return configs

@@ -1,28 +1,63 @@
-"""`diffuserve bench`: a table on the terminal, JSON on disk."""
+"""`diffuserve bench`: a table on the terminal, JSON and plots on disk."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-_BUNDLE = click.option(
-    "--bundle", type=click.Path(path_type=Path), default=Path("model_store/bundles/tiny-emoji"), show_default=True
+from diffuserve.policies import POLICIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PATH = click.Path(path_type=Path)
+_DEFAULT_BUNDLE = Path("model_store/bundles/tiny-emoji")
+_bundle = click.option("--bundle", type=_PATH, default=_DEFAULT_BUNDLE, show_default=True)
+_repository = click.option("--repository", type=_PATH, default=Path("triton_repo"), show_default=True)
+_output = click.option(
+    "--output", type=_PATH, default=Path("bench-results"), show_default=True, help="Folder for the results."
 )
-_REPOSITORY = click.option(
-    "--repository", type=click.Path(path_type=Path), default=Path("triton_repo"), show_default=True
-)
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("bench-results"),
+_policies = click.option(
+    "--policies",
+    default=",".join(POLICIES),
     show_default=True,
-    help="Folder for the JSON.",
+    callback=lambda context, option, value: _known_policies(value),
+    help="Of in-flight batching, with commas between.",
 )
+
+
+def _count(name: str, default: int, text: str, least: int = 1) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=text)
+
+
+def _known_policies(value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown or not names:
+        raise click.BadParameter(f"{value!r}; it must name some of {', '.join(POLICIES)}.")
+    return names
+
+
+def _loads(default: str, text: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    return click.option(
+        "--loads",
+        default=default,
+        show_default=True,
+        callback=lambda context, option, value: _numbers(value),
+        help=text,
+    )
+
+
+def _numbers(value: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
+        raise click.BadParameter(f"{value!r}; it must be positive numbers with commas between, such as 0.5,0.8.")
+    return numbers
 
 
 @click.group("bench", short_help="Measure, two things against each other in one run.")
@@ -31,43 +66,147 @@ def command() -> None:
 
 
 @command.command("overhead")
-@_BUNDLE
-@_REPOSITORY
-@_OUTPUT
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@_bundle
+@_repository
+@_output
+@_count("--steps", 20, "Denoising steps.")
 @click.option("--guidance-scale", type=click.FloatRange(0), default=5.0, show_default=True)
-@click.option("--runs", type=click.IntRange(1), default=30, show_default=True, help="Of each kind.")
+@_count("--runs", 30, "Of each kind.")
 def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_scale: float, runs: int) -> None:
     """One request alone: served by Triton, against the same stages in this process."""
     from diffuserve_loadtest.overhead import measure_overhead
+    from diffuserve_loadtest.report import publish
 
-    result = measure_overhead(bundle, repository, steps=steps, guidance_scale=guidance_scale, runs=runs)
-    rows = [
-        (name, f"{statistics.median(times_s):.3f}", f"{min(times_s):.3f}", f"{max(times_s):.3f}")
-        for name, times_s in (("in process", result.local_s), ("served", result.served_s))
-    ]
-    _print_table(("seconds", "median", "min", "max"), rows)
-    click.echo(f"served / in process: {result.ratio:.2f}")
-    measured = {
-        "settings": result.settings,
-        "local_s": result.local_s,
-        "served_s": result.served_s,
-        "ratio": result.ratio,
-    }
-    _write(output / "overhead.json", measured)
+    publish(measure_overhead(bundle, repository, steps=steps, guidance_scale=guidance_scale, runs=runs), output)
 
 
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+@command.command("engine")
+@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@_output
+@_count("--repeats", 3, "Calls of each batch size.")
+@_count("--padding-calls", 60, "Calls of random sizes.", least=2)
+@click.option("--save", is_flag=True, help="Write the UNet's figures into the bundle's manifest.")
+def engine(bundle: Path, output: Path, repeats: int, padding_calls: int, save: bool) -> None:
+    """Seconds of a call by batch size, and whether padding pays."""
+    from diffuserve_loadtest.engine import measure_engine
+    from diffuserve_loadtest.report import publish
+
+    publish(measure_engine(bundle, repeats=repeats, padding_calls=padding_calls, save=save), output)
 
 
-def _write(path: Path, measured: dict[str, Any]) -> None:
-    from diffuserve_loadtest.machine import describe_machine
+@command.command("efficiency")
+@_bundle
+@_repository
+@_output
+@_count("--steps", 20, "Denoising steps.")
+@click.option("--in-flight", type=click.IntRange(1), help="Requests in flight [default: max_rows]")
+@_count("--rounds", 3, "Times --in-flight answers, after one round that is not measured.")
+@_count("--repeats", 5, "Calls of each batch size when the engines are timed.")
+def efficiency(
+    bundle: Path, repository: Path, output: Path, steps: int, in_flight: int | None, rounds: int, repeats: int
+) -> None:
+    """Images a second of a full server, against the best its engines do in this process."""
+    from diffuserve_loadtest.efficiency import measure_efficiency
+    from diffuserve_loadtest.report import publish
 
-    machine = describe_machine()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, **measured}, indent=2) + "\n")
-    click.echo(", ".join(f"{name} {value}" for name, value in machine.items()))
-    click.echo(f"Written: {path}")
+    report = measure_efficiency(bundle, repository, steps=steps, in_flight=in_flight, rounds=rounds, repeats=repeats)
+    publish(report, output)
+
+
+@command.command("mixed")
+@_bundle
+@_repository
+@_output
+@_policies
+@_loads("0.5,0.8,0.95", "Arrival rates as shares of what batches of whole requests reach at saturation.")
+@_count("--requests", 60, "Of each point.")
+@_count("--saturation-requests", 100, "Sent all at once, to measure the saturation.")
+def mixed(
+    bundle: Path,
+    repository: Path,
+    output: Path,
+    policies: tuple[str, ...],
+    loads: tuple[float, ...],
+    requests: int,
+    saturation_requests: int,
+) -> None:
+    """A mixture under Poisson arrivals: in-flight batching against whole requests and none."""
+    from diffuserve_loadtest.mixed import measure_mixed
+    from diffuserve_loadtest.report import publish
+
+    report = measure_mixed(
+        bundle,
+        repository,
+        policies=policies,
+        loads=loads,
+        requests=requests,
+        saturation_requests=saturation_requests,
+    )
+    publish(report, output)
+
+
+@command.command("short")
+@_bundle
+@_repository
+@_output
+@_count("--requests", 60, "Short ones.")
+@_count("--steps", 8, "Of a short one.")
+@_count("--long-steps", 50, "Of a long one.")
+@click.option("--in-flight", type=click.IntRange(1), help="Long requests in flight [default: max_rows]")
+def short(
+    bundle: Path, repository: Path, output: Path, requests: int, steps: int, long_steps: int, in_flight: int | None
+) -> None:
+    """Short requests amid long ones, against the steps they need."""
+    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.short import measure_short
+
+    report = measure_short(
+        bundle, repository, requests=requests, steps=steps, long_steps=long_steps, in_flight=in_flight
+    )
+    publish(report, output)
+
+
+@command.command("cancel")
+@_bundle
+@_repository
+@_output
+@_count("--cancels", 100, "Requests cancelled midway.")
+@_count("--requests", 2000, "Short ones, over which memory is watched.")
+@click.option("--in-flight", type=click.IntRange(1), help="Requests that fill the server [default: max_rows / 2]")
+def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests: int, in_flight: int | None) -> None:
+    """Cancelling under load: rows freed, tasks left, memory."""
+    from diffuserve_loadtest.cancel import measure_cancel
+    from diffuserve_loadtest.report import publish
+
+    publish(measure_cancel(bundle, repository, cancels=cancels, requests=requests, in_flight=in_flight), output)
+
+
+@command.command("same")
+@_bundle
+@_repository
+@_output
+@_count("--requests", 200, "Random ones.")
+@_count("--in-flight", 32, "Requests in company.", least=2)
+def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight: int) -> None:
+    """Images drawn in company, against the same drawn alone."""
+    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.same import measure_same
+
+    publish(measure_same(bundle, repository, requests=requests, in_flight=in_flight), output)
+
+
+@command.command("policies")
+@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@_output
+@_policies
+@_loads("0.5,0.7,0.8,0.9,1.0,1.1", "Arrival rates as shares of the capacity.")
+@_count("--requests", 300, "Of each load and seed.")
+@_count("--seeds", 3, "Loads of each rate.")
+def policies(
+    bundle: Path, output: Path, policies: tuple[str, ...], loads: tuple[float, ...], requests: int, seeds: int
+) -> None:
+    """Latency under each policy, in virtual time."""
+    from diffuserve_loadtest.policies import measure_policies
+    from diffuserve_loadtest.report import publish
+
+    publish(measure_policies(bundle, policies=policies, utilisations=loads, requests=requests, seeds=seeds), output)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,13 @@ from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_client.local import LocalClient
-
-PROMPT = "a slice of pizza, glossy"
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Seconds of each run, in the order in which they were taken."""
-
-    settings: dict[str, Any]
-    local_s: list[float]
-    served_s: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """Served over in-process, medians."""
-        return statistics.median(self.served_s) / statistics.median(self.local_s)
+from diffuserve_loadtest.mixture import PROMPT, SAMPLER
+from diffuserve_loadtest.report import Report, Table
 
 
-def measure_overhead(bundle: Path, repository: Path, *, steps: int, guidance_scale: float, runs: int) -> Overhead:
+def measure_overhead(bundle: Path, repository: Path, *, steps: int, guidance_scale: float, runs: int) -> Report:
     """Draws the same image alternately in this process and through a server of its own."""
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "sampler": "dpmpp_2m", "seed": 7}
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "sampler": SAMPLER, "seed": 7}
     local_s: list[float] = []
     served_s: list[float] = []
     address = Address.on_free_ports()
@@ -46,4 +31,15 @@ def measure_overhead(bundle: Path, repository: Path, *, steps: int, guidance_sca
                 client.generate(PROMPT, **settings)
                 if run >= 2:  # the first two fill caches and allocate
                     times_s.append(time.perf_counter() - started_s)
-    return Overhead(settings, local_s, served_s)
+    ratio = statistics.median(served_s) / statistics.median(local_s)
+    rows = [
+        (name, f"{statistics.median(times_s):.3f}", f"{min(times_s):.3f}", f"{max(times_s):.3f}")
+        for name, times_s in (("in process", local_s), ("served", served_s))
+    ]
+    return Report(
+        "overhead",
+        {"bundle": str(bundle), "runs": runs, **settings},
+        {"local_s": local_s, "served_s": served_s, "ratio": ratio},
+        [Table("One request alone", ("seconds", "median", "min", "max"), rows)],
+        [f"served / in process: {ratio:.2f}"],
+    )

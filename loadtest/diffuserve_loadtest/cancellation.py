@@ -1,0 +1,107 @@
+"""How soon the rows of a cancelled request are free, under load, and whether anything of it stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from diffuserve.bundle import ModelSpec
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import AsyncClient, Progress
+from diffuserve_loadtest.closed_loop import standing_load
+from diffuserve_loadtest.metrics import read_metrics
+from diffuserve_loadtest.mixture import Kind
+
+_IMAGES = 4
+_STEPS = 20
+_STANDING_STEPS = 100
+_POLL_S = 0.02
+_GIVE_UP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Freed:
+    """One cancelled request.
+
+    `steps`: UNet calls that were counted between the cancellation and the first look at the metrics that showed its rows
+    gone. The counts reach the metrics at intervals, so the call that ended just before may be among them. `seconds`: the
+    same in time, the metrics' interval included.
+    """
+
+    after_step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cancellations:
+    """`leaked_requests`, `leaked_rows`: what the server still counts when everything has been cancelled."""
+
+    freed: list[Freed]
+    leaked_requests: int
+    leaked_rows: int
+
+
+def cancel_under_load(server: TritonServer, model: ModelSpec, *, cancels: int, in_flight: int) -> Cancellations:
+    """Cancels requests one after another, each after a random number of steps, while others keep the server full."""
+    return asyncio.run(_cancel_under_load(server, model, cancels, in_flight))
+
+
+async def _cancel_under_load(server: TritonServer, model: ModelSpec, cancels: int, in_flight: int) -> Cancellations:
+    choose = random.Random(0)  # noqa: S311 - a load, no secret
+    standing = Kind(_STANDING_STEPS, True, model.width, model.height)
+    victim = Kind(_STEPS, True, model.width, model.height)
+    freed = []
+    async with AsyncClient(server.address.grpc) as client:
+        requests = (standing.fields(10**6 + number) for number in itertools.count())
+        async with standing_load(client, requests, in_flight=in_flight):
+            for number in range(cancels):
+                fields = {**victim.fields(number), "num_images": _IMAGES}
+                freed.append(
+                    await _cancel_one(server, client, fields, choose.randint(1, _STEPS // 2), standing.rows * in_flight)
+                )
+    return Cancellations(freed, *await _leaked(server))
+
+
+async def _cancel_one(
+    server: TritonServer, client: AsyncClient, fields: dict[str, Any], after_step: int, standing_rows: int
+) -> Freed:
+    async with aclosing(client.stream(**fields)) as events:
+        async for event in events:
+            if isinstance(event, Progress) and event.step == after_step:
+                break
+        before = await _read(server)
+    cancelled_s = time.perf_counter()
+    while True:
+        now = await _read(server)
+        # The standing requests' rows come and go too, so it takes the counter to say that it was this request.
+        if now["requests_cancelled"] > before["requests_cancelled"] and _rows(now) <= standing_rows:
+            steps = int(now["unet_calls"] - before["unet_calls"])
+            return Freed(after_step, steps, time.perf_counter() - cancelled_s)
+        if time.perf_counter() - cancelled_s > _GIVE_UP_S:
+            raise RuntimeError(f"A cancelled request still had its rows after {_GIVE_UP_S:g} s.")
+        await asyncio.sleep(_POLL_S)
+
+
+async def _leaked(server: TritonServer) -> tuple[int, int]:
+    """Requests and rows that the server still counts, once nothing changes any more or it counts none."""
+    end_s = time.perf_counter() + _GIVE_UP_S
+    while True:
+        metrics = await _read(server)
+        requests = metrics["requests_waiting"] + metrics["requests_running"]
+        if (not requests and not _rows(metrics)) or time.perf_counter() > end_s:
+            return int(requests), int(_rows(metrics))
+        await asyncio.sleep(_POLL_S)
+
+
+def _rows(metrics: dict[str, float]) -> float:
+    return metrics["rows_waiting"] + metrics["rows_running"]
+
+
+async def _read(server: TritonServer) -> dict[str, float]:
+    return await asyncio.to_thread(read_metrics, server.address.metrics)

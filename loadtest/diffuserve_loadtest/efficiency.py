@@ -1,0 +1,70 @@
+"""Serving efficiency: images a second of a full server, against the best that its engines do in this process."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from diffuserve.bundle import read_manifest
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve_loadtest.closed_loop import saturation
+from diffuserve_loadtest.metrics import read_metrics
+from diffuserve_loadtest.mixture import Kind
+from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.stage_seconds import mean_of, measure_stages
+
+
+def measure_efficiency(
+    bundle: Path, repository: Path, *, steps: int, in_flight: int | None, rounds: int, repeats: int
+) -> Report:
+    """Guided images of one size. The engines are timed before and after, while no server runs.
+
+    Args:
+        bundle: what the repository was assembled from.
+        repository: served as it is.
+        steps: of every image.
+        in_flight: requests in flight; by default as many as the row budget has rows, which is two calls' worth.
+        rounds: times `in_flight` answers that are measured, after one round that is not.
+        repeats: calls of each batch size when the engines are timed.
+    """
+    model = read_manifest(bundle).model
+    max_rows = int(read_parameters(repository)["max_rows"])
+    in_flight = in_flight or max_rows
+    kind = Kind(steps, True, model.width, model.height)
+    before = measure_stages(bundle, repeats=repeats)
+    with TritonServer(repository, Address.on_free_ports()) as server:
+        requests = (kind.fields(number) for number in itertools.count())
+        served = saturation(server, requests, in_flight=in_flight, warm_up=in_flight, count=rounds * in_flight)
+        metrics = read_metrics(server.address.metrics)
+    after = measure_stages(bundle, repeats=repeats)
+    seconds = mean_of(before, after)
+    best, batch = seconds.best_images_per_s(steps, max_rows)
+    efficiency = served / best
+    rows_a_call = metrics["unet_rows"] / metrics["unet_calls"]
+    in_calls = metrics["unet_call_seconds_sum"] / metrics["unet_calls"]
+    return Report(
+        "efficiency",
+        {"bundle": str(bundle), "steps": steps, "in_flight": in_flight, "rounds": rounds, "max_rows": max_rows},
+        {
+            "served_images_per_s": served,
+            "best_images_per_s": best,
+            "best_batch": batch,
+            "efficiency": efficiency,
+            "mean_rows_a_call": rows_a_call,
+            "mean_call_s": in_calls,
+            "engines_before": before.to_json(),
+            "engines_after": after.to_json(),
+        },
+        [
+            Table(
+                f"{steps} steps, {model.width} x {model.height}, guided",
+                ("", "images/s"),
+                [("served", f"{served:.3f}"), (f"engines in this process, batches of {batch}", f"{best:.3f}")],
+            )
+        ],
+        [
+            f"Serving efficiency: {efficiency:.1%}",
+            f"A UNet call of the server: {rows_a_call:.1f} rows in {1000 * in_calls:.0f} ms on average.",
+        ],
+    )

@@ -1,0 +1,173 @@
+"""Which order is best when not everything fits: the real loop and the real policies on a UNet that only takes time.
+
+Time is virtual, and a call takes what was measured for its number of rows, so hours of load pass in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffuserve.bundle import Manifest, read_manifest
+from diffuserve.costs import CallCosts
+from diffuserve.inflight import InflightLoop, Job
+from diffuserve.policies import POLICIES
+from diffuserve.request import Limits
+from diffuserve.samplers import NoiseSchedule, trajectory
+from diffuserve.selection import InflightSelection, RequestSelection, Selection
+from diffuserve.stages import Conditioning, Float32
+from diffuserve_loadtest.contenders import NONE, REQUEST, Contender, inflight_under
+from diffuserve_loadtest.mixture import SAMPLER, Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_loadtest.report import Plot, Report, Table
+from diffuserve_loadtest.summary import HEADER, Summary, summarise
+from diffuserve_loadtest.virtual_time import run_in_virtual_time
+
+_TEXT = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contender under one load: seconds, and latency over the same request's time alone."""
+
+    contender: str
+    utilisation: float
+    latency_s: Summary
+    slowdown: Summary
+
+
+class Simulation:
+    """A model without engines: its scheduler, and the measured cost of its UNet.
+
+    A size is told by the width of a latent of one row; its cost is that of the native size, by its share of the pixels.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.max_rows = Limits.for_model(manifest.model).max_rows
+        self.max_active_images = Limits.for_model(manifest.model).max_active_images
+        self.costs = CallCosts(manifest.unet_seconds)
+        self.kinds = kinds_of(manifest.model)
+        self._schedule = NoiseSchedule.from_config(manifest.scheduler)
+        self._native_px = manifest.model.width * manifest.model.height
+        self._sizes = sorted({kind.size for kind in self.kinds})
+
+    def area(self, size: tuple[int, int]) -> float:
+        return size[0] * size[1] / self._native_px
+
+    def alone_s(self, kind: Kind) -> float:
+        return kind.steps * self.costs.seconds(kind.rows) * self.area(kind.size)
+
+    @property
+    def capacity_per_s(self) -> float:
+        """Requests of the mixture a second, if every row ran in the cheapest batch."""
+        row_s = min(self.costs.seconds(rows) / rows for rows in range(1, self.max_rows + 1))
+        return 1 / statistics.mean(kind.steps * kind.rows * row_s * self.area(kind.size) for kind in self.kinds)
+
+    def latencies_s(self, contender: Contender, arrivals: Sequence[Arrival]) -> list[float]:
+        """What each request waits from its arrival to its last step, in virtual time."""
+        return run_in_virtual_time(self._run(contender, arrivals))
+
+    async def _run(self, contender: Contender, arrivals: Sequence[Arrival]) -> list[float]:
+        now_s = asyncio.get_running_loop().time
+        loop = InflightLoop(
+            self._denoise, self._selection(contender), max_active_images=self.max_active_images, clock=now_s
+        )
+
+        async def one(arrival: Arrival) -> float:
+            await asyncio.sleep(arrival.at_s)
+            await loop.denoise(self._job(arrival, now_s()))
+            return now_s() - arrival.at_s
+
+        return list(await asyncio.gather(*(one(arrival) for arrival in arrivals)))
+
+    async def _denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+        size = self._sizes[sample.shape[-1] - 1]
+        await asyncio.sleep(self.costs.seconds(len(sample)) * self.area(size))
+        return np.zeros_like(sample)
+
+    def _selection(self, contender: Contender) -> Selection:
+        if contender.batching == "inflight":
+            return InflightSelection(self.max_rows, POLICIES[contender.policy], self.costs)
+        return RequestSelection(self.max_rows, together=contender.batching == "request")
+
+    def _job(self, arrival: Arrival, arrival_s: float) -> Job:
+        kind = arrival.kind
+        return Job(
+            trajectory=trajectory(self._schedule, SAMPLER, kind.steps),
+            shape=(1, 1, self._sizes.index(kind.size) + 1),
+            seeds=[arrival.seed],
+            conditioning=_TEXT,
+            unconditional=_TEXT if kind.guided else None,
+            guidance_scale=5.0,
+            priority=5,
+            arrival_s=arrival_s,
+        )
+
+
+def measure_policies(
+    bundle: Path, *, policies: Sequence[str], utilisations: Sequence[float], requests: int, seeds: int
+) -> Report:
+    """Runs every contender through the same arrivals at every load."""
+    simulation = Simulation(read_manifest(bundle))
+    contenders = [NONE, REQUEST, *inflight_under(policies)]
+    outcomes = [
+        _outcome(simulation, contender, utilisation, requests, seeds)
+        for utilisation in utilisations
+        for contender in contenders
+    ]
+    return Report(
+        "policies",
+        {"bundle": str(bundle), "utilisations": list(utilisations), "requests": requests, "seeds": seeds},
+        {"capacity_per_s": simulation.capacity_per_s, "outcomes": [asdict(outcome) for outcome in outcomes]},
+        [_table(outcomes)],
+        [f"Capacity: {simulation.capacity_per_s:.2f} requests/s.", *_verdicts(outcomes)],
+        {"slowdown": _plot(outcomes)},
+    )
+
+
+def _outcome(simulation: Simulation, contender: Contender, utilisation: float, requests: int, seeds: int) -> Outcome:
+    latencies_s: list[float] = []
+    slowdowns: list[float] = []
+    for seed in range(seeds):
+        arrivals = poisson_arrivals(simulation.kinds, utilisation * simulation.capacity_per_s, requests, seed)
+        for arrival, latency_s in zip(arrivals, simulation.latencies_s(contender, arrivals), strict=True):
+            latencies_s.append(latency_s)
+            slowdowns.append(latency_s / simulation.alone_s(arrival.kind))
+    return Outcome(contender.name, utilisation, summarise(latencies_s), summarise(slowdowns))
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    header = ("load", "batching", *(f"latency {name} s" for name in HEADER), *(f"slowdown {name}" for name in HEADER))
+    rows = [
+        (f"{outcome.utilisation:.2f}", outcome.contender, *outcome.latency_s.cells(), *outcome.slowdown.cells())
+        for outcome in outcomes
+    ]
+    return Table("Virtual time; load is the share of the capacity", header, rows)
+
+
+def _verdicts(outcomes: Sequence[Outcome]) -> list[str]:
+    """The best over all loads, by the geometric mean, so that no single load decides."""
+
+    def best(figure: str, values: dict[str, list[float]]) -> str:
+        means = {name: statistics.geometric_mean(sample) for name, sample in values.items()}
+        ranked = sorted(means, key=lambda name: means[name])
+        return f"Best by {figure}: " + ", ".join(f"{name} ({means[name]:.2f})" for name in ranked)
+
+    means: dict[str, list[float]] = {}
+    tails: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        means.setdefault(outcome.contender, []).append(outcome.latency_s.mean)
+        tails.setdefault(outcome.contender, []).append(outcome.slowdown.p95)
+    return [best("mean latency, s", means), best("p95 slowdown", tails)]
+
+
+def _plot(outcomes: Sequence[Outcome]) -> Plot:
+    lines: dict[str, Any] = {}
+    for outcome in outcomes:
+        lines.setdefault(outcome.contender, []).append((outcome.utilisation, outcome.slowdown.mean))
+    return Plot(lines, "load, share of the capacity", "mean slowdown", log_y=True)

@@ -1,0 +1,99 @@
+"""An image does not depend on its company: random requests drawn together, against the same drawn alone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffuserve.bundle import ModelSpec, read_manifest
+from diffuserve.samplers import SAMPLERS
+from diffuserve.triton.address import Address
+from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import AsyncClient
+from diffuserve_loadtest.mixture import PROMPT, sizes_of
+from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.summary import summarise
+
+_MAX_STEPS = 20
+
+
+def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: int) -> Report:
+    """Draws every request in company of `in_flight` - 1 others, and again with the server to itself."""
+    fields = random_requests(read_manifest(bundle).model, requests, seed=0)
+    with TritonServer(repository, Address.on_free_ports()) as server:
+        together = asyncio.run(_draw(server, fields, in_flight))
+        alone = asyncio.run(_draw(server, fields, 1))
+    figures_db = [psnr_db(one, other) for one, other in zip(together, alone, strict=True)]
+    finite_db = [figure for figure in figures_db if math.isfinite(figure)]
+    identical = 1 - len(finite_db) / len(figures_db)
+    least = f"{min(finite_db):.1f}" if finite_db else "-"
+    median = f"{summarise(finite_db).p50:.1f}" if finite_db else "-"
+    return Report(
+        "same",
+        {"bundle": str(bundle), "requests": requests, "in_flight": in_flight},
+        {
+            "identical": identical,
+            "least_db": min(finite_db, default=None),
+            "images": [
+                {**request, "psnr_db": figure if math.isfinite(figure) else None}
+                for request, figure in zip(fields, figures_db, strict=True)
+            ],
+        },
+        [
+            Table(
+                f"{requests} requests, {in_flight} in flight, against alone",
+                ("identical to the byte", "least PSNR of the others, dB", "their median"),
+                [(f"{identical:.1%}", least, median)],
+            )
+        ],
+    )
+
+
+def random_requests(model: ModelSpec, count: int, seed: int) -> list[dict[str, Any]]:
+    """Requests that agree on nothing, with every sampler and two sizes."""
+    choose = random.Random(seed)  # noqa: S311 - a load, no secret
+    requests = []
+    for number in range(count):
+        width, height = choose.choice(sizes_of(model))
+        requests.append(
+            {
+                "prompt": f"{PROMPT}, number {number}",
+                "negative_prompt": choose.choice(("", "blurry")),
+                "steps": choose.randint(2, _MAX_STEPS),
+                "guidance_scale": choose.choice((1.0, 3.0, 5.0, 7.5)),
+                "sampler": choose.choice(sorted(SAMPLERS)),
+                "seed": choose.randrange(2**32),
+                "width": width,
+                "height": height,
+            }
+        )
+    return requests
+
+
+def psnr_db(one: bytes, other: bytes) -> float:
+    """Peak signal-to-noise ratio of two images of 8 bits a channel; infinite if they are the same.
+
+    Raises:
+        ValueError: they differ in size.
+    """
+    first, second = (np.frombuffer(image, np.uint8).astype(np.float64) for image in (one, other))
+    error = float(np.mean((first - second) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+async def _draw(server: TritonServer, requests: Sequence[dict[str, Any]], in_flight: int) -> list[bytes]:
+    """Raw pixels of every request, in the requests' order."""
+    room = asyncio.Semaphore(in_flight)
+    async with AsyncClient(server.address.grpc) as client:
+
+        async def one(fields: dict[str, Any]) -> bytes:
+            async with room:
+                return (await client.generate(**fields, format="raw")).encoded[0]
+
+        return list(await asyncio.gather(*(one(fields) for fields in requests)))

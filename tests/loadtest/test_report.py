@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from diffuserve_loadtest.memory import resident_bytes
+from diffuserve_loadtest.report import Plot, Report, Table, publish
+from diffuserve_loadtest.same import psnr_db
+
+
+def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    report = Report(
+        "try",
+        {"steps": 3},
+        {"ratio": 1.5},
+        [Table("A title", ("name", "s"), [("one", "1.25"), ("another", "2")])],
+        ["A remark"],
+        {"lines": Plot({"one": [(0.5, 1.0), (0.9, 4.0)]}, "load", "slowdown", log_y=True)},
+    )
+    publish(report, tmp_path / "results")
+    printed = capsys.readouterr().out
+    assert "A title\nname     s\none      1.25\nanother  2\n\nA remark\n" in printed
+    written = json.loads((tmp_path / "results" / "try.json").read_text())
+    assert written["settings"] == {"steps": 3}
+    assert written["ratio"] == 1.5
+    assert {"processor", "cores", "numpy"} <= set(written["machine"])
+    assert (tmp_path / "results" / "try-lines.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_psnr() -> None:
+    assert math.isinf(psnr_db(b"\x00\x80\xff", b"\x00\x80\xff"))
+    assert psnr_db(bytes(100), bytes([1] * 100)) == pytest.approx(48.13, abs=0.01)
+
+
+def test_resident_memory_of_a_process() -> None:
+    assert resident_bytes(os.getpid())["tritonserver"] > 2**20
