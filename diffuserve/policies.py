@@ -37,4 +37,5 @@ def srpt(job: Job, now_s: float) -> float:
 
 
 POLICIES: dict[str, Policy] = {"fifo": fifo, "fair": fair, "srpt": srpt}
-DEFAULT_POLICY = "fair"
+# Least mean latency of the three at every load from half to full capacity (`diffuserve bench policies`).
+DEFAULT_POLICY = "srpt"
