@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from diffuserve.policies import DEFAULT_POLICY, POLICIES
+
 
 @click.command("assemble", short_help="Bundle -> Triton model repository.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -26,8 +28,8 @@ import click
 )
 @click.option(
     "--policy",
-    type=click.Choice(["fair", "srpt", "fifo"]),
-    default="fair",
+    type=click.Choice(list(POLICIES)),
+    default=DEFAULT_POLICY,
     show_default=True,
     help="Whose step is next.",
 )
