@@ -46,7 +46,9 @@ format: install
 	$(BIN)/ruff format .
 
 bench: repository  ## every benchmark, an hour or two on two cores; results in bench-results/
-	@for verb in engine overhead efficiency mixed short cancel same policies; do \
+	$(BIN)/diffuserve bench engine --save
+	$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
+	@for verb in overhead efficiency mixed short cancel same policies; do \
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 

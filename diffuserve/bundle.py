@@ -94,7 +94,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`source_sha256` identifies the checkpoint's files, `bundle_sha256` the exported ones; `created` is ISO 8601, UTC;
-    `unet_seconds`: what one UNet call at the native size takes, by rows, where it was measured last;
+    `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
 
     format_version: int

@@ -24,10 +24,8 @@ from diffuserve.bundle import (
     verify,
     write_manifest,
 )
-from diffuserve.engines import load_engine
-from diffuserve.engines.timing import unet_seconds
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, VAE_ENCODER, stage_specs
+from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER, stage_specs
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.onnx import onnx_from_module
@@ -129,9 +127,6 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
             tolerance=tolerance,
             parity=parity,
         )
-    with progress("time unet"):
-        unet = load_engine(folder / components[UNET].files[0].path, components[UNET], threads=0)
-        seconds = unet_seconds(unet, spec)
     with progress("fit preview"):
         preview = preview_from_vae_encoder(modules[VAE_ENCODER], spec)
     files_beside = _write_files_beside(checkpoint, model, folder)
@@ -142,7 +137,7 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         components=components,
         files=files_beside,
         preview=preview,
-        unet_seconds=seconds,
+        unet_seconds={},
         source=spec.name,
         source_sha256=checkpoint.sha256,
         bundle_sha256=sha256_of_files(

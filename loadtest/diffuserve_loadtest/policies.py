@@ -16,6 +16,7 @@ import numpy as np
 
 from diffuserve.bundle import Manifest, read_manifest
 from diffuserve.costs import CallCosts
+from diffuserve.errors import BundleError
 from diffuserve.inflight import InflightLoop, Job
 from diffuserve.policies import POLICIES
 from diffuserve.request import Limits
@@ -50,6 +51,10 @@ class Simulation:
     def __init__(self, manifest: Manifest) -> None:
         self.max_rows = Limits.for_model(manifest.model).max_rows
         self.max_active_images = Limits.for_model(manifest.model).max_active_images
+        if not manifest.unet_seconds:
+            raise BundleError(
+                "What a UNet call costs has not been measured. Do it first: diffuserve bench engine --save"
+            )
         self.costs = CallCosts(manifest.unet_seconds)
         self.kinds = kinds_of(manifest.model)
         self._schedule = NoiseSchedule.from_config(manifest.scheduler)

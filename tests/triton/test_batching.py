@@ -86,7 +86,7 @@ def test_a_short_request_overtakes_a_long_one(client: Client) -> None:
 
 def test_cancelling_frees_the_rows(client: Client, server: TritonServer) -> None:
     def active() -> float:
-        return read_metrics(server.address.metrics)["diffuserve_requests_active", "stable_diffusion"]
+        return read_metrics(server.address.metrics)["diffuserve_requests_running", "stable_diffusion"]
 
     events = client.stream("a rocket", steps=150, num_images=8)
     for event in events:
