@@ -72,16 +72,17 @@ class InflightSelection:
     """Step-level: at every step, by priority, then by client, then by policy.
 
     Args:
-        max_rows: rows of one call.
+        max_rows: rows of one call, at least 2.
         policy: the order within a priority and client; see `diffuserve.policies`.
-        costs: measured cost of a call by rows; within the budget the batch with most rows a second is taken.
+        costs: measured cost of a call by rows. The row budget is the number up to `max_rows` with most rows a second,
+            and of what is ready within it the batch with most rows a second is taken.
     """
 
     def __init__(self, max_rows: int, policy: Policy, costs: CallCosts | None = None) -> None:
-        self.max_rows = max_rows
+        self._costs = costs or CallCosts({})
+        self.max_rows = self._costs.best(range(min(2, max_rows), max_rows + 1))
         self.ready_rows = 0
         self._policy = policy
-        self._costs = costs or CallCosts({})
         self._shape_time = Shares()
         self._client_rows = Shares()
         self._level_ran_s: dict[int, float] = {}
