@@ -23,7 +23,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -78,8 +77,8 @@ class TritonServer:
     def __enter__(self) -> TritonServer:
         _check_repository(self.repository)
         _check_ports(self.address)
-        _remove_shared_memory_of_the_dead()
-        self._run_folder = Path(tempfile.mkdtemp(prefix="diffuserve-"))
+        _remove_leftovers_of_the_dead()
+        self._run_folder = Path(tempfile.mkdtemp(prefix=f"diffuserve_{os.getpid()}_"))
         self._drain_files = DrainFiles(self._run_folder)
         self._life_sign = LifeSign(self._run_folder)
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{self.address.grpc_port}_"
@@ -295,15 +294,14 @@ def _answers_ready(url: str) -> bool:
         return False
 
 
-def _remove_shared_memory_of_the_dead() -> None:
-    """Regions of launchers that were killed with SIGKILL and could not clean up."""
-    for path, pid in _regions():
-        if not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
-
-
-def _regions() -> Iterator[tuple[Path, int]]:
-    for path in _SHARED_MEMORY.glob("diffuserve_*"):
-        match = re.match(r"diffuserve_(\d+)_", path.name)
-        if match:
-            yield path, int(match[1])
+def _remove_leftovers_of_the_dead() -> None:
+    """Regions and run folders of launchers that were killed with SIGKILL and could not clean up."""
+    for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in folder.glob("diffuserve_*"):
+            match = re.match(r"diffuserve_(\d+)_", path.name)
+            if match is None or Path(f"/proc/{match[1]}").exists() or path.lstat().st_uid != os.getuid():
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,10 @@ def shared_memory_of(launcher_pid: int) -> list[Path]:
     return list(Path("/dev/shm").glob(f"diffuserve_{launcher_pid}_*"))  # noqa: S108
 
 
+def run_folders_of(launcher_pid: int) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"diffuserve_{launcher_pid}_*"))
+
+
 def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(repository: Path) -> None:
     address = Address.on_free_ports()
     with serve(repository, address) as process, ThreadPoolExecutor(4) as pool, Client(address.grpc) as client:
@@ -86,6 +91,7 @@ def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_
         assert not still_running(children)
     with TritonServer(repository, Address.on_free_ports()):
         assert not shared_memory_of(process.pid)
+        assert not run_folders_of(process.pid)
 
 
 def test_a_port_in_use_is_named(repository: Path) -> None:
