@@ -31,9 +31,9 @@ class CallCosts:
     def best(self, candidates: Sequence[int]) -> int:
         """The number of rows that gives most rows a second; the larger of two that give the same.
 
-        Throughput within three hundredths of the best counts as the same: so much is noise, and more rows a call means
-        that more requests advance.
+        Throughput within a twentieth of the best counts as the same: so much is noise, and more rows a call means that
+        more requests advance, and that what a call costs besides the engine is paid less often.
         """
         rates = [rows / self.seconds(rows) for rows in candidates]
-        enough = 0.97 * max(rates)
+        enough = 0.95 * max(rates)
         return max(rows for rows, rate in zip(candidates, rates, strict=True) if rate >= enough)

@@ -83,15 +83,15 @@ def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_
 @command.command("engine")
 @click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
 @_output
-@_count("--repeats", 3, "Calls of each batch size.")
+@_count("--rounds", 7, "Times that each batch size is timed.")
 @_count("--padding-calls", 60, "Calls of random sizes.", least=2)
 @click.option("--save", is_flag=True, help="Write the UNet's figures into the bundle's manifest.")
-def engine(bundle: Path, output: Path, repeats: int, padding_calls: int, save: bool) -> None:
+def engine(bundle: Path, output: Path, rounds: int, padding_calls: int, save: bool) -> None:
     """Seconds of a call by batch size, and whether padding pays."""
     from diffuserve_loadtest.engine import measure_engine
     from diffuserve_loadtest.report import publish
 
-    publish(measure_engine(bundle, repeats=repeats, padding_calls=padding_calls, save=save), output)
+    publish(measure_engine(bundle, rounds=rounds, padding_calls=padding_calls, save=save), output)
 
 
 @command.command("efficiency")
@@ -100,17 +100,13 @@ def engine(bundle: Path, output: Path, repeats: int, padding_calls: int, save: b
 @_output
 @_count("--steps", 20, "Denoising steps.")
 @click.option("--in-flight", type=click.IntRange(1), help="Requests in flight [default: max_rows]")
-@_count("--rounds", 3, "Times --in-flight answers, after one round that is not measured.")
-@_count("--repeats", 5, "Calls of each batch size when the engines are timed.")
-def efficiency(
-    bundle: Path, repository: Path, output: Path, steps: int, in_flight: int | None, rounds: int, repeats: int
-) -> None:
+@_count("--rounds", 3, "Times that the server, and then the engines, are measured.")
+def efficiency(bundle: Path, repository: Path, output: Path, steps: int, in_flight: int | None, rounds: int) -> None:
     """Images a second of a full server, against the best its engines do in this process."""
     from diffuserve_loadtest.efficiency import measure_efficiency
     from diffuserve_loadtest.report import publish
 
-    report = measure_efficiency(bundle, repository, steps=steps, in_flight=in_flight, rounds=rounds, repeats=repeats)
-    publish(report, output)
+    publish(measure_efficiency(bundle, repository, steps=steps, in_flight=in_flight, rounds=rounds), output)
 
 
 @command.command("mixed")

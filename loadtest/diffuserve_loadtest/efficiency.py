@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from pathlib import Path
 
 from diffuserve.bundle import read_manifest
@@ -15,30 +16,29 @@ from diffuserve_loadtest.report import Report, Table
 from diffuserve_loadtest.stage_seconds import mean_of, measure_stages
 
 
-def measure_efficiency(
-    bundle: Path, repository: Path, *, steps: int, in_flight: int | None, rounds: int, repeats: int
-) -> Report:
-    """Guided images of one size. The engines are timed before and after, while no server runs.
+def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight: int | None, rounds: int) -> Report:
+    """Guided images of one size. Server and engines are measured in turn, so that the machine's slow spells fall on both.
 
     Args:
         bundle: what the repository was assembled from.
         repository: served as it is.
         steps: of every image.
         in_flight: requests in flight; by default as many as the row budget has rows, which is two calls' worth.
-        rounds: times `in_flight` answers that are measured, after one round that is not.
-        repeats: calls of each batch size when the engines are timed.
+        rounds: how often each is measured; in a round the server gives `2 * in_flight` answers after `in_flight` that
+            are not counted.
     """
     model = read_manifest(bundle).model
     max_rows = int(read_parameters(repository)["max_rows"])
     in_flight = in_flight or max_rows
     kind = Kind(steps, True, model.width, model.height)
-    before = measure_stages(bundle, repeats=repeats)
+    requests = (kind.fields(number) for number in itertools.count())
+    rates, measurements = [], [measure_stages(bundle)]
     with TritonServer(repository, Address.on_free_ports()) as server:
-        requests = (kind.fields(number) for number in itertools.count())
-        served = saturation(server, requests, in_flight=in_flight, warm_up=in_flight, count=rounds * in_flight)
+        for _ in range(rounds):
+            rates.append(saturation(server, requests, in_flight=in_flight, warm_up=in_flight, count=2 * in_flight))
+            measurements.append(measure_stages(bundle))
         metrics = read_metrics(server.address.metrics)
-    after = measure_stages(bundle, repeats=repeats)
-    seconds = mean_of(before, after)
+    served, seconds = statistics.fmean(rates), mean_of(measurements)
     best, batch = seconds.best_images_per_s(steps, max_rows)
     efficiency = served / best
     rows_a_call = metrics["unet_rows"] / metrics["unet_calls"]
@@ -53,8 +53,8 @@ def measure_efficiency(
             "efficiency": efficiency,
             "mean_rows_a_call": rows_a_call,
             "mean_call_s": in_calls,
-            "engines_before": before.to_json(),
-            "engines_after": after.to_json(),
+            "served_by_round": rates,
+            "engines": [each.to_json() for each in measurements],
         },
         [
             Table(

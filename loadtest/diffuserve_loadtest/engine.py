@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import MANIFEST_NAME, read_manifest, write_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.timing import unet_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.report import Report, Table
-from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages
+from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages, unet_inputs
 
 PADDED_TO = (1, 2, 4, 8, 16, 32)
 
@@ -43,17 +42,17 @@ class Padding:
         return sum(self.padded_s) < sum(self.changed_s)
 
 
-def measure_engine(bundle: Path, *, repeats: int, padding_calls: int, save: bool) -> Report:
+def measure_engine(bundle: Path, *, rounds: int, padding_calls: int, save: bool) -> Report:
     """Times the engines, and writes the UNet's figures into the bundle's manifest if `save` is set."""
-    seconds = measure_stages(bundle, repeats=repeats)
-    padding = _measure_padding(bundle, padding_calls, repeats)
+    seconds = measure_stages(bundle, rounds=rounds)
+    padding = _measure_padding(bundle, padding_calls, rounds)
     remarks = [_padding_remark(padding)]
     if save:
         save_unet_seconds(bundle, seconds.unet)
         remarks.append(f"Saved in {bundle / MANIFEST_NAME}. A repository has it when it is assembled again.")
     return Report(
         "engine",
-        {"bundle": str(bundle), "repeats": repeats, "padding_calls": padding_calls},
+        {"bundle": str(bundle), "rounds": rounds, "padding_calls": padding_calls},
         {"seconds": seconds.to_json(), "padding": msgspec.to_builtins(padding), "padding_pays": padding.pays},
         _tables(seconds),
         remarks,

@@ -82,7 +82,7 @@ def measure_mixed(
                     for latency_s, arrival in zip(answered.latency_s, arrivals, strict=True)
                 ]
                 points.append(_point(contender, load, answered, slowdowns))
-    seconds = {size: mean_of(stages, measure_stages(bundle, size)) for size, stages in before.items()}
+    seconds = {size: mean_of([stages, measure_stages(bundle, size)]) for size, stages in before.items()}
     best_per_s = best_mixture_per_s(kinds, seconds, max_rows)
     return Report(
         "mixed",

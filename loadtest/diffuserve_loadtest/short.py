@@ -42,7 +42,7 @@ def measure_short(
     before = measure_stages(bundle)
     with TritonServer(repository, Address.on_free_ports()) as server:
         latencies_s = asyncio.run(_latencies_s(server, short, long, requests, in_flight))
-    seconds = mean_of(before, measure_stages(bundle))
+    seconds = mean_of([before, measure_stages(bundle)])
     needed_s = needed(seconds, steps, max_rows)
     latency_s = summarise(latencies_s)
     return Report(

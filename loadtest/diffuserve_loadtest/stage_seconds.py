@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,21 +11,22 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle import ModelSpec, read_manifest
 from diffuserve.costs import CallCosts
 from diffuserve.engines import load_engine
-from diffuserve.engines.timing import unet_inputs, unet_seconds
 from diffuserve.stages import Engine
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve_loadtest.mixture import Kind
 
 BATCHES = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of one call by batch size (for the UNet: rows), the fastest of several."""
+    """Seconds of one call by batch size (for the UNet: rows), the median of several."""
 
     text_encoder: dict[int, float]
     unet: dict[int, float]
@@ -44,7 +46,7 @@ class StageSeconds:
         return max((images / self.batch_s(images, steps, rows_per_image), images) for images in sizes)
 
 
-def measure_stages(bundle: Path, size: tuple[int, int] | None = None, *, repeats: int = 3) -> StageSeconds:
+def measure_stages(bundle: Path, size: tuple[int, int] | None = None, *, rounds: int = 3) -> StageSeconds:
     """Times the bundle's engines at one image size, (width, height) in pixels; by default the native one."""
     manifest = read_manifest(bundle)
     model = manifest.model
@@ -61,22 +63,53 @@ def measure_stages(bundle: Path, size: tuple[int, int] | None = None, *, repeats
         return {"latent_sample": unet_inputs(model, batch)["sample"]}
 
     return StageSeconds(
-        _fastest(engine(TEXT_ENCODER), text_inputs, repeats),
-        unet_seconds(engine(UNET), model, repeats=repeats),
-        _fastest(engine(VAE_DECODER), latents, repeats),
+        seconds_by_batch(engine(TEXT_ENCODER), text_inputs, BATCHES, rounds),
+        seconds_by_batch(engine(UNET), lambda rows: unet_inputs(model, rows), ROWS, rounds),
+        seconds_by_batch(engine(VAE_DECODER), latents, BATCHES, rounds),
     )
 
 
-def mean_of(before: StageSeconds, after: StageSeconds) -> StageSeconds:
-    """The mean of two measurements, since the machine's speed may have changed between them."""
+def unet_inputs(model: ModelSpec, rows: int) -> dict[str, NDArray[Any]]:
+    """Unit noise at the model's size: (rows, C, h, w), timesteps (rows, 1) and text (rows, L, D), all float32."""
+    rng = np.random.default_rng(0)
+    scale = model.vae_scale_factor
+    shape = (rows, model.latent_channels, model.height // scale, model.width // scale)
+    return {
+        "sample": rng.standard_normal(shape, np.float32),
+        "timestep": np.full((rows, 1), 500, np.float32),
+        ENCODER_HIDDEN_STATES: rng.standard_normal((rows, model.max_tokens, model.hidden_size), np.float32),
+    }
 
-    def mean(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
-        return {batch: (one[batch] + other[batch]) / 2 for batch in one}
+
+def seconds_by_batch(
+    engine: Engine, inputs_of: Callable[[int], dict[str, Any]], batches: Sequence[int], rounds: int
+) -> dict[int, float]:
+    """Seconds of a call by batch size: the median over rounds, after one call that is not counted.
+
+    Each round times every size in turn, so that a slow spell of the machine falls on all of them alike, and calls the
+    small ones several times, so that none is timed for a moment only.
+    """
+    inputs = {batch: inputs_of(batch) for batch in batches}
+    for arrays in inputs.values():
+        engine(arrays)
+    times_s: dict[int, list[float]] = {batch: [] for batch in batches}
+    for _ in range(rounds):
+        for batch, arrays in inputs.items():
+            calls = max(1, max(batches) // (2 * batch))
+            times_s[batch].append(statistics.fmean(call_seconds(engine, arrays) for _ in range(calls)))
+    return {batch: statistics.median(each) for batch, each in times_s.items()}
+
+
+def mean_of(measurements: Sequence[StageSeconds]) -> StageSeconds:
+    """Their mean, since the machine's speed may have changed between them."""
+
+    def mean(parts: Sequence[dict[int, float]]) -> dict[int, float]:
+        return {batch: statistics.fmean(part[batch] for part in parts) for batch in parts[0]}
 
     return StageSeconds(
-        mean(before.text_encoder, after.text_encoder),
-        mean(before.unet, after.unet),
-        mean(before.vae_decoder, after.vae_decoder),
+        mean([each.text_encoder for each in measurements]),
+        mean([each.unet for each in measurements]),
+        mean([each.vae_decoder for each in measurements]),
     )
 
 
@@ -106,13 +139,3 @@ def call_seconds(engine: Engine, inputs: Mapping[str, Any]) -> float:
     started_s = time.perf_counter()
     engine(inputs)
     return time.perf_counter() - started_s
-
-
-def _fastest(engine: Engine, inputs_of: Callable[[int], dict[str, Any]], repeats: int) -> dict[int, float]:
-    """The fastest of `repeats` calls for each batch size, after one that is not counted."""
-    seconds = {}
-    for batch in BATCHES:
-        inputs = inputs_of(batch)
-        engine(inputs)
-        seconds[batch] = min(call_seconds(engine, inputs) for _ in range(repeats))
-    return seconds

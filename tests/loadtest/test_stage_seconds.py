@@ -40,7 +40,7 @@ def test_a_short_request_needs_its_steps_at_the_full_budget() -> None:
 
 def test_the_mean_of_two_measurements() -> None:
     slower = StageSeconds({1: 0.3, 16: 1.0}, {2: 0.4, 4: 0.5, 8: 1.1}, {1: 0.7, 2: 1.1, 16: 9.0})
-    mean = mean_of(SECONDS, slower)
+    mean = mean_of([SECONDS, slower])
     assert (mean.text_encoder[1], mean.unet[8], mean.vae_decoder[16]) == pytest.approx((0.2, 1.0, 8.5))
 
 
