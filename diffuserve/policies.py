@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Policy = Callable[["Job", float], float]
 
 # Seconds of waiting that outweigh one UNet row of remaining work, so that long requests are not starved by short ones.
-_AGEING_ROWS_PER_S = 20.0
+_AGEING_ROWS_PER_S = 5.0
 
 
 def fifo(job: Job, now_s: float) -> float:

@@ -15,7 +15,7 @@ from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient, Progress
 from diffuserve_loadtest.closed_loop import standing_load
 from diffuserve_loadtest.metrics import read_metrics
-from diffuserve_loadtest.mixture import Kind
+from diffuserve_loadtest.mixture import Kind, sizes_of
 
 _IMAGES = 4
 _STEPS = 20
@@ -54,8 +54,9 @@ def cancel_under_load(server: TritonServer, model: ModelSpec, *, cancels: int, i
 
 async def _cancel_under_load(server: TritonServer, model: ModelSpec, cancels: int, in_flight: int) -> Cancellations:
     choose = random.Random(0)  # noqa: S311 - a load, no secret
-    standing = Kind(_STANDING_STEPS, True, model.width, model.height)
-    victim = Kind(_STEPS, True, model.width, model.height)
+    width, height = sizes_of(model)[1]  # the smaller one: what is shown does not depend on the size
+    standing = Kind(_STANDING_STEPS, True, width, height)
+    victim = Kind(_STEPS, True, width, height)
     freed = []
     async with AsyncClient(server.address.grpc) as client:
         requests = (standing.fields(10**6 + number) for number in itertools.count())
