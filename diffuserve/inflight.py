@@ -30,7 +30,7 @@ from diffuserve.errors import StageFailed
 from diffuserve.noise import Generator
 from diffuserve.samplers import Trajectory, advance, initial_state
 from diffuserve.selection import LatentShape, Selection
-from diffuserve.stages import Conditioning, Float32, checked
+from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 
@@ -151,7 +151,7 @@ class InflightLoop:
         *,
         max_active_images: int,
         instances: int = 1,
-        call_timeout_s: float = 300.0,
+        call_timeout_s: float = CALL_TIMEOUT_S,
         stats: Stats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -263,11 +263,8 @@ class InflightLoop:
         """One UNet call and the sampler's update of its latents. A failure fails the jobs in it and no others."""
         started_s = self._clock()
         try:
-            call = checked(UNET, self._denoise(*_unet_inputs(batch)))
-            output = await asyncio.wait_for(call, self._call_timeout_s)
+            output = await checked(UNET, self._denoise(*_unet_inputs(batch)), self._call_timeout_s)
             self._advance(batch, output)
-        except asyncio.TimeoutError:
-            self._fail_all(batch, StageFailed(f"A UNet call gave no answer within {self._call_timeout_s:g} s."))
         except StageFailed as error:
             self._fail_all(batch, error)
         except Exception as error:

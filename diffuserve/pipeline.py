@@ -26,7 +26,7 @@ from diffuserve.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.request import Limits, TextToImageRequest
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection, Selection
-from diffuserve.stages import Float32, Stages, checked
+from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import VAE_DECODER
 from diffuserve.text_embeddings import TextEmbeddings
@@ -102,7 +102,7 @@ class Pipeline:
         batching: inflight; or request or none, the baselines of `diffuserve.selection.RequestSelection`.
         policy: a name of `diffuserve.policies.POLICIES`, for in-flight batching.
         unet_instances: UNet calls in flight at once.
-        call_timeout_s: seconds after which a UNet call counts as hung.
+        call_timeout_s: seconds after which a stage's call counts as hung; its requests fail.
 
     Raises:
         BundleError: the bundle is damaged, or there is no such batching or policy.
@@ -117,15 +117,16 @@ class Pipeline:
         batching: str = "inflight",
         policy: str = DEFAULT_POLICY,
         unet_instances: int = 1,
-        call_timeout_s: float = 300.0,
+        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self.manifest = read_manifest(bundle)
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._tokenizer = Tokenizer(bundle / "tokenizer", self.manifest.model.max_tokens)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
         self._stages = stages
+        self._call_timeout_s = call_timeout_s
         self.stats = Stats()
-        self._embeddings = TextEmbeddings(self._tokenizer, stages, self.stats)
+        self._embeddings = TextEmbeddings(self._tokenizer, stages, self.stats, call_timeout_s=call_timeout_s)
         self._loop = InflightLoop(
             stages.denoise,
             _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds)),
@@ -144,11 +145,6 @@ class Pipeline:
     @property
     def loop(self) -> InflightLoop:
         return self._loop
-
-    @property
-    def active(self) -> int:
-        """Requests accepted and not yet answered."""
-        return len(self._waiting) + len(self._running)
 
     def gauges(self) -> dict[str, int]:
         """The gauges of `diffuserve.stats.METRICS`."""
@@ -314,7 +310,9 @@ class Pipeline:
     async def _decode(self, latents: Float32, request: TextToImageRequest) -> NDArray[np.uint8]:
         """Returns (n, H, W, 3) uint8; raises StageFailed if the decoder returned anything else."""
         parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
-        decoded = await asyncio.gather(*(checked(VAE_DECODER, self._stages.decode(part)) for part in parts))
+        decoded = await asyncio.gather(
+            *(checked(VAE_DECODER, self._stages.decode(part), self._call_timeout_s) for part in parts)
+        )
         for part, pixels in zip(parts, decoded, strict=True):
             expected = (len(part), request.height, request.width, 3)
             if pixels.shape != expected or pixels.dtype != np.uint8:

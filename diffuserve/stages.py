@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -41,11 +42,17 @@ class Engine(Protocol):
         ...
 
 
-async def checked(stage: str, call: Awaitable[Result]) -> Result:
-    """Awaits a stage's call; whatever it raises, a timeout of its own included, becomes `StageFailed`."""
+# Seconds after which a stage's call counts as hung.
+CALL_TIMEOUT_S = 300.0
+
+
+async def checked(stage: str, call: Awaitable[Result], timeout_s: float = CALL_TIMEOUT_S) -> Result:
+    """Awaits a stage's call for `timeout_s` seconds at most; whatever it raises becomes `StageFailed`."""
     try:
-        return await call
+        return await asyncio.wait_for(call, timeout_s)
     except StageFailed:
         raise
+    except asyncio.TimeoutError:
+        raise StageFailed(f"The stage {stage} gave no answer in time; a call may take {timeout_s:g} s.") from None
     except Exception as error:
         raise StageFailed(f"The stage {stage} failed: {error or type(error).__name__}") from error

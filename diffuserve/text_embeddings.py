@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffuserve.stages import Conditioning, Float32, Stages, checked
+from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, Stages, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.tokenizer import Tokenizer
@@ -21,11 +21,17 @@ class TextEmbeddings:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stages: Stages, stats: Stats | None = None, max_bytes: int = 64 << 20
+        self,
+        tokenizer: Tokenizer,
+        stages: Stages,
+        stats: Stats | None = None,
+        max_bytes: int = 64 << 20,
+        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._tokenizer = tokenizer
         self._stages = stages
         self._max_bytes = max_bytes
+        self._call_timeout_s = call_timeout_s
         self._bytes = 0
         self._cache: OrderedDict[str, Mapping[str, Float32]] = OrderedDict()
         self._encoding: dict[str, asyncio.Task[Conditioning]] = {}
@@ -59,7 +65,7 @@ class TextEmbeddings:
 
     async def _encode(self, text: str) -> Conditioning:
         input_ids = self._tokenizer.encode(text).input_ids[np.newaxis]
-        batch = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids))
+        batch = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids), self._call_timeout_s)
         embedding = {name: array[0] for name, array in batch.items()}
         self._cache[text] = embedding
         self._bytes += _bytes(embedding)

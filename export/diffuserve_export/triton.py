@@ -9,6 +9,7 @@ from diffuserve.bundle import Manifest
 from diffuserve.pipeline import MAX_DECODE_BATCH
 from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
+from diffuserve.stages import CALL_TIMEOUT_S
 from diffuserve.tensors import (
     REQUEST,
     RESPONSE,
@@ -48,7 +49,7 @@ class Serving:
     batching: str = "inflight"
     policy: str = DEFAULT_POLICY
     unet_instances: int = 1
-    call_timeout_s: float = 300.0
+    call_timeout_s: float = CALL_TIMEOUT_S
 
 
 def configs_from_manifest(manifest: Manifest, serving: Serving | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffuserve_loadtest.cancellation import Cancellations, Freed, cancel_under_
 from diffuserve_loadtest.closed_loop import completions
 from diffuserve_loadtest.memory import resident_bytes
 from diffuserve_loadtest.mixture import Kind, sizes_of
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report import Plot, Report, Table
 
 _PROMPTS = 16  # few, so that the cache of embeddings is full before the first sample
 _SAMPLES = 40
@@ -51,6 +51,7 @@ def measure_cancel(bundle: Path, repository: Path, *, cancels: int, requests: in
             f"Rows free within one step: {within} of {len(cancelled.freed)}",
             _leaks(cancelled),
         ],
+        {"memory": _plot(samples, requests)},
     )
 
 
@@ -96,6 +97,18 @@ def _memory_table(samples: Sequence[dict[str, int]], requests: int) -> Table:
         rows.append((name, f"{first:.1f}", f"{last:.1f}", f"{last - first:+.1f}"))
     title = f"Resident memory over {requests} requests of {_SHORT_STEPS} steps, MiB"
     return Table(title, ("process", "first quarter", "last quarter", "difference"), rows)
+
+
+def _plot(samples: Sequence[dict[str, int]], requests: int) -> Plot:
+    lines = {
+        name: [
+            ((index + 1) * requests / len(samples), sample[name] / 2**20)
+            for index, sample in enumerate(samples)
+            if name in sample
+        ]
+        for name in sorted(samples[-1])
+    }
+    return Plot(lines, "requests answered", "resident memory, MiB")
 
 
 def _leaks(cancelled: Cancellations) -> str:

@@ -12,8 +12,8 @@ from diffuserve.triton.launcher import TritonServer, read_parameters
 from diffuserve_loadtest.closed_loop import saturation
 from diffuserve_loadtest.metrics import read_metrics
 from diffuserve_loadtest.mixture import Kind
-from diffuserve_loadtest.report import Report, Table
-from diffuserve_loadtest.stage_seconds import mean_of, measure_stages
+from diffuserve_loadtest.report import Plot, Report, Table
+from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
 
 
 def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight: int | None, rounds: int) -> Report:
@@ -67,4 +67,17 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
             f"Serving efficiency: {efficiency:.1%}",
             f"A UNet call of the server: {rows_a_call:.1f} rows in {1000 * in_calls:.0f} ms on average.",
         ],
+        {"throughput": _plot(seconds, served, steps, max_rows)},
+    )
+
+
+def _plot(seconds: StageSeconds, served: float, steps: int, max_rows: int) -> Plot:
+    batches = range(1, max_rows // 2 + 1)
+    return Plot(
+        {
+            "engines in this process": [(images, images / seconds.batch_s(images, steps)) for images in batches],
+            "served, mean": [(images, served) for images in (batches[0], batches[-1])],
+        },
+        "images of a batch",
+        "images/s",
     )

@@ -18,7 +18,7 @@ from diffuserve.bundle import MANIFEST_NAME, read_manifest, write_manifest
 from diffuserve.engines import load_engine
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages, unet_inputs
 
 PADDED_TO = (1, 2, 4, 8, 16, 32)
@@ -56,6 +56,7 @@ def measure_engine(bundle: Path, *, rounds: int, padding_calls: int, save: bool)
         {"seconds": seconds.to_json(), "padding": msgspec.to_builtins(padding), "padding_pays": padding.pays},
         _tables(seconds),
         remarks,
+        {"gain": _plot(seconds)},
     )
 
 
@@ -109,6 +110,12 @@ def _padding_remark(padding: Padding) -> str:
         f"state: {median_ms(padding.steady_s)}; padded to one of {', '.join(map(str, PADDED_TO))}: "
         f"{median_ms(padding.padded_s)}; so {verdict}."
     )
+
+
+def _plot(seconds: StageSeconds) -> Plot:
+    named = {"UNet": seconds.unet, "text encoder": seconds.text_encoder, "VAE decoder": seconds.vae_decoder}
+    lines = {name: [(size, size / call_s * costs[1]) for size, call_s in costs.items()] for name, costs in named.items()}
+    return Plot(lines, "rows of a call", "rows a second, against calls of one row")
 
 
 def _tables(seconds: StageSeconds) -> list[Table]:

@@ -79,15 +79,18 @@ def _print_table(table: Table) -> None:
 
 def _draw(plot: Plot, path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in plot.lines.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 20 else "", label=name)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     if plot.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -17,10 +17,11 @@ from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.mixture import PROMPT, sizes_of
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.summary import summarise
 
 _MAX_STEPS = 20
+_IDENTICAL_DB = 100.0
 
 
 def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: int) -> Report:
@@ -52,7 +53,14 @@ def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: in
                 [(f"{identical:.1%}", least, median)],
             )
         ],
+        plots={"psnr": _plot(figures_db)},
     )
+
+
+def _plot(figures_db: Sequence[float]) -> Plot:
+    ranked = [(rank, min(figure, _IDENTICAL_DB)) for rank, figure in enumerate(sorted(figures_db), 1)]
+    label = f"PSNR, dB; identical to the byte is drawn at {_IDENTICAL_DB:g}"
+    return Plot({"in company against alone": ranked}, "images, the worst first", label)
 
 
 def random_requests(model: ModelSpec, count: int, seed: int) -> list[dict[str, Any]]:

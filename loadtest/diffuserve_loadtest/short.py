@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffuserve.bundle import read_manifest
@@ -15,7 +16,7 @@ from diffuserve.triton.launcher import TritonServer, read_parameters
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.closed_loop import standing_load
 from diffuserve_loadtest.mixture import Kind
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
 from diffuserve_loadtest.summary import HEADER, summarise
 
@@ -72,7 +73,14 @@ def measure_short(
             f"{steps} UNet calls at {max_rows} rows, a text and an image: {needed_s:.2f} s",
             f"p95 / that: {latency_s.p95 / needed_s:.2f}",
         ],
+        {"latency": _plot(latencies_s, needed_s)},
     )
+
+
+def _plot(latencies_s: Sequence[float], needed_s: float) -> Plot:
+    shares = [(latency_s, rank / len(latencies_s)) for rank, latency_s in enumerate(sorted(latencies_s), 1)]
+    needed = "its UNet calls at the full row budget, text and image"
+    return Plot({"short requests": shares, needed: [(needed_s, 0), (needed_s, 1)]}, "seconds", "share done")
 
 
 def needed(seconds: StageSeconds, steps: int, max_rows: int) -> float:

@@ -55,9 +55,11 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 @asynccontextmanager
-async def serving(bundle: Path, stages: FakeStages, limits: Limits | None = None) -> AsyncIterator[Pipeline]:
+async def serving(
+    bundle: Path, stages: FakeStages, limits: Limits | None = None, **options: Any
+) -> AsyncIterator[Pipeline]:
     """A pipeline that must have nothing left to do at the end."""
-    pipeline = Pipeline(bundle, stages, limits)
+    pipeline = Pipeline(bundle, stages, limits, **options)
     try:
         yield pipeline
         assert_free(pipeline)
@@ -65,9 +67,15 @@ async def serving(bundle: Path, stages: FakeStages, limits: Limits | None = None
         await pipeline.close()
 
 
+def unanswered(pipeline: Pipeline) -> int:
+    """Accepted and not yet answered."""
+    gauges = pipeline.gauges()
+    return gauges["requests_waiting"] + gauges["requests_running"]
+
+
 def assert_free(pipeline: Pipeline) -> None:
     left = (
-        pipeline.active,
+        unanswered(pipeline),
         pipeline.gauges()["requests_waiting"],
         pipeline.loop.images_active,
         pipeline.loop.rows_left,
@@ -171,7 +179,7 @@ def test_requests_share_calls(fake_bundle: Path) -> None:
         async with serving(fake_bundle, stages) as pipeline:
             requests = [start(pipeline, seed=seed, prompt="a cat", negative_prompt="a cat") for seed in range(4)]
             await stages.entered.wait()
-            assert pipeline.active == pipeline.gauges()["requests_waiting"] == 4
+            assert unanswered(pipeline) == pipeline.gauges()["requests_waiting"] == 4
             stages.release.set()
             await asyncio.gather(*requests)
         assert stages.rows("denoise") == [8, 8, 8]
@@ -219,7 +227,7 @@ def test_leaving_early_frees_everything(fake_bundle: Path, stage: str, by: str) 
                 events = pipeline.generate(make_request(num_images=3))
                 assert await anext(events) == Accepted(3, 0)
                 await stages.entered.wait()
-                assert pipeline.active == 1
+                assert unanswered(pipeline) == 1
                 await events.aclose()
             else:
                 reader = start(pipeline, num_images=3)
@@ -306,6 +314,16 @@ def test_wrong_unet_output(fake_bundle: Path) -> None:
     run(main)
 
 
+@pytest.mark.parametrize(("held", "stage"), [("encode_text", "text_encoder"), ("denoise", "unet"), ("decode", "vae_decoder")])
+def test_a_stage_that_hangs_fails_its_requests(fake_bundle: Path, held: str, stage: str) -> None:
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages(held=held), call_timeout_s=0.05) as pipeline:
+            with pytest.raises(StageFailed, match=f"The stage {stage} gave no answer in time; a call may take 0.05 s"):
+                await draw(pipeline)
+
+    run(main)
+
+
 def test_the_queue_is_bounded(fake_bundle: Path) -> None:
     async def main() -> None:
         stages = FakeStages(held="denoise")
@@ -318,7 +336,7 @@ def test_the_queue_is_bounded(fake_bundle: Path) -> None:
             ) as full:
                 await draw(pipeline)
             assert full.value.retry_after_s == 1.0  # no call has been measured yet
-            assert pipeline.active == pipeline.gauges()["requests_waiting"] == 2
+            assert unanswered(pipeline) == pipeline.gauges()["requests_waiting"] == 2
             stages.release.set()
             await asyncio.gather(*waiting)
             assert (await completed(pipeline)).images
@@ -343,7 +361,7 @@ def test_a_request_past_its_first_step_does_not_wait(fake_bundle: Path) -> None:
         async with serving(fake_bundle, stages, limits) as pipeline:
             first = start(pipeline)
             await stages.entered.wait()
-            assert (pipeline.active, pipeline.gauges()["requests_waiting"]) == (1, 0)
+            assert (unanswered(pipeline), pipeline.gauges()["requests_waiting"]) == (1, 0)
             second = start(pipeline)
             stages.release.set()
             await asyncio.gather(first, second)
@@ -360,7 +378,7 @@ def test_draining(fake_bundle: Path) -> None:
             pipeline.drain()
             with pytest.raises(Draining, match="takes no new requests"):
                 await draw(pipeline)
-            assert pipeline.active == 1
+            assert unanswered(pipeline) == 1
             stages.release.set()
             assert isinstance((await accepted)[-1], Completed)
 
