@@ -75,7 +75,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `vae_scale_factor`: image pixels to a latent pixel; `size_multiple`: width and height in pixels must be multiples of
     it (the VAE's factor times the UNet's downsampling); `width`, `height`: the sizes it was trained on, in pixels;
-    `max_tokens`: the tokenizer's length, start and end tokens included.
+    `max_tokens`: the tokenizer's length, start and end tokens included; `zero_empty_negative`: an empty negative prompt
+    is embedded as zeros instead of by the text encoder (diffusers' `force_zeros_for_empty_prompt`).
     """
 
     name: str
@@ -90,6 +91,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_steps: int
     default_guidance_scale: float
     default_sampler: str
+    zero_empty_negative: bool = False
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -29,6 +29,9 @@ class Limits:
     max_guidance_scale: float = 50.0
     max_images: int = 16
     max_prompt_bytes: int = 8192
+    max_prompt_chunks: int = 3
+    """Chunks of a tokenizer's length that a prompt may fill; the rest of a longer one is not used. They are one call of
+    the text encoder, so at most its `max_batch_size`; 1 means no chunking."""
     max_rows: int = 32
     """Rows of one UNet call; an image with guidance takes two."""
     max_active_images: int = 128

@@ -53,8 +53,9 @@ def stage_specs(*, max_tokens: int, hidden_size: int, latent_channels: int) -> d
         latent_channels: C, channels of the VAE's latents.
     """
     input_ids = TensorSpec("input_ids", "INT32", (max_tokens,))
-    # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
     hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
+    # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
+    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (-1, hidden_size))
     sample = TensorSpec("sample", "FP32", (latent_channels, -1, -1))
     noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
     latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
@@ -63,7 +64,7 @@ def stage_specs(*, max_tokens: int, hidden_size: int, latent_channels: int) -> d
         TEXT_ENCODER: StageSpec((input_ids,), (hidden,)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
-        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), hidden), (noise_pred,)),
+        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context), (noise_pred,)),
         VAE_DECODER: StageSpec((latent_sample,), (image,)),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }

@@ -22,7 +22,7 @@ from diffuserve.bundle import ModelSpec
 from diffuserve.engines import load_engine
 from diffuserve.errors import BundleError, StageFailed, to_wire
 from diffuserve.stages import Engine
-from diffuserve.tensors import NUMPY_DTYPE, StageSpec, TensorSpec
+from diffuserve.tensors import ENCODER_HIDDEN_STATES, NUMPY_DTYPE, StageSpec, TensorSpec
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
@@ -97,7 +97,9 @@ def _warm(engine: Engine, tensors: StageSpec, model: ModelSpec, name: str) -> No
 
 
 def _native_dims(spec: TensorSpec, model: ModelSpec) -> tuple[int, ...]:
-    """Dims with height and width filled in: images are (H, W, 3), latents (C, h, w)."""
+    """Dims with the free ones filled in: images are (H, W, 3), latents (C, h, w), a text of one chunk (L, D)."""
+    if spec.name == ENCODER_HIDDEN_STATES:
+        return (model.max_tokens, *spec.dims[1:])
     scale = 1 if spec.dims[-1] == 3 else model.vae_scale_factor
     sides = iter((model.height // scale, model.width // scale))
     return tuple(next(sides) if dim == -1 else dim for dim in spec.dims)

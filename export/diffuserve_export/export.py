@@ -35,7 +35,7 @@ from diffuserve_export.quiet import quiet
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "1"
+_EXPORTER_REVISION = "2"
 # StableDiffusionPipeline sets these whatever the checkpoint's file says.
 _PIPELINE_SCHEDULER_SETTINGS = {"steps_offset": 1, "clip_sample": False}
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")

@@ -50,7 +50,7 @@ def test_tokenizer_json_is_written_for_checkpoints_without(tiny_bundle: Path, sh
     ours = Tokenizer(tiny_bundle / "tokenizer", max_tokens=77)
     for text in ("", "a cat, blue", "Grüße 😀 " * 40):
         expected = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
-        np.testing.assert_array_equal(ours.encode(text).input_ids, expected)
+        np.testing.assert_array_equal(ours.encode([(text, 1.0)]).input_ids, [expected])
 
 
 def test_unchanged_checkpoint_is_not_exported_again(tiny_bundle: Path, shared_checkpoint: Path, tmp_path: Path) -> None:
