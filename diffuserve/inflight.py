@@ -5,8 +5,8 @@ diffusion step is the same kind of thing: one UNet call whose rows need not agre
 Timestep, sampler, guidance and prompt are per row, so requests of any mixture share the call.
 
     request --denoise(job)--> waiting --admit--> active --select--> UNet call --advance--> active ... --> latents
-                              (no memory)        (a latent each,                (all rows at once,
-                                                  running or paused)             one einsum)
+                              (no memory)        (a latent each,                (each row by its
+                                                  running or paused)             own matrix)
 
 The active set and the batch of a step are different things. A paused latent costs kilobytes, so many more may be active
 than fit into a call, and every step selects anew: no request waits for another's last step.
@@ -311,16 +311,15 @@ class InflightLoop:
         for row, (latent, trajectory, position) in enumerate(positions):
             if trajectory.draws_noise[position]:
                 noise[row] = latent.generator.randn(latent.job.shape)
-        states = np.stack([latent.state for latent in batch])
-        update = np.stack([trajectory.update[position] for _, trajectory, position in positions])
+        states = [latent.state for latent in batch]
+        updates = [trajectory.update[position] for _, trajectory, position in positions]
         with np.errstate(all="ignore"):
-            advanced = advance(states, prediction, noise, update)
+            advanced = advance(states, prediction, noise, updates)
 
-        usable = np.isfinite(advanced).all(axis=(1, 2, 3, 4))
         now_s = self._clock()
         for row, (latent, trajectory, position) in enumerate(positions):
             job = latent.job
-            if not usable[row]:
+            if not np.isfinite(advanced[row]).all():
                 _fail(
                     job, StageFailed("The UNet returned values that are not finite, so this image cannot be finished.")
                 )

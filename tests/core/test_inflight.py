@@ -19,7 +19,9 @@ from diffuserve.selection import InflightSelection, RequestSelection
 from diffuserve.stats import Stats
 from diffuserve_loadtest.virtual_time import run_in_virtual_time
 
-SCHEDULE = NoiseSchedule.from_config({"prediction_type": "v_prediction", "timestep_spacing": "trailing"})
+SCHEDULE = NoiseSchedule.from_config(
+    {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "skip_prk_steps": True}
+)
 SHAPES = ((4, 8, 8), (4, 8, 12))
 
 
