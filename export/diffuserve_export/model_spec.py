@@ -10,7 +10,7 @@ import msgspec
 from diffuserve.bundle import ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
-from diffuserve.samplers import SAMPLERS
+from diffuserve.samplers import SAMPLERS, sampler_from_config
 
 FAMILY = "stable-diffusion"
 
@@ -31,11 +31,14 @@ _UNSUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request gets that names no value of its own: diffuserve.json, if the checkpoint has one."""
+    """What a request gets that names no value of its own: diffuserve.json, if the checkpoint has one.
+
+    `sampler`: empty for the one that the checkpoint's own scheduler is.
+    """
 
     steps: int = 20
     guidance_scale: float = 7.5
-    sampler: str = "dpmpp_2m"
+    sampler: str = ""
 
 
 def model_spec_from_configs(name: str, configs: Mapping[str, dict[str, Any]], defaults: Defaults) -> ModelSpec:
@@ -56,6 +59,8 @@ def model_spec_from_configs(name: str, configs: Mapping[str, dict[str, Any]], de
                     f"supported: {' or '.join(map(repr, allowed))}. Only Stable Diffusion 1.x and 2.x models are."
                 )
     _check_scheduler(name, configs["scheduler"])
+    if not defaults.sampler:
+        defaults = msgspec.structs.replace(defaults, sampler=sampler_from_config(configs["scheduler"]))
     if defaults.sampler not in SAMPLERS:
         raise CheckpointError(
             f"{name}: diffuserve.json names the sampler {defaults.sampler!r}. Supported: {', '.join(SAMPLERS)}."

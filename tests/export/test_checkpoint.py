@@ -131,7 +131,7 @@ def test_spec_comes_from_the_configs(shared_checkpoint: Path) -> None:
     spec = open_checkpoint(shared_checkpoint).spec
     assert (spec.name, spec.width, spec.height, spec.vae_scale_factor, spec.size_multiple) == ("tiny", 96, 64, 8, 16)
     assert (spec.latent_channels, spec.hidden_size, spec.max_tokens) == (4, 32, 77)
-    assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (20, 7.5, "dpmpp_2m")
+    assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (20, 7.5, "ddim")
 
 
 def test_defaults_come_from_the_checkpoint_or_the_caller(checkpoint: Path) -> None:
