@@ -75,7 +75,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `vae_scale_factor`: image pixels to a latent pixel; `size_multiple`: width and height in pixels must be multiples of
     it (the VAE's factor times the UNet's downsampling); `width`, `height`: the sizes it was trained on, in pixels;
-    `max_tokens`: the tokenizer's length, start and end tokens included.
+    `max_tokens`: the tokenizer's length, start and end tokens included; `zero_empty_negative`: without a negative prompt
+    the unconditional embedding is zeros and not that of the empty text (SDXL); `guidance_embedded`: the UNet takes the
+    guidance scale as an input, in place of a second row (LCM); `clip_skip`: layers of the text encoders that are left
+    out, in diffusers' meaning.
     """
 
     name: str
@@ -90,10 +93,14 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_steps: int
     default_guidance_scale: float
     default_sampler: str
+    zero_empty_negative: bool = False
+    guidance_embedded: bool = False
+    clip_skip: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`source_sha256` identifies the checkpoint's files, `bundle_sha256` the exported ones; `created` is ISO 8601, UTC;
+    """`source` names the checkpoint and the LoRAs fused into it, `source_sha256` identifies their files, `bundle_sha256`
+    the exported ones; `created` is ISO 8601, UTC;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import read_manifest
+from diffuserve.conditioning import conditioning_from_request
 from diffuserve.costs import CallCosts
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
 from diffuserve.images import encode_image, preview_from_latents
@@ -28,7 +29,7 @@ from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection, Selection
 from diffuserve.stages import Float32, Stages, checked
 from diffuserve.stats import Stats
-from diffuserve.tensors import VAE_DECODER
+from diffuserve.tensors import UNET, VAE_DECODER
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import Tokenizer
 
@@ -273,6 +274,7 @@ class Pipeline:
             steps.put_nowait(_Step(step, per_step_s * (request.steps - step), denoised))
 
         model = self.manifest.model
+        added = conditioning_from_request(request, self.manifest.components[UNET].tensors)
         job = Job(
             trajectory=trajectory(self._schedule, request.sampler, request.steps),
             shape=(
@@ -281,8 +283,8 @@ class Pipeline:
                 request.width // model.vae_scale_factor,
             ),
             seeds=request.seeds,
-            conditioning=conditional,
-            unconditional=unconditional,
+            conditioning={**conditional, **added},
+            unconditional=None if unconditional is None else {**unconditional, **added},
             guidance_scale=request.guidance_scale,
             priority=request.priority,
             arrival_s=arrival_s,
