@@ -28,8 +28,21 @@ _BUNDLES = Path("model_store/bundles")
     type=click.FloatRange(min=0),
     help="Default of requests that name none.  [default: the checkpoint's diffuserve.json, else 7.5]",
 )
+@click.option(
+    "--engine",
+    help="What the bundle runs on, one of those that `diffuserve engines` lists; auto tries all that this machine has and "
+    "keeps the fastest for each component.  [default: onnxruntime; a bundle that is up to date keeps its own]",
+)
+@click.option("--precision", help="Of the engine.  [default: fp32, for tensorrt fp16; with auto: any]")
 @click.option("--force", is_flag=True, help="Export even if the bundle is up to date.")
-def command(checkpoint: Path, output: Path | None, guidance_scale: float | None, force: bool) -> None:
+def command(
+    checkpoint: Path,
+    output: Path | None,
+    guidance_scale: float | None,
+    engine: str | None,
+    precision: str | None,
+    force: bool,
+) -> None:
     """Exports CHECKPOINT, a folder in diffusers' format, to a bundle.
 
     Every part becomes an ONNX graph and is compared with PyTorch; the figures go into the bundle's manifest.json.
@@ -40,18 +53,27 @@ def command(checkpoint: Path, output: Path | None, guidance_scale: float | None,
     from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
 
     started = time.monotonic()
+    if engine or precision:
+        from diffuserve.engines.cli import summary_lines
+        from diffuserve.engines.trials import REFERENCE, select_engines, ways_to_try
+
+        engine = engine or REFERENCE[0]
+        ways_to_try(engine, precision)  # raises now what would otherwise be known after the export
     opened = open_checkpoint(checkpoint, guidance_scale=guidance_scale)
     output = output or _BUNDLES / opened.spec.name
     if not force and unchanged_manifest(opened, output) is not None:
         click.echo(
             f"{output} is up to date: neither the checkpoint nor the exporter has changed. --force exports anyway."
         )
-        return
-    bundle_from_checkpoint(opened, output, force=True, progress=_timed)
-    click.echo()
-    for line in _summary_lines(read_manifest(output).components):
-        click.echo(line)
-    click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
+    else:
+        bundle_from_checkpoint(opened, output, force=True, progress=_timed)
+        click.echo()
+        for line in _summary_lines(read_manifest(output).components):
+            click.echo(line)
+        click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
+    if engine:
+        for line in summary_lines(select_engines(output, engine, precision)):
+            click.echo(line)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +58,8 @@ def measure_engine(bundle: Path, *, rounds: int, padding_calls: int, save: bool)
 
 
 def save_unet_seconds(bundle: Path, unet_seconds: dict[int, float]) -> None:
-    """Replaces the manifest's figures; a reader sees the old manifest or the new one, never half of one."""
-    manifest = msgspec.structs.replace(read_manifest(bundle), unet_seconds=unet_seconds)
-    aside = Path(tempfile.mkdtemp(prefix=".manifest-", dir=bundle))
-    try:
-        write_manifest(aside, manifest)
-        (aside / MANIFEST_NAME).replace(bundle / MANIFEST_NAME)
-    finally:
-        shutil.rmtree(aside)
+    """Replaces the manifest's figures."""
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), unet_seconds=unet_seconds))
 
 
 def _measure_padding(bundle: Path, calls: int, repeats: int) -> Padding:
