@@ -7,7 +7,7 @@ CHECKPOINT := model_store/checkpoints/tiny-emoji
 BUNDLE := model_store/bundles/tiny-emoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle repository demo test test-all lint format bench clean
+.PHONY: help install bundle repository demo test test-all test-real lint format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,9 +32,12 @@ test: repository  ## the default suite: lint, types and tests, under 10 minutes 
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-all: repository  ## everything, the slow tests too
+test-all: repository  ## everything, the slow tests too, but for those of test-real
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/export/test_real_size.py
+
+test-real: install  ## export Stable Diffusion 1.5 and XL at their real size, random weights: 50 GB of memory, an hour
+	$(BIN)/pytest -s tests/export/test_real_size.py
 
 lint: install
 	$(BIN)/ruff check .

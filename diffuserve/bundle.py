@@ -13,6 +13,7 @@ tiny-emoji/
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,23 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: tuple[Parity, ...]
 
 
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One component on one engine, as `diffuserve.engines.trials` found it on the machine that chose.
+
+    `seconds`: of a call at the native size by batch size, empty if `rejected` says why the engine was not timed;
+    `max_abs_error`: from ONNX Runtime in fp32, in the output's unit, None if there was nothing finite to compare;
+    `tolerance`: what was allowed.
+    """
+
+    component: str
+    engine: str
+    precision: str
+    seconds: dict[int, float]
+    max_abs_error: float | None
+    tolerance: float
+    rejected: str
+
+
 class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear map from latents to RGB, for previews without a VAE decode: rgb = latents @ matrix + bias, in 0..1.
 
@@ -75,7 +93,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `vae_scale_factor`: image pixels to a latent pixel; `size_multiple`: width and height in pixels must be multiples of
     it (the VAE's factor times the UNet's downsampling); `width`, `height`: the sizes it was trained on, in pixels;
-    `max_tokens`: the tokenizer's length, start and end tokens included.
+    `max_tokens`: the tokenizer's length, start and end tokens included; `zero_empty_negative`: without a negative prompt
+    the unconditional embedding is zeros and not that of the empty text (SDXL); `guidance_embedded`: the UNet takes the
+    guidance scale as an input, in place of a second row (LCM); `clip_skip`: layers of the text encoders that are left
+    out, in diffusers' meaning.
     """
 
     name: str
@@ -90,10 +111,15 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_steps: int
     default_guidance_scale: float
     default_sampler: str
+    zero_empty_negative: bool = False
+    guidance_embedded: bool = False
+    clip_skip: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`source_sha256` identifies the checkpoint's files, `bundle_sha256` the exported ones; `created` is ISO 8601, UTC;
+    """`source` names the checkpoint and the LoRAs fused into it, `source_sha256` identifies their files, `bundle_sha256`
+    the exported ones; `created` is ISO 8601, UTC;
+    `trials`: what led to the components' engines, if `diffuserve engines --select` has chosen them;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
 
@@ -109,6 +135,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bundle_sha256: str
     created: str
     versions: dict[str, str]
+    trials: tuple[Trial, ...] = ()
 
     def all_files(self) -> tuple[File, ...]:
         """Every file of the bundle but the manifest."""
@@ -165,9 +192,12 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Writes manifest.json, indented, keys in the order of the fields."""
+    """Writes manifest.json, indented, keys in the order of the fields. A reader sees the old one or the new one, never half
+    of one."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    (bundle / MANIFEST_NAME).write_bytes(data + b"\n")
+    aside = bundle / f".{MANIFEST_NAME}.{os.getpid()}"
+    aside.write_bytes(data + b"\n")
+    aside.replace(bundle / MANIFEST_NAME)
 
 
 def verify(bundle: Path, manifest: Manifest) -> None:

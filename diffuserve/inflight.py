@@ -1,12 +1,13 @@
 """The step-level batching loop: requests join and leave the running batch at every denoising step.
 
 Language-model servers batch at the level of one token (Yu et al., Orca, OSDI 2022: iteration-level scheduling). A
-diffusion step is the same kind of thing: one UNet call whose rows need not agree on anything but their latent shape.
-Timestep, sampler, guidance and prompt are per row, so requests of any mixture share the call.
+diffusion step is the same kind of thing: one UNet call whose rows need not agree on anything but their shapes, of the
+latent and of the embedded prompt. Timestep, sampler, guidance and prompt are per row, so requests of any mixture share
+the call.
 
     request --denoise(job)--> waiting --admit--> active --select--> UNet call --advance--> active ... --> latents
-                              (no memory)        (a latent each,                (all rows at once,
-                                                  running or paused)             one einsum)
+                              (no memory)        (a latent each,                (each row by its
+                                                  running or paused)             own matrix)
 
 The active set and the batch of a step are different things. A paused latent costs kilobytes, so many more may be active
 than fit into a call, and every step selects anew: no request waits for another's last step.
@@ -23,13 +24,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from diffuserve.errors import StageFailed
 from diffuserve.noise import Generator
 from diffuserve.samplers import Trajectory, advance, initial_state
-from diffuserve.selection import LatentShape, Selection
+from diffuserve.selection import LatentShape, RowShapes, Selection
 from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
@@ -74,7 +76,8 @@ class Job:
         shape: (C, h, w) of each latent.
         seeds: one an image, for a noise generator of its own.
         conditioning: the prompt's embedding, arrays without a batch dimension by UNet input name.
-        unconditional: the same for the negative prompt, or None for no guidance; with it an image takes two rows.
+        unconditional: the same for the negative prompt, of the same shapes, or None for no guidance; with it an image
+            takes two rows.
         guidance_scale: weight of the difference between the two predictions; ignored without `unconditional`.
         priority: 0 (first) .. 9 (last).
         arrival_s: on the loop's clock.
@@ -107,6 +110,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.last_step_s = self.arrival_s
+
+    @cached_property
+    def row_shapes(self) -> RowShapes:
+        """What rows must agree on to share a UNet call: the shapes of the latent and of all conditioning. Prompts of
+        different lengths are not padded to share one, since padding would change the image."""
+        return (self.shape, *(self.conditioning[name].shape for name in sorted(self.conditioning)))
 
     @property
     def rows_per_image(self) -> int:
@@ -308,16 +317,15 @@ class InflightLoop:
         for row, (latent, trajectory, position) in enumerate(positions):
             if trajectory.draws_noise[position]:
                 noise[row] = latent.generator.randn(latent.job.shape)
-        states = np.stack([latent.state for latent in batch])
-        update = np.stack([trajectory.update[position] for _, trajectory, position in positions])
+        states = [latent.state for latent in batch]
+        updates = [trajectory.update[position] for _, trajectory, position in positions]
         with np.errstate(all="ignore"):
-            advanced = advance(states, prediction, noise, update)
+            advanced = advance(states, prediction, noise, updates)
 
-        usable = np.isfinite(advanced).all(axis=(1, 2, 3, 4))
         now_s = self._clock()
         for row, (latent, trajectory, position) in enumerate(positions):
             job = latent.job
-            if not usable[row]:
+            if not np.isfinite(advanced[row]).all():
                 _fail(
                     job, StageFailed("The UNet returned values that are not finite, so this image cannot be finished.")
                 )

@@ -6,8 +6,10 @@ state for x_t / alpha_t = x0 + sigma eps ("variance exploding"); `sigmas` holds 
 
 The config is read as diffusers reads it when a scheduler of another class is made from it
 (`Scheduler.from_config(pipe.scheduler.config)`): settings that are not in the file take the defaults of the class that
-runs, not of the class that wrote it. The samplers' classes differ in the default of one setting, `timestep_spacing`;
-None stands for it here. `clip_sample` is ignored: StableDiffusionPipeline itself turns it off.
+runs, not of the class that wrote it. The samplers' classes differ in the defaults of `timestep_spacing` and
+`set_alpha_to_one`; None stands for them here. (Some differ in those of the betas too; `export` wants them in the file.)
+Which algorithm it is, and whether at Karras et al.'s sigmas, is in the samplers' names. `clip_sample` is ignored:
+StableDiffusionPipeline itself turns it off.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _MEND = "Mend it and export the checkpoint again."
 # is the default. diffusers itself replaces "deis", "logrho", "bh1" and "bh2" by the first value.
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "thresholding": (False,),  # clips by a quantile of the latents, which is not linear
-    "use_karras_sigmas": (False, None),
+    "use_karras_sigmas": (False, None, True),
     "use_exponential_sigmas": (False, None),
     "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
@@ -44,11 +46,14 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "timestep_type": ("discrete",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "algorithm_type": ("dpmsolver++", "deis"),
+    "algorithm_type": ("dpmsolver++", "deis", "sde-dpmsolver++"),
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
     "solver_order": (2,),
     "lambda_min_clipped": (-math.inf, None),  # msgspec writes infinity as null
     "variance_type": (None,),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
 }
 
 
@@ -65,10 +70,14 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = None
     final_sigmas_type: str = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    solver_type: str = "midpoint"
+    skip_prk_steps: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -93,6 +102,10 @@ class NoiseSchedule:
             final_sigmas_type=config.get("final_sigmas_type", cls.final_sigmas_type),
             lower_order_final=_flag(config, "lower_order_final", cls.lower_order_final),
             euler_at_final=_flag(config, "euler_at_final", cls.euler_at_final),
+            solver_type=config.get("solver_type", cls.solver_type),
+            skip_prk_steps=_flag(config, "skip_prk_steps", cls.skip_prk_steps),
+            original_inference_steps=_number(config, "original_inference_steps", cls.original_inference_steps, int),
+            timestep_scaling=_number(config, "timestep_scaling", cls.timestep_scaling, float),
         )
         schedule._check()
         return schedule
@@ -113,6 +126,11 @@ class NoiseSchedule:
             raise BundleError(
                 f"scheduler_config.json has num_train_timesteps={self.num_train_timesteps} and steps_offset="
                 f"{self.steps_offset}; at least 2 and 0 are needed. {_MEND}"
+            )
+        if self.original_inference_steps < 1 or self.timestep_scaling <= 0:
+            raise BundleError(
+                f"scheduler_config.json has original_inference_steps={self.original_inference_steps} and "
+                f"timestep_scaling={self.timestep_scaling}; at least 1 and more than 0 are needed. {_MEND}"
             )
 
     @cached_property
@@ -139,6 +157,17 @@ class NoiseSchedule:
         with cosine betas, 1 - beta is 0.001 and the last value is off by 1e-5 of itself.
         """
         return _cumprod(np.float32(1) - self.betas)
+
+    def alpha_cumprod_at(self, timestep: int, *, default_set_alpha_to_one: bool) -> float:
+        """`alphas_cumprod` at a timestep of training's; below 0, where the last step may lead, `final_alpha_cumprod` of
+        diffusers: 1, the image itself, or that of timestep 0.
+
+        Args:
+            timestep: up to T-1.
+            default_set_alpha_to_one: of the sampler's class, where the config has none.
+        """
+        to_one = default_set_alpha_to_one if self.set_alpha_to_one is None else self.set_alpha_to_one
+        return 1.0 if timestep < 0 and to_one else float(self.alphas_cumprod[max(timestep, 0)])
 
     @cached_property
     def alphas_cumprod_above_zero(self) -> NDArray[np.float32]:
@@ -243,8 +272,8 @@ def _betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
         raise BundleError(f"scheduler_config.json has trained_betas that are no list of numbers. {_MEND}") from None
 
 
-def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+def _flag(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name, default)
-    if not isinstance(value, bool):
+    if value is not default and not isinstance(value, bool):
         raise BundleError(f"scheduler_config.json has {name}={value!r}; it must be true or false. {_MEND}")
     return value

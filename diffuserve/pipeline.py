@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import read_manifest
+from diffuserve.conditioning import conditioning_from_request
 from diffuserve.costs import CallCosts
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
 from diffuserve.images import encode_image, preview_from_latents
@@ -28,9 +29,9 @@ from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection, Selection
 from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages, checked
 from diffuserve.stats import Stats
-from diffuserve.tensors import VAE_DECODER
+from diffuserve.tensors import UNET, VAE_DECODER
 from diffuserve.text_embeddings import TextEmbeddings
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.tokenizer import tokenizers_of
 
 # Images of one VAE call: activations at full image size are the largest of all stages.
 MAX_DECODE_BATCH = 8
@@ -96,7 +97,7 @@ class Pipeline:
     """Everything that one bundle needs to answer requests, over whatever stages it is given.
 
     Args:
-        bundle: folder with manifest.json and tokenizer/; the components are the stages' business.
+        bundle: folder with manifest.json and the tokenizers; the components are the stages' business.
         stages: the engine calls.
         limits: what is accepted; by default the model's own.
         batching: inflight; or request or none, the baselines of `diffuserve.selection.RequestSelection`.
@@ -121,12 +122,18 @@ class Pipeline:
     ) -> None:
         self.manifest = read_manifest(bundle)
         self.limits = limits or Limits.for_model(self.manifest.model)
-        self._tokenizer = Tokenizer(bundle / "tokenizer", self.manifest.model.max_tokens)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
         self._stages = stages
         self._call_timeout_s = call_timeout_s
         self.stats = Stats()
-        self._embeddings = TextEmbeddings(self._tokenizer, stages, self.stats, call_timeout_s=call_timeout_s)
+        self._embeddings = TextEmbeddings(
+            tokenizers_of(bundle, self.manifest),
+            stages,
+            self.stats,
+            max_chunks=self.limits.max_prompt_chunks,
+            zero_empty_negative=self.manifest.model.zero_empty_negative,
+            call_timeout_s=call_timeout_s,
+        )
         self._loop = InflightLoop(
             stages.denoise,
             _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds)),
@@ -256,9 +263,8 @@ class Pipeline:
 
     async def _draw(self, request: TextToImageRequest, steps: _Steps) -> Completed:
         arrival_s = time.monotonic()
-        conditional, unconditional = await asyncio.gather(
-            self._embeddings.get(request.prompt),
-            self._embeddings.get(request.negative_prompt) if request.guided else _nothing(),
+        conditional, unconditional = await self._embeddings.get_pair(
+            request.prompt, request.negative_prompt if request.guided else None
         )
 
         def on_step(step: int, denoised: Float32 | None) -> None:
@@ -269,6 +275,7 @@ class Pipeline:
             steps.put_nowait(_Step(step, per_step_s * (request.steps - step), denoised))
 
         model = self.manifest.model
+        added = conditioning_from_request(request, self.manifest.components[UNET].tensors)
         job = Job(
             trajectory=trajectory(self._schedule, request.sampler, request.steps),
             shape=(
@@ -277,8 +284,8 @@ class Pipeline:
                 request.width // model.vae_scale_factor,
             ),
             seeds=request.seeds,
-            conditioning=conditional,
-            unconditional=unconditional,
+            conditioning={**conditional, **added},
+            unconditional=None if unconditional is None else {**unconditional, **added},
             guidance_scale=request.guidance_scale,
             priority=request.priority,
             arrival_s=arrival_s,
@@ -336,16 +343,11 @@ class Pipeline:
         warnings = []
         texts = {"prompt": request.prompt, **({"negative_prompt": request.negative_prompt} if request.guided else {})}
         for name, text in texts.items():
-            dropped = self._tokenizer.encode(text).dropped_text
+            dropped = self._embeddings.dropped_text(text)
             if dropped:
-                warnings.append(
-                    f"The {name} is longer than {self.manifest.model.max_tokens} tokens; this end of it was not used: {dropped!r}"
-                )
+                used = self.limits.max_prompt_chunks * (self.manifest.model.max_tokens - 2)
+                warnings.append(f"The {name} is longer than {used} tokens; this end of it was not used: {dropped!r}")
         return tuple(warnings)
-
-
-async def _nothing() -> None:
-    return None
 
 
 def _selection(batching: str, policy: str, max_rows: int, costs: CallCosts) -> Selection:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 Policy = Callable[["Job", float], float]
 
-# Seconds of waiting that outweigh one UNet row of remaining work, so that long requests are not starved by short ones.
-_AGEING_ROWS_PER_S = 5.0
+# A request that has had no step for this long goes first, so that long ones are not starved by short ones.
+_STARVING_S = 10.0
 
 
 def fifo(job: Job, now_s: float) -> float:
@@ -31,9 +31,11 @@ def fair(job: Job, now_s: float) -> float:
 def srpt(job: Job, now_s: float) -> float:
     """Shortest remaining processing time first (Schrage, Operations Research 16, 1968), which minimises mean latency.
 
-    The remaining work, in UNet rows, is known exactly; it is aged by the time since arrival.
+    The remaining work, in UNet rows, is known exactly. Ahead of all others go those that starve, the longest first.
+    Ageing by the time since arrival instead would end in first come, first served on a server that is always full.
     """
-    return job.rows_left - _AGEING_ROWS_PER_S * (now_s - job.arrival_s)
+    unserved_s = now_s - job.last_step_s
+    return -unserved_s if unserved_s > _STARVING_S else job.rows_left
 
 
 POLICIES: dict[str, Policy] = {"fifo": fifo, "fair": fair, "srpt": srpt}

@@ -29,6 +29,9 @@ class Limits:
     max_guidance_scale: float = 50.0
     max_images: int = 16
     max_prompt_bytes: int = 8192
+    max_prompt_chunks: int = 3
+    """Chunks of a tokenizer's length that a prompt may fill; the rest of a longer one is not used. They are one call of
+    the text encoder, so at most its `max_batch_size`; 1 means no chunking."""
     max_rows: int = 32
     """Rows of one UNet call; an image with guidance takes two."""
     max_active_images: int = 128
@@ -125,6 +128,14 @@ class TextToImageRequest:
         return tuple((self.seed + index) % (MAX_SEED + 1) for index in range(self.num_images))
 
 
+class EmbeddedGuidanceRequest(TextToImageRequest):
+    """A request to a model whose UNet takes the guidance scale as an input (LCM): no image needs a second row."""
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+
 def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Limits) -> TextToImageRequest:
     """Checks what came from a client and fills in the model's defaults; a missing field or None means the default.
 
@@ -138,7 +149,8 @@ def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Lim
     """
     check = _Checker({name: value for name, value in fields.items() if value is not None})
     low, high = PRIORITIES
-    request = TextToImageRequest(
+    request_class = EmbeddedGuidanceRequest if model.guidance_embedded else TextToImageRequest
+    request = request_class(
         prompt=check.text("prompt", None, limits.max_prompt_bytes),
         negative_prompt=check.text("negative_prompt", "", limits.max_prompt_bytes),
         steps=check.integer("steps", min(model.default_steps, limits.max_steps), 1, limits.max_steps),

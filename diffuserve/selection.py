@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffuserve.inflight import Job, Latent
 
 LatentShape = tuple[int, int, int]
+# Shapes of all that a UNet row is made of: its latent's, then its conditioning's.
+RowShapes = tuple[tuple[int, ...], ...]
 
 # A priority level of which nothing has run for this long counts as one level more urgent, for every such time. So the
 # lowest gets a call at least every nine times this long, whatever comes in above it, besides the rows that the more
@@ -37,7 +39,8 @@ class Selection(Protocol):
         ...
 
     def select(self, jobs: Sequence[Job], now_s: float) -> list[Latent]:
-        """The latents of the next call, all of one shape and together at most `max_rows` rows; empty if none is due."""
+        """The latents of the next call, all with the same `Job.row_shapes` and together at most `max_rows` rows; empty
+        if none is due."""
         ...
 
     def account(self, batch: Sequence[Latent], call_s: float) -> None:
@@ -94,13 +97,13 @@ class InflightSelection:
         return sorted(jobs, key=key)
 
     def select(self, jobs: Sequence[Job], now_s: float) -> list[Latent]:
-        self._shape_time.keep(job.shape for job in jobs)
+        self._shape_time.keep(job.row_shapes for job in jobs)
         self._client_rows.keep(job.client_id for job in jobs)
         self._level_ran_s = {job.priority: self._level_ran_s.get(job.priority, now_s) for job in jobs}
-        ready: dict[LatentShape, list[Latent]] = {}
+        ready: dict[RowShapes, list[Latent]] = {}
         for job in self.order(jobs, now_s):
             for latent in job.ready_latents():
-                ready.setdefault(job.shape, []).append(latent)
+                ready.setdefault(job.row_shapes, []).append(latent)
         if not ready:
             return []
         candidates = ready[self._next_shape(ready, now_s)]
@@ -116,7 +119,7 @@ class InflightSelection:
 
     def account(self, batch: Sequence[Latent], call_s: float) -> None:
         # The images of a shape are its tickets: it gets time in proportion to them.
-        self._shape_time.add(batch[0].job.shape, call_s / len(batch))
+        self._shape_time.add(batch[0].job.row_shapes, call_s / len(batch))
         for latent in batch:
             self._client_rows.add(latent.job.client_id, latent.rows)
 
@@ -124,9 +127,10 @@ class InflightSelection:
         unserved_s = now_s - self._level_ran_s.get(job.priority, now_s)
         return job.priority - int(unserved_s / PRIORITY_AGEING_S)
 
-    def _next_shape(self, ready: dict[LatentShape, list[Latent]], now_s: float) -> LatentShape:
+    def _next_shape(self, ready: dict[RowShapes, list[Latent]], now_s: float) -> RowShapes:
         """Among the shapes that have a most urgent latent, the one that has had the least time for its images: neither
-        a small image behind large ones, nor the reverse, has to wait for more than its share."""
+        a small image behind large ones, nor a short prompt behind long ones, nor the reverse, has to wait for more than
+        its share."""
         most_urgent = min(self._urgency(latents[0].job, now_s) for latents in ready.values())
         urgent = [shape for shape, latents in ready.items() if self._urgency(latents[0].job, now_s) == most_urgent]
         return min(urgent, key=self._shape_time.attained)
@@ -169,7 +173,7 @@ class RequestSelection:
             return job is first
         guidance = (job.guidance_scale, job.rows_per_image)
         return (
-            job.shape == first.shape
+            job.row_shapes == first.row_shapes
             and job.trajectory is first.trajectory  # shared by all with the same sampler and steps
             and guidance == (first.guidance_scale, first.rows_per_image)
         )

@@ -20,8 +20,9 @@ Conditioning = Mapping[str, Float32]
 class Stages(Protocol):
     """Text encoder, UNet and VAE decoder. The calls may run concurrently; arguments are never written to."""
 
-    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
-        """`input_ids`: (B, L) int32. Returns the UNet's conditioning, (B, ...) float32 by input name."""
+    async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
+        """`input_ids`: (B, L) int32 by input name, one for each tokenizer of the bundle. Returns the UNet's
+        conditioning, (B, ...) float32 by input name."""
         ...
 
     async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:

@@ -42,28 +42,44 @@ VAE_ENCODER = "vae_encoder"
 STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
 
 ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+TEXT_EMBEDS = "text_embeds"
+TIME_IDS = "time_ids"
+TIMESTEP_COND = "timestep_cond"
 
 
-def stage_specs(*, max_tokens: int, hidden_size: int, latent_channels: int) -> dict[str, StageSpec]:
-    """Tensors of each stage of a Stable Diffusion 1.x or 2.x model.
+def stage_specs(
+    *, max_tokens: int, hidden_size: int, latent_channels: int, pooled_size: int = 0, guidance_size: int = 0
+) -> dict[str, StageSpec]:
+    """Tensors of each stage of a Stable Diffusion model.
 
     Args:
         max_tokens: the tokenizer's length L (77 in Stable Diffusion).
-        hidden_size: width D of the text encoder's hidden state.
+        hidden_size: width D of the text encoder's hidden state; of both encoders' together, if there are two.
         latent_channels: C, channels of the VAE's latents.
+        pooled_size: width P of the second text encoder's pooled embedding (SDXL); 0 where there is one encoder only.
+        guidance_size: width G of the guidance scale's embedding (LCM); 0 where the UNet takes none.
     """
-    input_ids = TensorSpec("input_ids", "INT32", (max_tokens,))
-    # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
+    input_ids: tuple[TensorSpec, ...] = (TensorSpec("input_ids", "INT32", (max_tokens,)),)
+    pooled: tuple[TensorSpec, ...] = ()
+    added: tuple[TensorSpec, ...] = ()
+    if pooled_size:
+        input_ids += (TensorSpec("input_ids_2", "INT32", (max_tokens,)),)
+        pooled = (TensorSpec(TEXT_EMBEDS, "FP32", (pooled_size,)),)
+        added = (*pooled, TensorSpec(TIME_IDS, "FP32", (6,)))
+    if guidance_size:
+        added += (TensorSpec(TIMESTEP_COND, "FP32", (guidance_size,)),)
     hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
+    # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
+    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (-1, hidden_size))
     sample = TensorSpec("sample", "FP32", (latent_channels, -1, -1))
     noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
     latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
     image = TensorSpec("image", "UINT8", (-1, -1, 3))
     return {
-        TEXT_ENCODER: StageSpec((input_ids,), (hidden,)),
+        TEXT_ENCODER: StageSpec(input_ids, (hidden, *pooled)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
-        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), hidden), (noise_pred,)),
+        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context, *added), (noise_pred,)),
         VAE_DECODER: StageSpec((latent_sample,), (image,)),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }

@@ -1,4 +1,9 @@
-"""Text embeddings, each computed once: a cache over the text encoder."""
+"""Text embeddings, each computed once: a cache over the text encoder.
+
+A prompt becomes what the UNet is conditioned on in four steps: its attention syntax is read (`diffuserve.prompting`),
+its tokens are cut into chunks (`diffuserve.tokenizer`), the text encoder takes all chunks in one call, and the weights
+multiply what it returns. docs/prompting.md describes it for users.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,76 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from diffuserve.prompting import parse_prompt
 from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, Stages, checked
 from diffuserve.stats import Stats
-from diffuserve.tensors import TEXT_ENCODER
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER
+from diffuserve.tokenizer import Encoded, Tokenizer
 
 
 class TextEmbeddings:
     """Embeddings by text, the least recently used dropped beyond `max_bytes`.
 
     Requests with the same text that arrive together wait for one call of the encoder. A failed call is not kept.
+
+    Args:
+        tokenizers: by input of the text encoder, as `diffuserve.tokenizer.tokenizers_of` gives them. Where two of them
+            cut a text differently (Stable Diffusion XL's second takes each "!" as a token of its own), the first one's
+            weights hold.
+        max_chunks: of a text; what does not fit into them is not used.
+        zero_empty_negative: embed an empty negative prompt as zeros.
+        call_timeout_s: seconds after which the encoder's call counts as hung.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizers: Mapping[str, Tokenizer],
         stages: Stages,
         stats: Stats | None = None,
         max_bytes: int = 64 << 20,
+        *,
+        max_chunks: int = 1,
+        zero_empty_negative: bool = False,
         call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._stages = stages
         self._max_bytes = max_bytes
+        self._max_chunks = max_chunks
+        self._zero_empty_negative = zero_empty_negative
         self._call_timeout_s = call_timeout_s
         self._bytes = 0
         self._cache: OrderedDict[str, Mapping[str, Float32]] = OrderedDict()
         self._encoding: dict[str, asyncio.Task[Conditioning]] = {}
         self._stats = stats or Stats()
 
+    def dropped_text(self, text: str) -> str:
+        """The end of a text that does not fit, without its attention syntax; empty if everything fits."""
+        return next(iter(self._encode(text).values())).dropped_text
+
+    async def get_pair(self, prompt: str, negative_prompt: str | None) -> tuple[Conditioning, Conditioning | None]:
+        """What guidance leads to and what it leads away from, with the same number of tokens.
+
+        The shorter is followed by chunks of the empty prompt until it has as many tokens, as AUTOMATIC1111's web UI
+        does. None for `negative_prompt` means no guidance.
+
+        Raises:
+            StageFailed: the encoder failed.
+        """
+        if negative_prompt is None:
+            return await self.get(prompt), None
+        if not negative_prompt and self._zero_empty_negative:
+            conditional = await self.get(prompt)
+            return conditional, {name: np.zeros_like(array) for name, array in conditional.items()}
+        pair = await asyncio.gather(self.get(prompt), self.get(negative_prompt))
+        tokens = max(len(conditioning[ENCODER_HIDDEN_STATES]) for conditioning in pair)
+        conditional, unconditional = [await self._padded(conditioning, tokens) for conditioning in pair]
+        return conditional, unconditional
+
     async def get(self, text: str) -> Conditioning:
         """The UNet's conditioning for one text: arrays without a batch dimension, by input name.
+
+        `encoder_hidden_states` is (k * L, D), k chunks one after the other; a pooled embedding is the first chunk's.
 
         Raises:
             StageFailed: the encoder failed.
@@ -50,7 +94,7 @@ class TextEmbeddings:
         task = self._encoding.get(text)
         if task is None:
             self._stats.count("text_cache_misses")
-            task = asyncio.create_task(self._encode(text))
+            task = asyncio.create_task(self._embed(text))
             self._encoding[text] = task
             task.add_done_callback(lambda done: self._forget(text, done))
         else:
@@ -63,16 +107,62 @@ class TextEmbeddings:
         if not task.cancelled():
             task.exception()  # so that asyncio does not complain of it where all who waited have been cancelled
 
-    async def _encode(self, text: str) -> Conditioning:
-        input_ids = self._tokenizer.encode(text).input_ids[np.newaxis]
-        batch = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids), self._call_timeout_s)
-        embedding = {name: array[0] for name, array in batch.items()}
+    async def _padded(self, conditioning: Conditioning, tokens: int) -> Conditioning:
+        hidden = conditioning[ENCODER_HIDDEN_STATES]
+        if len(hidden) == tokens:
+            return conditioning
+        empty = (await self.get(""))[ENCODER_HIDDEN_STATES]
+        chunks = [empty] * ((tokens - len(hidden)) // len(empty))
+        return {**conditioning, ENCODER_HIDDEN_STATES: np.concatenate([hidden, *chunks])}
+
+    async def _embed(self, text: str) -> Conditioning:
+        encoded = self._encode(text)
+        input_ids = {name: each.input_ids for name, each in encoded.items()}
+        chunks = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids), self._call_timeout_s)
+        hidden = weighted(chunks[ENCODER_HIDDEN_STATES], next(iter(encoded.values())).weights)
+        # Each output's first chunk, and of the hidden states all chunks, joined along the tokens.
+        embedding = {name: array[0] for name, array in chunks.items()}
+        embedding[ENCODER_HIDDEN_STATES] = hidden.reshape(-1, hidden.shape[-1])
         self._cache[text] = embedding
         self._bytes += _bytes(embedding)
         while self._bytes > self._max_bytes:
             _, dropped = self._cache.popitem(last=False)
             self._bytes -= _bytes(dropped)
         return embedding
+
+    def _encode(self, text: str) -> dict[str, Encoded]:
+        """The text by input of the encoder, in the same number of chunks for all."""
+        texts = parse_prompt(text)
+
+        def encode(min_chunks: int) -> dict[str, Encoded]:
+            return {
+                name: tokenizer.encode(texts, self._max_chunks, min_chunks)
+                for name, tokenizer in self._tokenizers.items()
+            }
+
+        return encode(max(len(each.input_ids) for each in encode(1).values()))
+
+
+def weighted(hidden: Float32, weights: Float32) -> Float32:
+    """Multiplies each token's hidden state by its weight, then each chunk by what restores its mean.
+
+    As AUTOMATIC1111's web UI does by default (`EmphasisOriginal`): the mean is over a chunk's tokens and features, start,
+    end and padding included. A chunk whose weights are all 1 comes back as it was, to the bit. One whose mean the weights
+    have made 0 keeps the weighted states.
+
+    Args:
+        hidden: (k, L, D) float32.
+        weights: (k, L) float32.
+
+    Returns:
+        (k, L, D) float32.
+    """
+    if (weights == 1).all():
+        return hidden
+    product = hidden * weights[..., np.newaxis]
+    before, after = (array.mean(axis=(1, 2), keepdims=True) for array in (hidden, product))
+    restored: Float32 = product * np.divide(before, after, out=np.ones_like(before), where=after != 0)
+    return restored
 
 
 def _bytes(embedding: Conditioning) -> int:

@@ -1,13 +1,16 @@
 """CLIP's byte-pair encoding: a prompt to the token ids that the text encoder takes.
 
-Equal to transformers' CLIPTokenizer with padding="max_length" and truncation=True, without transformers. Which tokens
-start, end and pad a prompt is the tokenizer's own business (Stable Diffusion 1 pads with the end token, 2 with "!"), so
-it is read from the files that transformers saves: tokenizer.json and tokenizer_config.json.
+A text encoder takes L tokens at a time (77 in Stable Diffusion), so a longer prompt is cut into chunks, each with start,
+end and padding of its own. One chunk of one text is equal to transformers' CLIPTokenizer with padding="max_length" and
+truncation=True, without transformers. Which tokens start, end and pad a prompt is the tokenizer's own business (Stable
+Diffusion 1 pads with the end token, 2 with "!"), so it is read from the files that transformers saves: tokenizer.json
+and tokenizer_config.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from diffuserve.bundle import Manifest
 from diffuserve.errors import BundleError
+from diffuserve.prompting import WeightedText
+from diffuserve.tensors import TEXT_ENCODER
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,13 @@ class Encoded:
     """A prompt as the text encoder sees it.
 
     Attributes:
-        input_ids: (max_tokens,) int32: start token, text, end token, padding. Read-only.
-        dropped_text: the end of the prompt that did not fit, as it was written; empty if everything fitted.
+        input_ids: (k, L) int32, k chunks of start token, text, end token and padding. Read-only.
+        weights: (k, L) float32, each token's; 1 for start, end and padding. Read-only.
+        dropped_text: the end of the text that did not fit; empty if everything fitted.
     """
 
     input_ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
     dropped_text: str
 
 
@@ -51,19 +59,38 @@ class Tokenizer:
             self._token_id(path, config, name) for name in ("bos_token", "eos_token", "pad_token")
         )
 
-    def encode(self, text: str) -> Encoded:
-        """Encodes any text, also an empty one; what exceeds `max_tokens` is cut off and returned."""
-        encoding = self._bpe.encode(text, add_special_tokens=False)
+    def encode(self, texts: Sequence[WeightedText], max_chunks: int = 1, min_chunks: int = 1) -> Encoded:
+        """Encodes texts with their weights, one after the other, in as many chunks as they need within the bounds.
+
+        Each text is encoded for itself, so no token reaches over a change of weight. Chunks are filled to the last
+        place, wherever that cuts the text; those that `min_chunks` asks for beyond are empty.
+        """
         room = self.max_tokens - 2
-        ids = encoding.ids[:room]
-        input_ids = np.full(self.max_tokens, self._pad_id, np.int32)
-        input_ids[0] = self._bos_id
-        input_ids[1 : len(ids) + 1] = ids
-        input_ids[len(ids) + 1] = self._eos_id
-        input_ids.flags.writeable = False
-        # Offsets count the characters of the text as it was given, before it was normalised.
-        dropped_text = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
-        return Encoded(input_ids, dropped_text)
+        ids: list[int] = []
+        weights: list[float] = []
+        dropped_text = ""
+        for index, (text, weight) in enumerate(texts):
+            encoding = self._bpe.encode(text, add_special_tokens=False)
+            fitting = encoding.ids[: max_chunks * room - len(ids)]
+            ids += fitting
+            weights += [weight] * len(fitting)
+            if len(fitting) < len(encoding.ids):
+                # Offsets count the characters of the text as it was given, before it was normalised.
+                rest = text[encoding.offsets[len(fitting)][0] :]
+                dropped_text = rest + "".join(text for text, _ in texts[index + 1 :])
+                break
+        shape = (max(min_chunks, -(-len(ids) // room)), self.max_tokens)
+        encoded = Encoded(np.full(shape, self._pad_id, np.int32), np.ones(shape, np.float32), dropped_text)
+        for chunk in range(shape[0]):
+            part = slice(chunk * room, (chunk + 1) * room)
+            end = len(ids[part]) + 1
+            encoded.input_ids[chunk, 0] = self._bos_id
+            encoded.input_ids[chunk, 1:end] = ids[part]
+            encoded.input_ids[chunk, end] = self._eos_id
+            encoded.weights[chunk, 1:end] = weights[part]
+        for array in (encoded.input_ids, encoded.weights):
+            array.flags.writeable = False
+        return encoded
 
     def _token_id(self, path: Path, config: dict[str, Any], name: str) -> int:
         token = config.get(name)
@@ -79,6 +106,19 @@ class Tokenizer:
         if token_id not in self._bpe.get_added_tokens_decoder():
             self._bpe.add_special_tokens([token])
         return token_id
+
+
+def tokenizers_of(bundle: Path, manifest: Manifest) -> dict[str, Tokenizer]:
+    """The tokenizer of each input of the bundle's text encoder: tokenizer/ gives `input_ids`, and where there is a
+    second, tokenizer_2/ gives `input_ids_2`.
+
+    Raises:
+        BundleError: as `Tokenizer`.
+    """
+    inputs = [spec.name for spec in manifest.components[TEXT_ENCODER].tensors.inputs]
+    return {
+        name: Tokenizer(bundle / name.replace("input_ids", "tokenizer"), manifest.model.max_tokens) for name in inputs
+    }
 
 
 def _read_bpe(path: Path) -> tokenizers.Tokenizer:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffuserve.bundle import Component
 from diffuserve.errors import BundleError
-from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime",)
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffuserve.bundle import Component
+    from diffuserve.stages import Engine
+
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -20,12 +24,21 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         threads: threads of one call; 0 means one for each core.
 
     Raises:
-        BundleError: the engine is unknown or not installed, or the file cannot be loaded.
+        BundleError: the engine is unknown or not installed, this machine cannot run it at the component's precision, or
+            the file cannot be loaded.
     """
     if component.engine == "onnxruntime":
         from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(model_path, threads)
+        return OnnxRuntimeEngine(model_path, threads, component.precision)
+    if component.engine == "openvino":
+        from diffuserve.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(model_path, component, threads)
+    if component.engine == "tensorrt":
+        from diffuserve.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(model_path)
     raise BundleError(
         f"{model_path} was made for the engine {component.engine!r}; this diffuserve has: {', '.join(ENGINES)}. Export it again."
     )

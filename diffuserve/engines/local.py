@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class LocalStages:
         }
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
 
-    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
-        return await self._run(TEXT_ENCODER, lambda engine: engine({"input_ids": input_ids}))
+    async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
+        return await self._run(TEXT_ENCODER, lambda engine: engine(input_ids))
 
     async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
         inputs = {"sample": sample, "timestep": timestep[:, np.newaxis], **conditioning}

@@ -10,19 +10,24 @@ from numpy.typing import NDArray
 
 from diffuserve.errors import BundleError
 
+CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+
 
 class OnnxRuntimeEngine:
-    """One ONNX model on the CPU. ONNX Runtime's sessions are safe to run from several threads.
+    """One ONNX model, in fp32 on the CPU or in fp16 on the first NVIDIA GPU. ONNX Runtime's sessions are safe to run from
+    several threads.
 
     Args:
         path: the .onnx file; weights beside it are found by their names.
-        threads: threads of one call; 0 means one for each core.
+        threads: threads of one call on the CPU; 0 means one for each core.
+        precision: "fp32", or "fp16" for a file that is in fp16 itself.
 
     Raises:
-        BundleError: onnxruntime is not installed, or it cannot load the file.
+        BundleError: onnxruntime is not installed, it has no GPU for fp16, or it cannot load the file.
     """
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, precision: str = "fp32") -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -35,10 +40,18 @@ class OnnxRuntimeEngine:
         # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # A GPU leaves to the CPU what it cannot do itself. A provider that is missing would be left out with a warning.
+        wanted = [CUDA, _CPU] if precision == "fp16" else [_CPU]
+        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
+        if self._session.get_providers()[0] != wanted[0]:
+            raise BundleError(
+                f"{path} is in {precision}, which ONNX Runtime runs on NVIDIA GPUs only, and it found none here. See what is "
+                "missing: diffuserve engines"
+            )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

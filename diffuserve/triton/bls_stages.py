@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,8 +56,8 @@ class BlsStages:
         """Calls that have not returned, those of cancelled requests included."""
         return len(self._calls)
 
-    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
-        return await self._call(TEXT_ENCODER, {"input_ids": input_ids})
+    async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
+        return await self._call(TEXT_ENCODER, input_ids)
 
     async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
         outputs = await self._call(UNET, {"sample": sample, "timestep": timestep[:, np.newaxis], **conditioning})
@@ -65,7 +66,7 @@ class BlsStages:
     async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
         return (await self._call(VAE_DECODER, {"latent_sample": latent_sample}))["image"]
 
-    async def _call(self, stage: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    async def _call(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
         # stopped before it returns.
         call = asyncio.create_task(self._execute(stage, inputs))
@@ -78,7 +79,7 @@ class BlsStages:
         if not call.cancelled():
             call.exception()  # read, so that asyncio does not report it where nobody waits for the call any more
 
-    async def _execute(self, stage: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    async def _execute(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         load = self._loads.get(stage)
         if load is not None:
             load = self._load_after(load, stage) if load.done() and load.result() else load
@@ -93,7 +94,7 @@ class BlsStages:
         # Copied, since the arrays lie in shared memory that Triton reuses once the response is gone.
         return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
 
-    async def _infer(self, stage: str, inputs: dict[str, NDArray[Any]]) -> Any:
+    async def _infer(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
         request = pb_utils.InferenceRequest(
             model_name=stage,
             requested_output_names=self._outputs[stage],

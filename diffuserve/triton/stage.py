@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec
 from diffuserve.engines import load_engine
+from diffuserve.engines.example import native_dims
 from diffuserve.errors import BundleError, StageFailed, to_wire
 from diffuserve.stages import Engine
-from diffuserve.tensors import NUMPY_DTYPE, StageSpec, TensorSpec
+from diffuserve.tensors import NUMPY_DTYPE, StageSpec
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
@@ -89,15 +90,8 @@ def _warm(engine: Engine, tensors: StageSpec, model: ModelSpec, name: str) -> No
     for batch in _WARM_BATCHES:
         engine(
             {
-                spec.name: np.zeros((batch, *_native_dims(spec, model)), NUMPY_DTYPE[spec.dtype])
+                spec.name: np.zeros((batch, *native_dims(spec, model)), NUMPY_DTYPE[spec.dtype])
                 for spec in tensors.inputs
             }
         )
     log.info("%s is warm, %.1f s", name, time.monotonic() - started_s)
-
-
-def _native_dims(spec: TensorSpec, model: ModelSpec) -> tuple[int, ...]:
-    """Dims with height and width filled in: images are (H, W, 3), latents (C, h, w)."""
-    scale = 1 if spec.dims[-1] == 3 else model.vae_scale_factor
-    sides = iter((model.height // scale, model.width // scale))
-    return tuple(next(sides) if dim == -1 else dim for dim in spec.dims)

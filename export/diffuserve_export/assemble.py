@@ -2,7 +2,7 @@
 
 triton_repo/
     unet/config.pbtxt           written from the manifest
-    unet/1/model.py             a few lines that import the class from the package
+    unet/1/model.py             a few lines that import the class from the package, for the Python backend only
     unet/1/model.onnx           the bundle's file, linked where the file system allows, else copied
     unet/1/placement.json       what was placed; written last, so a folder without it is incomplete
     stable_diffusion/1/...      manifest.json and tokenizer/ instead of an engine
@@ -18,27 +18,37 @@ from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
 from diffuserve.errors import BundleError
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
+from diffuserve_export.triton_backends import PYTHON
 
-TOKENIZER_FOLDER = "tokenizer"
 
-
-def repository_from_bundle(bundle: Path, output: Path, serving: Serving | None = None) -> Manifest:
+def repository_from_bundle(
+    bundle: Path, output: Path, serving: Serving | None = None, backend: str = PYTHON
+) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
     Other folders of `output` are left alone, but Triton takes each of them for a model.
 
+    Args:
+        bundle: its folder.
+        output: the repository.
+        serving: how it is served.
+        backend: of Triton, for the stages; one of `diffuserve_export.triton_backends.BACKENDS`.
+
     Raises:
-        BundleError: the bundle is damaged, or `output` cannot be written.
+        BundleError: the bundle is damaged, the backend does not run one of its engines, or `output` cannot be written.
     """
     manifest = read_manifest(bundle)
     verify(bundle, manifest)
     try:
-        for name, config in configs_from_manifest(manifest, serving).items():
+        for name, config in configs_from_manifest(manifest, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
             _write(output / name / "config.pbtxt", text_from_config(config))
-            _write(folder / "model.py", model_py(name))
+            if config.backend == PYTHON:
+                _write(folder / "model.py", model_py(name))
+            else:
+                (folder / "model.py").unlink(missing_ok=True)
             component = manifest.components.get(name)
             if component is not None:
                 # Weights beside an .onnx file are found by their names relative to it.
@@ -50,7 +60,7 @@ def repository_from_bundle(bundle: Path, output: Path, serving: Serving | None =
             else:
                 names = [
                     MANIFEST_NAME,
-                    *(file.path for file in manifest.files if file.path.startswith(TOKENIZER_FOLDER + "/")),
+                    *(file.path for file in manifest.files if file.path.startswith("tokenizer")),
                 ]
                 placed = [_place(bundle / path, folder / path) for path in names]
             files = tuple(place_file(folder, path) for path in placed)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from diffuserve.policies import DEFAULT_POLICY, POLICIES
+from diffuserve_export.triton_backends import BACKENDS, PYTHON
 
 
 @click.command("assemble", short_help="Bundle -> Triton model repository.")
@@ -36,7 +37,14 @@ from diffuserve.policies import DEFAULT_POLICY, POLICIES
 @click.option(
     "--unet-instances", type=click.IntRange(1), default=1, show_default=True, help="Copies of the UNet, one a GPU."
 )
-def command(bundle: Path, output: Path, batching: str, policy: str, unet_instances: int) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    default=PYTHON,
+    show_default=True,
+    help="Triton's backend for text encoder, UNet and VAE; all but python need the Triton of NVIDIA's container.",
+)
+def command(bundle: Path, output: Path, batching: str, policy: str, unet_instances: int, backend: str) -> None:
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
@@ -46,7 +54,7 @@ def command(bundle: Path, output: Path, batching: str, policy: str, unet_instanc
     from diffuserve_export.triton import Serving
 
     serving = Serving(batching=batching, policy=policy, unet_instances=unet_instances)
-    manifest = repository_from_bundle(bundle, output, serving)
+    manifest = repository_from_bundle(bundle, output, serving, backend)
     click.echo(
         f"{output} serves {manifest.model.name} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
     )

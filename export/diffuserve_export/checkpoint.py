@@ -8,13 +8,17 @@
         tokenizer/
         unet/config.json            and diffusion_pytorch_model.safetensors
         vae/config.json             and diffusion_pytorch_model.safetensors
+        text_encoder_2/             and tokenizer_2/, in Stable Diffusion XL
+
+Or a repository of that form on the Hugging Face hub; or one .safetensors file in the layout of the original code, which
+holds all weights and lacks the rest: configs and tokenizers then come from a second checkpoint.
 
 Opening reads JSON and the headers of the weights: no torch, and no code, pickled or otherwise, of the checkpoint's own.
+(Only for a single file without configs diffusers is imported, which knows whose configs to take.)
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,49 +27,94 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import ModelSpec, describe_file, sha256_of_files
+from diffuserve.bundle import File, ModelSpec, describe_file, sha256_of_files
 from diffuserve.errors import CheckpointError
-from diffuserve_export.model_spec import Defaults, model_spec_from_configs
+from diffuserve.tensors import StageSpec
+from diffuserve_export.hub import folder_from_hub, is_hub_id
+from diffuserve_export.lora import Lora
+from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
+from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
 
-PIPELINES = ("StableDiffusionPipeline",)
-# Component: the classes that it may have, as model_index.json names them.
-COMPONENTS: Mapping[str, tuple[str, ...]] = {
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_ONE_TEXT_ENCODER: Mapping[str, tuple[str, ...]] = {
     "scheduler": (),  # any: only its settings are read, and those are checked
     "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer": _TOKENIZERS,
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
 }
+_TWO_TEXT_ENCODERS = {
+    **_ONE_TEXT_ENCODER,
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": _TOKENIZERS,
+}
+# Pipeline: its components, and the classes that each may have, as model_index.json names them.
+PIPELINES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": _ONE_TEXT_ENCODER,
+    "LatentConsistencyModelPipeline": _ONE_TEXT_ENCODER,
+    "StableDiffusionXLPipeline": _TWO_TEXT_ENCODERS,
+}
 # Loaded by the pipeline, but none of its images depend on them.
 _IGNORED = ("safety_checker", "feature_extractor")
-_CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-_WEIGHTS_NAMES = {
-    "text_encoder": "model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
+_CONFIG_NAMES = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
 }
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Files beside the weights that are read.
+_TEXTS = (".json", ".txt")
+# What a pipeline makes of the scheduler's settings, whatever the checkpoint's file says.
+_PIPELINE_SCHEDULER_SETTINGS = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint that can be exported: `configs` by component, `weights` its safetensors files."""
+    """An opened checkpoint that can be exported.
+
+    Attributes:
+        path: the folder with the configs.
+        pipeline: diffusers' class, a key of `PIPELINES`.
+        spec: what requests to the model are measured by.
+        tensors: those of each stage.
+        configs: by component; the scheduler's with the settings that the pipeline gives it.
+        weights: by component; empty for a single file.
+        single_file: the file with all weights, or None.
+        loras: fused into the weights, in this order.
+    """
 
     path: Path
+    pipeline: str
     spec: ModelSpec
+    tensors: Mapping[str, StageSpec]
     configs: Mapping[str, dict[str, Any]]
-    weights: tuple[Path, ...]
+    weights: Mapping[str, Weights]
+    single_file: Weights | None = None
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        parts = [self.single_file] if self.single_file else self.weights.values()
+        return sum(part.parameters for part in parts)
+
+    @property
+    def source(self) -> str:
+        """Its name and those of the LoRAs."""
+        return " + ".join([self.spec.name, *map(str, self.loras)])
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies everything that an export reads: configs, tokenizer and weights."""
-        texts = [
-            file for part in COMPONENTS for file in (self.path / part).iterdir() if file.suffix in (".json", ".txt")
-        ]
+        """Identifies everything that an export reads: configs, tokenizer, weights and LoRAs."""
+        texts = [file for part in self.configs for file in (self.path / part).iterdir() if file.suffix in _TEXTS]
         texts += [self.path / "model_index.json"]
         texts += [file for file in (self.path / "diffuserve.json",) if file.is_file()]
-        return sha256_of_files(describe_file(self.path, file) for file in {*texts, *self.weights})
+        weights = [file for part in self.weights.values() for file in part.files]
+        files = [describe_file(self.path, file) for file in {*texts, *weights}]
+        files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
+        for position, lora in enumerate(self.loras):
+            described = describe_file(lora.path.parent, lora.path)
+            files.append(File(f"lora {position} {lora.scale!r}", described.size_bytes, described.sha256))
+        return sha256_of_files(files)
 
 
 def sha256_of_checkpoint(path: Path) -> str:
@@ -73,79 +122,144 @@ def sha256_of_checkpoint(path: Path) -> str:
     return open_checkpoint(path).sha256
 
 
-def open_checkpoint(path: Path, *, guidance_scale: float | None = None) -> Checkpoint:
-    """Opens a folder in diffusers' format.
+def open_checkpoint(
+    path: Path,
+    *,
+    config: Path | None = None,
+    loras: tuple[Lora, ...] = (),
+    clip_skip: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint.
 
     Args:
-        path: the folder.
-        guidance_scale: the default of requests to this model; None takes the one in diffuserve.json, else 7.5.
+        path: a folder in diffusers' format, a .safetensors file in the original layout, or an id on the Hugging Face hub.
+        config: for a single file: a folder in diffusers' format, or an id on the hub, of which only the configs and
+            tokenizers are read; None takes those that diffusers takes for such a file, from the hub.
+        loras: to fuse into the weights.
+        clip_skip: layers of the text encoders to leave out, in diffusers' meaning.
+        steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
+            7.5 and dpmpp_2m.
 
     Raises:
-        CheckpointError: it is not one, or it needs something that is not supported; what, and how to mend it.
+        CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
     """
-    _check_is_folder(path)
-    index = _read_json(path / "model_index.json")
-    _check_index(path, index)
-    configs = {part: _read_json(path / part / _CONFIG_NAMES.get(part, "config.json")) for part in COMPONENTS}
-    spec = model_spec_from_configs(path.resolve().name, configs, _read_defaults(path))
-    if guidance_scale is not None:
-        spec = msgspec.structs.replace(spec, default_guidance_scale=guidance_scale)
-    weights = tuple(file for part, name in _WEIGHTS_NAMES.items() for file in _weights_of(path / part, name))
-    return Checkpoint(path, spec, configs, weights)
+    name, folder, single_file = _locate(path, config)
+    index = _read_json(folder / "model_index.json")
+    pipeline = _pipeline_of(folder, index)
+    parts = PIPELINES[pipeline]
+    _check_components(folder, index, parts)
+    configs = {part: _read_json(folder / part / _CONFIG_NAMES.get(part, "config.json")) for part in parts}
+    configs["scheduler"] |= _PIPELINE_SCHEDULER_SETTINGS.get(pipeline, {})
+    given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    defaults = msgspec.structs.replace(
+        _read_defaults(folder), **{key: value for key, value in given.items() if value is not None}
+    )
+    spec = model_spec_from_configs(
+        name,
+        configs,
+        defaults,
+        clip_skip=clip_skip,
+        # The default is that of StableDiffusionXLPipeline, which alone has the setting.
+        zero_empty_negative=parts is _TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
+    weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
+    tensors = stage_specs_from_configs(spec, configs)
+    return Checkpoint(folder, pipeline, spec, tensors, configs, weights, single_file, loras)
 
 
-def _check_is_folder(path: Path) -> None:
+def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
+    """The model's name, the folder with its configs and, where there is one, the single file with its weights."""
     if path.is_file():
+        single_file = _open_single_file(path)
+        return path.stem, _config_folder(path, config), single_file
+    if config is not None:
         raise CheckpointError(
-            f"{path} is a single file; a checkpoint is a folder in diffusers' format. Convert it: "
-            'python -c "from diffusers import StableDiffusionPipeline as P; '
-            f"P.from_single_file('{path}').save_pretrained('{path.with_suffix('')}')\""
+            f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
+            "of its own. Leave it out."
         )
+    return path.resolve().name, _folder(path, weights=True), None
+
+
+def _open_single_file(path: Path) -> Weights:
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is a single file, and not .safetensors. Only safetensors are read: a pickle (.ckpt, .pt, .bin) can "
+            "run any code when it is opened. Get the checkpoint as .safetensors."
+        )
+    return Weights((path,), None, parameters_in(path))
+
+
+def _config_folder(path: Path, config: Path | None) -> Path:
+    if config is not None:
+        return _folder(config, weights=False)
+    from diffuserve_export.single_file import config_of_single_file
+
+    repo_id = config_of_single_file(path)
+    try:
+        return folder_from_hub(repo_id, weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} holds weights only. Its configs and tokenizers would come from {repo_id}, which diffusers takes for "
+            f"such a file, but: {error} Or name a folder in diffusers' format of the same kind of model, of which only "
+            "these are read: --config FOLDER"
+        ) from error
+
+
+def _folder(path: Path, *, weights: bool) -> Path:
+    """The folder in diffusers' format that `path` is, or that a repository of that name is downloaded to."""
     if not path.exists():
-        if _HUB_ID.fullmatch(str(path)):
-            raise CheckpointError(
-                f"There is no folder {path}. If it is a name on the Hugging Face hub, download it first: "
-                f"hf download {path} --local-dir {path.name}, then export {path.name}."
-            )
-        raise CheckpointError(f"There is no folder {path}. Give the folder of a checkpoint in diffusers' format.")
+        if is_hub_id(str(path)):
+            return folder_from_hub(str(path), weights=weights)
+        raise CheckpointError(
+            f"There is no folder {path}. Give the folder of a checkpoint in diffusers' format, a .safetensors file, or "
+            "an id on the Hugging Face hub, OWNER/NAME."
+        )
     if not (path / "model_index.json").is_file():
         raise CheckpointError(
-            f"{path} is not in diffusers' format: it has no model_index.json. Give the folder that "
-            "StableDiffusionPipeline.save_pretrained() wrote."
+            f"{path} is not in diffusers' format: it has no model_index.json. Give the folder that the pipeline's "
+            "save_pretrained() wrote, or a single .safetensors file."
         )
+    return path
 
 
-def _check_index(path: Path, index: Mapping[str, Any]) -> None:
+def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> str:
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise CheckpointError(
-            f"{path} is a {pipeline}, which is not supported. Supported: {', '.join(PIPELINES)} "
-            "(Stable Diffusion 1.x and 2.x)."
+            f"{folder} is a {pipeline}, which is not supported. Supported: {', '.join(PIPELINES)} "
+            "(Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models)."
         )
+    return str(pipeline)
+
+
+def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]]) -> None:
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list) or part in _IGNORED or entry == [None, None]:
             continue
-        if part not in COMPONENTS:
+        if part not in parts:
             raise CheckpointError(
-                f"{path} has the component {part} ({entry[-1]}), which is not supported. "
-                f"Supported: {', '.join(COMPONENTS)}."
+                f"{folder} has the component {part} ({entry[-1]}), which is not supported. "
+                f"Supported: {', '.join(parts)}."
             )
-        classes = COMPONENTS[part]
+        classes = parts[part]
         if entry[0] not in ("diffusers", "transformers") or (classes and entry[1] not in classes):
             raise CheckpointError(
-                f"{path}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
+                f"{folder}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
                 f"{', '.join(classes) or 'the schedulers of diffusers'}; a checkpoint's own code is never run."
             )
-    for part in COMPONENTS:
-        if not index.get(part) or index[part] == [None, None] or not (path / part).is_dir():
+    for part in parts:
+        if not index.get(part) or index[part] == [None, None] or not (folder / part).is_dir():
             raise CheckpointError(
-                f"{path} lacks the component {part}: it must be named in model_index.json and have a folder of that "
-                f"name. Needed: {', '.join(COMPONENTS)}. Download or save the checkpoint again."
+                f"{folder} lacks the component {part}: it must be named in model_index.json and have a folder of that "
+                f"name. Needed: {', '.join(parts)}. Download or save the checkpoint again."
             )
 
 
-def _read_defaults(path: Path) -> Defaults:
-    file = path / "diffuserve.json"
+def _read_defaults(folder: Path) -> Defaults:
+    file = folder / "diffuserve.json"
     if not file.is_file():
         return Defaults()
     try:
@@ -161,45 +275,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing. Download or save the checkpoint again.") from None
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}. Download or save the checkpoint again.") from error
-
-
-def _weights_of(folder: Path, name: str) -> tuple[Path, ...]:
-    """The safetensors files that hold a component's weights, their headers checked."""
-    index = folder / f"{name}.index.json"
-    if (folder / name).is_file():
-        files: tuple[Path, ...] = (folder / name,)
-    elif index.is_file():  # sharded
-        shards = _read_json(index).get("weight_map", {}).values()
-        files = (index, *(folder / shard for shard in sorted(set(shards))))
-    else:
-        raise CheckpointError(_no_weights(folder, name))
-    for file in files:
-        if not file.resolve().is_relative_to(folder.resolve()) and not file.is_symlink():
-            raise CheckpointError(f"{index} names {file}, which lies outside its folder. Do not use this checkpoint.")
-        if file.suffix == ".safetensors":
-            _check_header(file)
-    return files
-
-
-def _no_weights(folder: Path, name: str) -> str:
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in (*_PICKLED, ".safetensors"))
-    if any(file.endswith(_PICKLED) for file in found):
-        return (
-            f"{folder} has its weights as a pickle ({', '.join(found)}), which can run any code when it is opened; only "
-            f'safetensors are read. If you trust the checkpoint, convert it: python -c "from diffusers import '
-            f"StableDiffusionPipeline as P; P.from_pretrained('{folder.parent}', use_safetensors=False)"
-            f".save_pretrained('{folder.parent}-safetensors')\""
-        )
-    hint = f" Found: {', '.join(found)}; rename the one you want to {name}." if found else ""
-    return f"{folder} has no {name}.{hint or ' Download or save the checkpoint again.'}"
-
-
-def _check_header(file: Path) -> None:
-    """Opening maps the file and compares its length with the header's: no weights are read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short: {error}. Download it again.") from error

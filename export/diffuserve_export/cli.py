@@ -24,13 +24,57 @@ _BUNDLES = Path("model_store/bundles")
     help=f"The bundle's folder.  [default: {_BUNDLES}/NAME, the checkpoint's name]",
 )
 @click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="For a single file: whose configs and tokenizers to take.  [default: from the hub, by the kind of model]",
+)
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to fuse into the weights, style.safetensors:0.8. May be given several times.",
+)
+@click.option(
+    "--clip-skip",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Layers of the text encoders to leave out, in diffusers' meaning.  [default: 0]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Default of requests that name none.  [default: the checkpoint's diffuserve.json, else 20]",
+)
+@click.option(
     "--guidance-scale",
     type=click.FloatRange(min=0),
-    help="Default of requests that name none.  [default: the checkpoint's diffuserve.json, else 7.5]",
+    help="Likewise.  [default: the checkpoint's diffuserve.json, else 7.5]",
 )
+@click.option("--sampler", help="Likewise.  [default: the checkpoint's diffuserve.json, else the one of its scheduler]")
+@click.option(
+    "--engine",
+    help="What the bundle runs on, one of those that `diffuserve engines` lists; auto tries all that this machine has and "
+    "keeps the fastest for each component.  [default: onnxruntime; a bundle that is up to date keeps its own]",
+)
+@click.option("--precision", help="Of the engine.  [default: fp32, for tensorrt fp16; with auto: any]")
 @click.option("--force", is_flag=True, help="Export even if the bundle is up to date.")
-def command(checkpoint: Path, output: Path | None, guidance_scale: float | None, force: bool) -> None:
-    """Exports CHECKPOINT, a folder in diffusers' format, to a bundle.
+def command(
+    checkpoint: Path,
+    output: Path | None,
+    config: Path | None,
+    loras: tuple[str, ...],
+    clip_skip: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    sampler: str | None,
+    engine: str | None,
+    precision: str | None,
+    force: bool,
+) -> None:
+    """Exports CHECKPOINT to a bundle: a folder in diffusers' format, an id on the Hugging Face hub, or one .safetensors
+    file in the original layout. Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models.
 
     Every part becomes an ONNX graph and is compared with PyTorch; the figures go into the bundle's manifest.json.
     Weights are read from safetensors only, and no code of the checkpoint's is run.
@@ -38,20 +82,38 @@ def command(checkpoint: Path, output: Path | None, guidance_scale: float | None,
     from diffuserve.bundle import read_manifest
     from diffuserve_export.checkpoint import open_checkpoint
     from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
+    from diffuserve_export.lora import lora_from_text
 
     started = time.monotonic()
-    opened = open_checkpoint(checkpoint, guidance_scale=guidance_scale)
+    if engine or precision:
+        from diffuserve.engines.cli import summary_lines
+        from diffuserve.engines.trials import REFERENCE, select_engines, ways_to_try
+
+        engine = engine or REFERENCE[0]
+        ways_to_try(engine, precision)  # raises now what would otherwise be known after the export
+    opened = open_checkpoint(
+        checkpoint,
+        config=config,
+        loras=tuple(map(lora_from_text, loras)),
+        clip_skip=clip_skip,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+    )
     output = output or _BUNDLES / opened.spec.name
     if not force and unchanged_manifest(opened, output) is not None:
         click.echo(
             f"{output} is up to date: neither the checkpoint nor the exporter has changed. --force exports anyway."
         )
-        return
-    bundle_from_checkpoint(opened, output, force=True, progress=_timed)
-    click.echo()
-    for line in _summary_lines(read_manifest(output).components):
-        click.echo(line)
-    click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
+    else:
+        bundle_from_checkpoint(opened, output, force=True, progress=_timed)
+        click.echo()
+        for line in _summary_lines(read_manifest(output).components):
+            click.echo(line)
+        click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
+    if engine:
+        for line in summary_lines(select_engines(output, engine, precision)):
+            click.echo(line)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from diffuserve import __version__
 from diffuserve.bundle import (
@@ -25,19 +26,19 @@ from diffuserve.bundle import (
     write_manifest,
 )
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER, stage_specs
+from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import parity_of_onnx
+from diffuserve_export.parity import Prompts, parity_of_onnx
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.quiet import quiet
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "1"
-# StableDiffusionPipeline sets these whatever the checkpoint's file says.
-_PIPELINE_SCHEDULER_SETTINGS = {"steps_offset": 1, "clip_sample": False}
+_EXPORTER_REVISION = "2"
+# Graphs, tokenizers and manifest take this much beside the weights.
+_SPACE_BESIDE_WEIGHTS_BYTES = 100 << 20
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -54,7 +55,7 @@ def bundle_from_checkpoint(
     """Exports a checkpoint, unless `output` already is its bundle.
 
     Args:
-        checkpoint: a folder in diffusers' format, or an opened one.
+        checkpoint: what `open_checkpoint` takes, or what it returned.
         output: the bundle's folder. An older bundle there is replaced once the new one is complete.
         force: export even if nothing has changed.
         progress: called with what is about to be done, for a context manager around it.
@@ -64,18 +65,37 @@ def bundle_from_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is not supported or damaged, or the export differs from PyTorch.
-        BundleError: `output` is something other than a bundle.
+        BundleError: `output` is something other than a bundle, or cannot be written.
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
     _check_output(output)
     if not force and unchanged_manifest(checkpoint, output) is not None:
         return output
-    with staged(output) as folder:
-        with progress("load"):
-            model = model_from_checkpoint(checkpoint)
-        _write_bundle(checkpoint, model, folder, progress)
+    try:
+        with staged(output) as folder:
+            check_space(folder, bundle_size_bytes(checkpoint))
+            with progress("load"):
+                model = model_from_checkpoint(checkpoint)
+            _write_bundle(checkpoint, model, folder, progress)
+    except OSError as error:
+        raise BundleError(f"{output} cannot be written: {error}. No bundle was written.") from error
     return output
+
+
+def bundle_size_bytes(checkpoint: Checkpoint) -> int:
+    """About how large the bundle will be: every weight in fp32."""
+    return 4 * checkpoint.parameters + _SPACE_BESIDE_WEIGHTS_BYTES
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises BundleError if the disk of `folder` has less room than that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise BundleError(
+            f"The bundle takes about {needed_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has "
+            f"{free_bytes / 1e9:.1f} GB left. Make room, or name an --output on another disk. No bundle was written."
+        )
 
 
 def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
@@ -85,6 +105,7 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
         if (
             manifest.format_version == FORMAT_VERSION
             and manifest.model == checkpoint.spec
+            and manifest.source == checkpoint.source
             and manifest.versions == _versions()
             and manifest.source_sha256 == checkpoint.sha256
         ):
@@ -105,19 +126,17 @@ def _check_output(output: Path) -> None:
 def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, progress: Progress) -> None:
     from diffuserve_export.modules import modules_from_model
 
-    spec = checkpoint.spec
-    tensors = stage_specs(
-        max_tokens=spec.max_tokens, hidden_size=spec.hidden_size, latent_channels=spec.latent_channels
-    )
-    modules = modules_from_model(model)
+    spec, tensors = checkpoint.spec, checkpoint.tensors
+    modules = modules_from_model(model, spec)
+    prompts = Prompts(tuple(model.tokenizers.values()), modules[TEXT_ENCODER], tensors[TEXT_ENCODER])
     components = {}
     for stage in STAGES:
         path = folder / stage / "model.onnx"
         path.parent.mkdir()
         with progress(f"export {stage}"):
-            onnx_from_module(modules[stage], stage, spec, path)
+            onnx_from_module(modules[stage], stage, tensors[stage], spec, path)
         with progress(f"compare {stage}"):
-            tolerance, parity = parity_of_onnx(path, modules[stage], stage, spec, modules[TEXT_ENCODER])
+            tolerance, parity = parity_of_onnx(path, modules[stage], stage, tensors[stage], spec, prompts)
         files = [path, *sorted(file for file in path.parent.iterdir() if file != path)]
         components[stage] = Component(
             engine="onnxruntime",
@@ -133,12 +152,12 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         model=spec,
-        scheduler={**checkpoint.configs["scheduler"], **_PIPELINE_SCHEDULER_SETTINGS},
+        scheduler=checkpoint.configs["scheduler"],
         components=components,
         files=files_beside,
         preview=preview,
         unet_seconds={},
-        source=spec.name,
+        source=checkpoint.source,
         source_sha256=checkpoint.sha256,
         bundle_sha256=sha256_of_files(
             [*files_beside, *(file for component in components.values() for file in component.files)]
@@ -150,21 +169,28 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
 
 
 def _write_files_beside(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> tuple[File, ...]:
-    """Tokenizer and scheduler. Many checkpoints have the tokenizer only as vocab.json and merges.txt."""
-    tokenizer, scheduler = folder / "tokenizer", folder / "scheduler"
-    with quiet():
-        model.tokenizer.backend_tokenizer.no_truncation()
-        model.tokenizer.backend_tokenizer.no_padding()
-        model.tokenizer.save_pretrained(tokenizer)
-    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    config.pop("name_or_path", None)
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in tokenizer.iterdir():
-        if file.name not in ("tokenizer.json", "tokenizer_config.json"):
-            file.unlink()
+    """Tokenizers and scheduler."""
+    for part, tokenizer in model.tokenizers.items():
+        _write_tokenizer(tokenizer, folder / part)
+    scheduler = folder / "scheduler"
     scheduler.mkdir()
     shutil.copyfile(checkpoint.path / "scheduler" / "scheduler_config.json", scheduler / "scheduler_config.json")
-    return tuple(describe_file(folder, file) for parent in (tokenizer, scheduler) for file in sorted(parent.iterdir()))
+    parents = [*(folder / part for part in model.tokenizers), scheduler]
+    return tuple(describe_file(folder, file) for parent in parents for file in sorted(parent.iterdir()))
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json. Many checkpoints have only vocab.json and merges.txt instead."""
+    with quiet():
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("name_or_path", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in folder.iterdir():
+        if file.name not in ("tokenizer.json", "tokenizer_config.json"):
+            file.unlink()
 
 
 def _versions() -> dict[str, str]:

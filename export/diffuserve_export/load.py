@@ -8,54 +8,86 @@ from typing import TYPE_CHECKING, Any
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import Checkpoint
+from diffuserve_export.lora import fuse_lora
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The parts of a Stable Diffusion pipeline that are exported, in evaluation mode and without gradients."""
+    """The parts of a Stable Diffusion pipeline that are exported, in evaluation mode and without gradients.
+
+    The second text encoder and its tokenizer are Stable Diffusion XL's.
+    """
 
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     vae: AutoencoderKL
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """By component."""
+        first = {"tokenizer": self.tokenizer}
+        return first if self.tokenizer_2 is None else {**first, "tokenizer_2": self.tokenizer_2}
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
     """Loads the components one by one instead of the pipeline, which would also load what is never exported.
 
     Raises:
-        CheckpointError: a file is damaged, or its weights are not those that its config describes.
+        CheckpointError: a file is damaged, its weights are not those that its config describes, or a LoRA does not fit.
     """
     with quiet():
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTokenizer
 
         hide_progress_bars()
-        path = checkpoint.path
-        model = LoadedModel(
-            text_encoder=_load(CLIPTextModel, path / "text_encoder"),
-            tokenizer=_load_tokenizer(CLIPTokenizer, path / "tokenizer"),
-            unet=_load(UNet2DConditionModel, path / "unet"),
-            vae=_load(AutoencoderKL, path / "vae"),
-        )
-    entries, vocabulary = len(model.tokenizer), model.text_encoder.config.vocab_size
-    if entries > vocabulary:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {entries} tokens and the text encoder embeds {vocabulary}. They do not belong "
-            "together; save the checkpoint again."
-        )
+        tokenizers = {
+            part: _load_tokenizer(CLIPTokenizer, checkpoint.path / part)
+            for part in ("tokenizer", "tokenizer_2")
+            if part in checkpoint.configs
+        }
+        model = LoadedModel(**tokenizers, **_load_modules(checkpoint, tokenizers))
+        _check_vocabulary(checkpoint.path, model.tokenizer, model.text_encoder)
+        if model.tokenizer_2 is not None:
+            _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
+        for lora in checkpoint.loras:
+            fuse_lora(model, checkpoint.pipeline, lora)
     return model
 
 
-def _load(model_class: Any, folder: Path) -> Any:
+def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from diffuserve_export.single_file import parts_of_single_file
+
+    classes = {
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+    }
+    if checkpoint.single_file:
+        (file,) = checkpoint.single_file.files
+        modules = parts_of_single_file(file, checkpoint, tokenizers)
+    else:
+        modules = {
+            part: _load(classes[part], checkpoint.path / part, weights.variant)
+            for part, weights in checkpoint.weights.items()
+        }
+    return {part: module.float().eval().requires_grad_(False) for part, module in modules.items()}
+
+
+def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
     try:
         model, info = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
         )
     except Exception as error:  # each library raises errors of its own, up to RuntimeError for wrong shapes
         raise CheckpointError(f"{folder} cannot be loaded: {error}. Download or save the checkpoint again.") from error
@@ -65,7 +97,7 @@ def _load(model_class: Any, folder: Path) -> Any:
             f"{folder}: {len(wrong)} of the weights that its config.json describes are missing or of another shape: "
             f"{', '.join(wrong[:3])} ... Save the checkpoint again."
         )
-    return model.float().eval().requires_grad_(False)
+    return model
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
@@ -73,3 +105,12 @@ def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
         return tokenizer_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}. Download or save the checkpoint again.") from error
+
+
+def _check_vocabulary(path: Path, tokenizer: Any, text_encoder: Any) -> None:
+    entries, vocabulary = len(tokenizer), text_encoder.config.vocab_size
+    if entries > vocabulary:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {entries} tokens and the text encoder embeds {vocabulary}. They do not belong "
+            "together; save the checkpoint again."
+        )

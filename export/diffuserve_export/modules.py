@@ -10,18 +10,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffuserve.bundle import ModelSpec
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_export.load import LoadedModel
 
 
 class TextEncoder(nn.Module):
-    def __init__(self, text_encoder: Any) -> None:
+    """Args:
+    text_encoder: a CLIPTextModel of transformers.
+    clip_skip: layers to leave out before the final layer norm, as StableDiffusionPipeline does.
+    """
+
+    def __init__(self, text_encoder: Any, clip_skip: int = 0) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.clip_skip = clip_skip
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """`input_ids`: (B, L) int32. Returns the last hidden state, (B, L, D) float32."""
-        return self.text_encoder(input_ids).last_hidden_state
+        """`input_ids`: (B, L) int32. Returns the last hidden state, or an earlier one, normalised, (B, L, D) float32."""
+        if not self.clip_skip:
+            return self.text_encoder(input_ids).last_hidden_state
+        hidden_states = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
+        # Since transformers 5.6 CLIPTextModel has its parts itself, before in `text_model`.
+        parts = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return parts.final_layer_norm(hidden_states[-(self.clip_skip + 1)])
+
+
+class TextEncoders(nn.Module):
+    """Stable Diffusion XL's: the hidden states of both, one layer early and not normalised, side by side.
+
+    Args:
+        text_encoder: a CLIPTextModel of transformers.
+        text_encoder_2: a CLIPTextModelWithProjection.
+        clip_skip: further layers to leave out of the hidden states, as StableDiffusionXLPipeline does.
+    """
+
+    def __init__(self, text_encoder: Any, text_encoder_2: Any, clip_skip: int = 0) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+        self.layer = -(clip_skip + 2)
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """`input_ids`, `input_ids_2`: (B, L) int32, of each encoder's own tokenizer. Returns the hidden states,
+        (B, L, D1 + D2) float32, and the second encoder's pooled embedding, (B, P) float32."""
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        hidden_states = torch.cat([first.hidden_states[self.layer], second.hidden_states[self.layer]], dim=-1)
+        return hidden_states, second.text_embeds
 
 
 class Unet(nn.Module):
@@ -29,10 +65,28 @@ class Unet(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
         """`sample`: (B, C, h, w) float32; `timestep`: (B, 1) float32 in 0..T-1, each row its own, a vector of one since
-        Triton has no batched scalar; `encoder_hidden_states`: (B, N, D) float32. Returns (B, C, h, w) float32."""
-        return self.unet(sample, timestep.squeeze(1), encoder_hidden_states, return_dict=False)[0]
+        Triton has no batched scalar; `encoder_hidden_states`: (B, N, D) float32. Stable Diffusion XL's also takes
+        `text_embeds`, (B, P) float32, and `time_ids`, (B, 6) float32; one that takes the guidance scale as an input
+        `timestep_cond`, (B, G) float32. Returns (B, C, h, w) float32."""
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.unet(
+            sample,
+            timestep.squeeze(1),
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
 
 
 class VaeDecoder(nn.Module):
@@ -63,10 +117,15 @@ class VaeEncoder(nn.Module):
         return (mode - self.shift_factor) * self.scaling_factor
 
 
-def modules_from_model(model: LoadedModel) -> dict[str, nn.Module]:
+def modules_from_model(model: LoadedModel, spec: ModelSpec) -> dict[str, nn.Module]:
     """The module of each stage, by name; they share the model's weights."""
+    text_encoder: nn.Module
+    if model.text_encoder_2 is None:
+        text_encoder = TextEncoder(model.text_encoder, spec.clip_skip)
+    else:
+        text_encoder = TextEncoders(model.text_encoder, model.text_encoder_2, spec.clip_skip)
     modules = {
-        TEXT_ENCODER: TextEncoder(model.text_encoder),
+        TEXT_ENCODER: text_encoder,
         UNET: Unet(model.unet),
         VAE_DECODER: VaeDecoder(model.vae),
         VAE_ENCODER: VaeEncoder(model.vae),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuserve.bundle import ModelSpec
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER, stage_specs
+from diffuserve.tensors import ENCODER_HIDDEN_STATES, NUMPY_DTYPE, UNET, VAE_ENCODER, StageSpec
 from diffuserve_export.quiet import quiet
 
 if TYPE_CHECKING:
@@ -21,29 +21,27 @@ _BATCH, _HEIGHT, _WIDTH = 2, 5, 3
 _TRACED_BATCH_MAX = 63
 
 
-def onnx_from_module(module: nn.Module, stage: str, spec: ModelSpec, path: Path) -> None:
-    """Writes `path`, an ONNX file with the stage's tensors; weights above 2 GB go beside it.
+def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: ModelSpec, path: Path) -> None:
+    """Writes `path`, an ONNX file with the stage's tensors; weights above 1.5 GB go beside it, to `path`.data.
 
     Args:
         module: the stage's, of `modules_from_model`.
         stage: one of `diffuserve.tensors.STAGES`.
+        tensors: the stage's.
         spec: the model's.
         path: the .onnx file; its folder exists.
     """
     import torch
 
-    tensors = stage_specs(
-        max_tokens=spec.max_tokens, hidden_size=spec.hidden_size, latent_channels=spec.latent_channels
-    )
     with quiet(), torch.no_grad():
-        example, dynamic_shapes = _example(stage, spec)
+        example, dynamic_shapes = _example(stage, tensors, spec)
         program = torch.onnx.export(
             module,
-            example,
+            kwargs=example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[tensor.name for tensor in tensors[stage].inputs],
-            output_names=[tensor.name for tensor in tensors[stage].outputs],
+            input_names=[tensor.name for tensor in tensors.inputs],
+            output_names=[tensor.name for tensor in tensors.outputs],
             dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
@@ -51,30 +49,29 @@ def onnx_from_module(module: nn.Module, stage: str, spec: ModelSpec, path: Path)
         program.save(path)  # type: ignore[union-attr]  # it is None only without dynamo
 
 
-def _example(stage: str, spec: ModelSpec) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Inputs to trace the stage with, and which of their dimensions are dynamic."""
+def _example(stage: str, tensors: StageSpec, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+    """Inputs to trace the stage with, and which of their dimensions are dynamic, both by name."""
     import torch
     from torch.export import Dim
 
     batch, height, width, tokens = Dim("batch", max=_TRACED_BATCH_MAX), Dim("height"), Dim("width"), Dim("tokens")
-    if stage == TEXT_ENCODER:
-        return (torch.zeros(_BATCH, spec.max_tokens, dtype=torch.int32),), ({0: batch},)
-    if stage == UNET:
-        multiple = spec.size_multiple // spec.vae_scale_factor
-        sample = torch.zeros(_BATCH, spec.latent_channels, _HEIGHT * multiple, _WIDTH * multiple)
-        hidden = torch.zeros(_BATCH, spec.max_tokens, spec.hidden_size)
-        return (sample, torch.zeros(_BATCH, 1), hidden), (
-            {0: batch, 2: _times(multiple, height), 3: _times(multiple, width)},
-            {0: batch},
-            {0: batch, 1: tokens},
-        )
-    if stage == VAE_DECODER:
-        return (torch.zeros(_BATCH, spec.latent_channels, _HEIGHT, _WIDTH),), ({0: batch, 2: height, 3: width},)
-    if stage == VAE_ENCODER:
-        factor = spec.vae_scale_factor
-        image = torch.zeros(_BATCH, _HEIGHT * factor, _WIDTH * factor, 3, dtype=torch.uint8)
-        return (image,), ({0: batch, 1: _times(factor, height), 2: _times(factor, width)},)
-    raise ValueError(f"unknown stage {stage!r}")
+    # The UNet halves its latents, the VAE's encoder its image, as often as they do.
+    multiple = {UNET: spec.size_multiple // spec.vae_scale_factor, VAE_ENCODER: spec.vae_scale_factor}.get(stage, 1)
+    example: dict[str, Tensor] = {}
+    dynamic_shapes: dict[str, dict[int, Any]] = {}
+    for tensor in tensors.inputs:
+        shape, dynamic = [_BATCH, *tensor.dims], {0: batch}
+        if tensor.name == ENCODER_HIDDEN_STATES:
+            shape[1], dynamic[1] = spec.max_tokens, tokens
+        else:
+            sides = iter(((_HEIGHT, height), (_WIDTH, width)))
+            for axis, dim in enumerate(tensor.dims, 1):
+                if dim == -1:
+                    side, symbol = next(sides)
+                    shape[axis], dynamic[axis] = side * multiple, _times(multiple, symbol)
+        example[tensor.name] = torch.zeros(shape, dtype=getattr(torch, NUMPY_DTYPE[tensor.dtype]))
+        dynamic_shapes[tensor.name] = dynamic
+    return example, dynamic_shapes
 
 
 def _times(factor: int, dim: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec, Parity
+from diffuserve.conditioning import guidance_embedding, time_ids
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import CheckpointError
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER, stage_specs
+from diffuserve.tensors import (
+    ENCODER_HIDDEN_STATES,
+    TEXT_ENCODER,
+    TIME_IDS,
+    TIMESTEP_COND,
+    UNET,
+    VAE_DECODER,
+    VAE_ENCODER,
+    StageSpec,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +37,36 @@ RELATIVE_TOLERANCE = 1e-3
 TOLERANCE_LEVELS = 1.0
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Random prompts, to compare the text encoder on, and the UNet on what the text encoder makes of them.
+
+    `tokenizers`: those of transformers, in the order of the text encoder's inputs; `text_encoder`: its module; `tensors`:
+    its tensors.
+    """
+
+    tokenizers: tuple[Any, ...]
+    text_encoder: nn.Module
+    tensors: StageSpec
+
+    def input_ids(self, rng: np.random.Generator, batch: int) -> Arrays:
+        """(batch, L) int32 by input name."""
+        letters = list("abcdefghijklmnopqrstuvwxyz  ")
+        texts = ["".join(rng.choice(letters, rng.integers(1, 200))) for _ in range(batch)]
+        return {
+            tensor.name: tokenizer(
+                texts, padding="max_length", truncation=True, max_length=tensor.dims[0], return_tensors="np"
+            ).input_ids.astype(np.int32)
+            for tensor, tokenizer in zip(self.tensors.inputs, self.tokenizers, strict=True)
+        }
+
+    def encoded(self, rng: np.random.Generator, batch: int) -> Arrays:
+        """(batch, ...) float32 by the UNet's input name."""
+        return _run_module(self.text_encoder, self.input_ids(rng, batch), self.tensors)
+
+
 def parity_of_onnx(
-    path: Path, module: nn.Module, stage: str, spec: ModelSpec, text_encoder: nn.Module
+    path: Path, module: nn.Module, stage: str, tensors: StageSpec, spec: ModelSpec, prompts: Prompts
 ) -> tuple[float, tuple[Parity, ...]]:
     """Compares at several batch sizes and image sizes.
 
@@ -35,8 +74,9 @@ def parity_of_onnx(
         path: the stage's .onnx file.
         module: what it was exported from.
         stage: one of `diffuserve.tensors.STAGES`.
+        tensors: the stage's.
         spec: the model's.
-        text_encoder: the text encoder's module, to condition the UNet on what it is conditioned on in use.
+        prompts: to compare on.
 
     Returns:
         The tolerance, in the output's unit, and one record for each comparison.
@@ -45,30 +85,34 @@ def parity_of_onnx(
         CheckpointError: an output's shape differs, its error exceeds the tolerance, or PyTorch's is not finite.
     """
     engine = OnnxRuntimeEngine(path)
-    (output,) = stage_specs(
-        max_tokens=spec.max_tokens, hidden_size=spec.hidden_size, latent_channels=spec.latent_channels
-    )[stage].outputs
     comparisons = [
-        (inputs, _run_module(module, inputs), engine(inputs)[output.name])
-        for inputs in _inputs(stage, spec, lambda ids: _run_module(text_encoder, {"input_ids": ids}))
+        (inputs, _run_module(module, inputs, tensors), engine(inputs))
+        for inputs in _inputs(stage, tensors, spec, prompts)
     ]
-    tolerance = TOLERANCE_LEVELS if stage == VAE_DECODER else RELATIVE_TOLERANCE * float(comparisons[0][1].std())
+    if stage == VAE_DECODER:
+        tolerance = TOLERANCE_LEVELS
+    else:  # of the output that varies least, where there are several
+        tolerance = RELATIVE_TOLERANCE * min(float(array.std()) for array in comparisons[0][1].values())
     return tolerance, tuple(
         _compare(f"{stage} of {spec.name}", inputs, actual, expected, tolerance)
         for inputs, expected, actual in comparisons
     )
 
 
-def _compare(what: str, inputs: Arrays, actual: NDArray[Any], expected: NDArray[Any], tolerance: float) -> Parity:
-    """`actual`, `expected`: outputs of ONNX Runtime and PyTorch, of any equal shape and dtype."""
+def _compare(what: str, inputs: Arrays, actual: Arrays, expected: Arrays, tolerance: float) -> Parity:
+    """`actual`, `expected`: outputs of ONNX Runtime and PyTorch, of any equal shapes and dtypes."""
     shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise CheckpointError(
-            f"The export of the {what} is wrong: for inputs {shapes} it returns {actual.dtype} {actual.shape}, and "
-            f"PyTorch {expected.dtype} {expected.shape}. No bundle was written."
-        )
-    error = np.abs(actual.astype(np.float64) - expected)
-    record = Parity(shapes, float(error.max()), float(error.mean()), float(expected.std()))
+    for name, array in expected.items():
+        if actual[name].shape != array.shape or actual[name].dtype != array.dtype:
+            raise CheckpointError(
+                f"The export of the {what} is wrong: for inputs {shapes} its {name} is {actual[name].dtype} "
+                f"{actual[name].shape}, and PyTorch's {array.dtype} {array.shape}. No bundle was written."
+            )
+    error = np.concatenate(
+        [np.abs(actual[name].astype(np.float64) - array).ravel() for name, array in expected.items()]
+    )
+    deviation = np.concatenate([array.ravel() for array in expected.values()]).std()
+    record = Parity(shapes, float(error.max()), float(error.mean()), float(deviation))
     if not record.max_abs_error <= tolerance:  # so written, NaN is a failure
         raise CheckpointError(
             f"The export of the {what} differs from PyTorch: for inputs {shapes} by up to {record.max_abs_error:.3g}, "
@@ -79,37 +123,48 @@ def _compare(what: str, inputs: Arrays, actual: NDArray[Any], expected: NDArray[
     return record
 
 
-def _run_module(module: nn.Module, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def _run_module(module: nn.Module, inputs: Mapping[str, NDArray[Any]], tensors: StageSpec) -> Arrays:
     import torch
 
     with torch.inference_mode():
-        return module(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
+        outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {tensor.name: output.numpy() for tensor, output in zip(tensors.outputs, outputs, strict=True)}
 
 
-def _inputs(stage: str, spec: ModelSpec, encode: Callable[[NDArray[np.int32]], NDArray[Any]]) -> Iterator[Arrays]:
+def _inputs(stage: str, tensors: StageSpec, spec: ModelSpec, prompts: Prompts) -> Iterator[Arrays]:
     """The inputs to compare on, the native size first."""
     rng = np.random.default_rng(0)
-
-    def input_ids(batch: int) -> NDArray[np.int32]:
-        # The first 256 entries of a byte-level vocabulary are the bytes: every tokenizer has them.
-        return rng.integers(0, 256, (batch, spec.max_tokens), dtype=np.int32)
-
     if stage == TEXT_ENCODER:
-        yield from ({"input_ids": input_ids(batch)} for batch in (1, 2, 5))
+        yield from (prompts.input_ids(rng, batch) for batch in (1, 2, 5))
         return
+    factor = spec.vae_scale_factor
     for case, (batch, height, width) in enumerate(_sizes(spec)):
         latents = rng.standard_normal((batch, spec.latent_channels, height, width), dtype=np.float32)
         if stage == UNET:
-            hidden = encode(input_ids(batch))
+            encoded = prompts.encoded(rng, batch)
             if case == 1:  # a prompt in two chunks
-                hidden = np.concatenate([hidden, hidden[::-1]], axis=1)
+                hidden = encoded[ENCODER_HIDDEN_STATES]
+                encoded[ENCODER_HIDDEN_STATES] = np.concatenate([hidden, hidden[::-1]], axis=1)
             timestep = np.linspace(981, 1, batch, dtype=np.float32)[:, np.newaxis]
-            yield {"sample": latents, "timestep": timestep, "encoder_hidden_states": hidden}
+            added = _added_inputs(tensors, batch, width * factor, height * factor)
+            yield {"sample": latents, "timestep": timestep, **encoded, **added}
         elif stage == VAE_DECODER:
             yield {"latent_sample": latents}
         elif stage == VAE_ENCODER:
-            factor = spec.vae_scale_factor
             yield {"image": rng.integers(0, 256, (batch, height * factor, width * factor, 3), dtype=np.uint8)}
+
+
+def _added_inputs(tensors: StageSpec, batch: int, width: int, height: int) -> Arrays:
+    """What the UNet takes besides latents, timestep and text; each row's its own."""
+    added: Arrays = {}
+    for tensor in tensors.inputs:
+        if tensor.name == TIME_IDS:
+            added[TIME_IDS] = np.stack([time_ids(width + row, height) for row in range(batch)])
+        elif tensor.name == TIMESTEP_COND:
+            scales = np.linspace(9, 1, batch)
+            added[TIMESTEP_COND] = np.stack([guidance_embedding(float(scale), tensor.dims[0]) for scale in scales])
+    return added
 
 
 def _sizes(spec: ModelSpec) -> list[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ from diffuserve.tensors import (
     VAE_ENCODER,
     TensorSpec,
 )
+from diffuserve_export.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
 # already: a delay there would be paid at every step.
@@ -52,8 +53,17 @@ class Serving:
     call_timeout_s: float = CALL_TIMEOUT_S
 
 
-def configs_from_manifest(manifest: Manifest, serving: Serving | None = None) -> dict[str, Any]:
-    """A `ModelConfig` for each Triton model that serves the bundle, by model name."""
+def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON) -> dict[str, Any]:
+    """A `ModelConfig` for each Triton model that serves the bundle, by model name.
+
+    Args:
+        manifest: the bundle's.
+        serving: how it is served.
+        backend: one of `diffuserve_export.triton_backends.BACKENDS`, for the stages.
+
+    Raises:
+        BundleError: the backend does not run a component as it is.
+    """
     serving = serving or Serving()
     limits = Limits.for_model(manifest.model)
     max_batch_sizes = {
@@ -66,9 +76,16 @@ def configs_from_manifest(manifest: Manifest, serving: Serving | None = None) ->
         name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
         for name, component in manifest.components.items()
     }
-    for config in configs.values():
-        config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
-    configs[UNET].instance_group[0].count = serving.unet_instances
+    for name, config in configs.items():
+        instances = serving.unet_instances if name == UNET else 1
+        if backend == PYTHON:
+            config.instance_group[0].count = instances
+            # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's
+            # ends.
+            config.parameters["threads"].string_value = "0"
+            config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
+        else:
+            set_backend(config, backend, manifest.components[name], manifest.model, instances)
     configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
     return configs
 
@@ -91,8 +108,6 @@ def _stage_config(
     config = _config(name, inputs, outputs, max_batch_size)
     delay_us = TEXT_ENCODER_DELAY_US if name == TEXT_ENCODER else 0
     config.dynamic_batching.CopyFrom(ModelDynamicBatching(max_queue_delay_microseconds=delay_us))
-    # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's ends.
-    config.parameters["threads"].string_value = "0"
     return config
 
 
@@ -112,7 +127,7 @@ def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec
 
     return ModelConfig(
         name=name,
-        backend="python",
+        backend=PYTHON,
         max_batch_size=max_batch_size,
         input=[
             ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.dims, optional=spec.optional)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +59,8 @@ def measure_engine(bundle: Path, *, rounds: int, padding_calls: int, save: bool)
 
 
 def save_unet_seconds(bundle: Path, unet_seconds: dict[int, float]) -> None:
-    """Replaces the manifest's figures; a reader sees the old manifest or the new one, never half of one."""
-    manifest = msgspec.structs.replace(read_manifest(bundle), unet_seconds=unet_seconds)
-    aside = Path(tempfile.mkdtemp(prefix=".manifest-", dir=bundle))
-    try:
-        write_manifest(aside, manifest)
-        (aside / MANIFEST_NAME).replace(bundle / MANIFEST_NAME)
-    finally:
-        shutil.rmtree(aside)
+    """Replaces the manifest's figures."""
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), unet_seconds=unet_seconds))
 
 
 def _measure_padding(bundle: Path, calls: int, repeats: int) -> Padding:
@@ -114,7 +106,9 @@ def _padding_remark(padding: Padding) -> str:
 
 def _plot(seconds: StageSeconds) -> Plot:
     named = {"UNet": seconds.unet, "text encoder": seconds.text_encoder, "VAE decoder": seconds.vae_decoder}
-    lines = {name: [(size, size / call_s * costs[1]) for size, call_s in costs.items()] for name, costs in named.items()}
+    lines = {
+        name: [(size, size / call_s * costs[1]) for size, call_s in costs.items()] for name, costs in named.items()
+    }
     return Plot(lines, "rows of a call", "rows a second, against calls of one row")
 
 

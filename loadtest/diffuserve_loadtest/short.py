@@ -7,6 +7,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffuserve.bundle import read_manifest
@@ -90,7 +91,9 @@ def needed(seconds: StageSeconds, steps: int, max_rows: int) -> float:
 
 async def _latencies_s(server: TritonServer, short: Kind, long: Kind, requests: int, in_flight: int) -> list[float]:
     choose = random.Random(0)  # noqa: S311 - a load, no secret
-    long_requests = (long.fields(10**6 + number) for number in itertools.count())
+    # The first of them have fewer steps, so that long ones end at any moment and not all at the same.
+    steps = itertools.chain((choose.randint(1, long.steps) for _ in range(in_flight)), itertools.repeat(long.steps))
+    long_requests = (replace(long, steps=count).fields(10**6 + number) for number, count in enumerate(steps))
     latencies_s = []
     async with AsyncClient(server.address.grpc) as client:
         await client.generate(**short.fields(10**5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,18 @@ class FakeStages:
         """Batch sizes of the stage's calls so far."""
         return [shape[0] for name, shape in self.calls if name == stage]
 
-    async def encode_text(self, input_ids: NDArray[np.int32]) -> Conditioning:
-        await self._enter("encode_text", input_ids)
-        text = np.sin(input_ids.astype(np.float32))[..., np.newaxis]
+    async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
+        ids = input_ids["input_ids"]
+        await self._enter("encode_text", ids)
+        text = 1 + np.sin(ids.astype(np.float32))[..., np.newaxis]
         return {"encoder_hidden_states": np.repeat(text, MODEL.hidden_size, axis=2)}
 
     async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
         await self._enter("denoise", sample)
-        text = conditioning["encoder_hidden_states"].mean(axis=(1, 2)) * timestep / 1000
+        hidden = conditioning["encoder_hidden_states"].mean(axis=2)
+        # Each token counts differently, and a little more or less of it much, so that order and weights show in the image.
+        places = np.cos(np.arange(hidden.shape[1], dtype=np.float32))
+        text = (np.sin(20 * hidden) * places).mean(axis=1) * timestep / 1000
         output: Float32 = np.float32(0.4) * np.tanh(sample) + text[:, None, None, None].astype(np.float32)
         return output
 

@@ -63,6 +63,11 @@ def test_damaged_fields_are_named(
         read_manifest(tmp_path)
 
 
+def test_a_manifest_from_before_a_field_with_a_default(manifest: Manifest, tmp_path: Path) -> None:
+    edit(tmp_path, lambda content: content["model"].pop("zero_empty_negative"))
+    assert read_manifest(tmp_path).model.zero_empty_negative is False
+
+
 def test_newer_format(manifest: Manifest, tmp_path: Path) -> None:
     edit(tmp_path, lambda content: content.update(format_version=2, new_field=1))
     with pytest.raises(BundleError, match=r"format version 2, and this diffuserve reads up to 1. Upgrade"):

@@ -80,6 +80,9 @@ def test_previews_are_clipped() -> None:
         ("euler_a", "Euler a"),
         ("dpmpp_2m", "DPM++ 2M"),
         ("dpmpp_2m_karras", "DPM++ 2M Karras"),
+        ("dpmpp_2m_sde_karras", "DPM++ 2M SDE Karras"),
+        ("unipc", "UniPC"),
+        ("lcm", "LCM"),
     ],
 )
 def test_infotext(tmp_path: Path, sampler: str, name: str) -> None:

@@ -19,7 +19,9 @@ from diffuserve.selection import InflightSelection, RequestSelection
 from diffuserve.stats import Stats
 from diffuserve_loadtest.virtual_time import run_in_virtual_time
 
-SCHEDULE = NoiseSchedule.from_config({"prediction_type": "v_prediction", "timestep_spacing": "trailing"})
+SCHEDULE = NoiseSchedule.from_config(
+    {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "skip_prk_steps": True}
+)
 SHAPES = ((4, 8, 8), (4, 8, 12))
 
 
@@ -30,11 +32,13 @@ class FakeUNet:
     seconds: float = 1.0
     on_call: Callable[[int], None] = lambda number: None
     calls: list[tuple[int, ...]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
 
     async def __call__(self, sample: Any, timestep: Any, conditioning: Any) -> Any:
         self.calls.append(sample.shape)
+        self.tokens.append(conditioning["encoder_hidden_states"].shape[1])
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -58,10 +62,11 @@ def make_job(
     guidance_scale: float = 1.0,
     images: int = 1,
     text: float = 0.3,
+    tokens: int = 7,
     **fields: Any,
 ) -> Job:
-    hidden = {"encoder_hidden_states": np.full((7, 5), text, np.float32)}
-    nothing = {"encoder_hidden_states": np.zeros((7, 5), np.float32)}
+    hidden = {"encoder_hidden_states": np.full((tokens, 5), text, np.float32)}
+    nothing = {"encoder_hidden_states": np.zeros((tokens, 5), np.float32)}
     return Job(
         trajectory=trajectory(SCHEDULE, sampler, steps),
         shape=fields.pop("shape", SHAPES[0]),
@@ -194,6 +199,47 @@ def test_sizes_do_not_mix_and_neither_stands_behind_the_other() -> None:
     run_in_virtual_time(main())
 
 
+def test_long_prompts_and_short_ones_are_served_side_by_side() -> None:
+    async def main() -> None:
+        unet = FakeUNet()
+        loop = make_loop(unet)
+        jobs = [
+            make_job(seed=index, steps=6, guidance_scale=guidance_scale, tokens=tokens, text=0.1 + 0.1 * index)
+            for index, (guidance_scale, tokens) in enumerate([(1.0, 7), (3.0, 21), (3.0, 7), (1.0, 21)])
+        ]
+        results = await finish(loop, *(loop.denoise(job) for job in jobs))
+        for job, latents in zip(jobs, results, strict=True):
+            np.testing.assert_allclose(latents, alone(job), rtol=1e-5, atol=1e-5)
+        assert [rows for rows, *_ in unet.calls] == [3] * 12  # prompts of one length share every call
+        assert sorted(unet.tokens) == [7] * 6 + [21] * 6
+
+        long = [asyncio.create_task(loop.denoise(make_job(steps=50, tokens=21, seed=index))) for index in range(2)]
+        await asyncio.sleep(5.5)
+        started_s = asyncio.get_running_loop().time()
+        await loop.denoise(make_job(steps=5))
+        # It has a call in three: the time is shared by the images of each shape.
+        assert asyncio.get_running_loop().time() - started_s <= 5 * 3 + 2
+        await finish(loop, *long)
+
+    run_in_virtual_time(main())
+
+
+def test_rows_agree_on_all_conditioning_or_do_not_share_a_call() -> None:
+    async def main() -> None:
+        pooled, wider = make_job(), make_job()
+        pooled.conditioning = {**pooled.conditioning, "text_embeds": np.zeros(3, np.float32)}
+        wider.conditioning = {**wider.conditioning, "text_embeds": np.zeros(4, np.float32)}
+        different = [make_job(), make_job(tokens=14), make_job(shape=SHAPES[1]), pooled, wider]
+        assert len({job.row_shapes for job in different}) == len(different)
+        again = make_job(seed=5, text=0.7, guidance_scale=3.0, sampler="ddim")
+        assert again.row_shapes == different[0].row_shapes
+        reordered = make_job()
+        reordered.conditioning = dict(reversed(pooled.conditioning.items()))
+        assert reordered.row_shapes == pooled.row_shapes
+
+    run_in_virtual_time(main())
+
+
 def test_the_more_urgent_goes_first_and_the_other_is_not_starved() -> None:
     async def main() -> None:
         loop = make_loop(FakeUNet(), max_rows=1)
@@ -229,11 +275,14 @@ def test_the_baselines_run_whole_requests(together: bool) -> None:
         unet = FakeUNet()
         loop = make_loop(unet, selection=RequestSelection(8, together=together))
         alike = [make_job(seed=index, steps=5, guidance_scale=3.0) for index in range(3)]
-        other = make_job(seed=9, steps=7, guidance_scale=3.0)
-        results = await finish(loop, *(loop.denoise(job) for job in [*alike, other]))
-        for job, latents in zip([*alike, other], results, strict=True):
+        others = [
+            make_job(seed=9, steps=7, guidance_scale=3.0),
+            make_job(seed=10, steps=5, guidance_scale=3.0, tokens=14),
+        ]
+        results = await finish(loop, *(loop.denoise(job) for job in [*alike, *others]))
+        for job, latents in zip([*alike, *others], results, strict=True):
             np.testing.assert_allclose(latents, alone(job), rtol=1e-5, atol=1e-5)
-        expected = [6] * 5 + [2] * 7 if together else [2] * 22
+        expected = [6] * 5 + [2] * 7 + [2] * 5 if together else [2] * 27
         assert [rows for rows, *_ in unet.calls] == expected
 
     run_in_virtual_time(main())
@@ -392,6 +441,7 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
         "guidance_scale": draw(st.sampled_from((1.0, 4.0))),
         "images": draw(st.integers(1, 3)),
         "shape": draw(st.sampled_from(SHAPES)),
+        "tokens": draw(st.sampled_from((7, 14))),
         "priority": draw(st.integers(0, 9)),
         "cancel_after_s": draw(st.none() | st.floats(0, 20)),
     }

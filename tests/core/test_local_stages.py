@@ -55,11 +55,12 @@ def test_the_same_request_gives_the_same_files(bundle: Path, stages: LocalStages
 
 def test_shapes(bundle: Path, stages: LocalStages) -> None:
     model = read_manifest(bundle).model
-    input_ids = np.stack([Tokenizer(bundle / "tokenizer", model.max_tokens).encode(text).input_ids for text in "ab"])
+    tokenizer = Tokenizer(bundle / "tokenizer", model.max_tokens)
+    input_ids = np.concatenate([tokenizer.encode([(text, 1.0)]).input_ids for text in "ab"])
     sample = np.random.default_rng(0).standard_normal((2, model.latent_channels, 16, 24)).astype(np.float32)
 
     async def main() -> None:
-        conditioning = await stages.encode_text(input_ids)
+        conditioning = await stages.encode_text({"input_ids": input_ids})
         assert {name: array.shape for name, array in conditioning.items()} == {
             "encoder_hidden_states": (2, model.max_tokens, model.hidden_size)
         }
@@ -75,8 +76,8 @@ def test_shapes(bundle: Path, stages: LocalStages) -> None:
 def test_an_engine_that_refuses_its_input_fails_the_call_only(bundle: Path, stages: LocalStages) -> None:
     model = read_manifest(bundle).model
     with pytest.raises(StageFailed, match="The stage text_encoder failed"):
-        asyncio.run(checked("text_encoder", stages.encode_text(np.zeros((1, model.max_tokens), np.float64))))
-    assert asyncio.run(stages.encode_text(np.zeros((1, model.max_tokens), np.int32)))
+        asyncio.run(checked("text_encoder", stages.encode_text({"input_ids": np.zeros((1, model.max_tokens))})))
+    assert asyncio.run(stages.encode_text({"input_ids": np.zeros((1, model.max_tokens), np.int32)}))
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing"])

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
-from collections.abc import AsyncIterator, Callable, Coroutine
+import json
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle import read_manifest, write_manifest
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
 from diffuserve.images import encode_image
 from diffuserve.infotext import infotext
 from diffuserve.pipeline import MAX_DECODE_BATCH, Accepted, Completed, Event, Pipeline, Progress
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.tensors import TensorSpec
 from diffuserve.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, FakeStages, make_bundle
 
@@ -190,16 +194,155 @@ def test_requests_share_calls(fake_bundle: Path) -> None:
 
 def test_long_prompts_are_warned_about(fake_bundle: Path) -> None:
     async def main() -> None:
-        long = "red blue cat dog " * 5
-        kept = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens).encode(long).dropped_text
-        async with serving(fake_bundle, FakeStages()) as pipeline:
-            assert (await completed(pipeline, prompt=long)).warnings == (
-                f"The prompt is longer than 12 tokens; this end of it was not used: {kept!r}",
-            )
-            [warning] = (await completed(pipeline, negative_prompt=long)).warnings
-            assert warning.startswith("The negative_prompt is longer than 12 tokens")
+        long = "red blue cat dog " * 10
+        tokenizer = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens)
+        for chunks, tokens in ((1, 10), (3, 30)):
+            dropped = tokenizer.encode([(long, 1.0)], chunks).dropped_text
+            limits = replace(Limits.for_model(MODEL), max_prompt_chunks=chunks)
+            async with serving(fake_bundle, FakeStages(), limits) as pipeline:
+                assert (await completed(pipeline, prompt=long)).warnings == (
+                    f"The prompt is longer than {tokens} tokens; this end of it was not used: {dropped!r}",
+                )
+                [warning] = (await completed(pipeline, negative_prompt=f"({long}:0.9)")).warnings
+                assert warning == (
+                    f"The negative_prompt is longer than {tokens} tokens; this end of it was not used: {dropped!r}"
+                )
+                assert (await completed(pipeline, prompt=long.removesuffix(dropped))).warnings == ()
 
     run(main)
+
+
+class Recording(FakeStages):
+    """Keeps what the UNet was conditioned on, a list of rows for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conditionings: list[Mapping[str, Any]] = []
+
+    async def denoise(self, sample: Any, timestep: Any, conditioning: Mapping[str, Any]) -> Any:
+        self.conditionings.append(conditioning)
+        return await super().denoise(sample, timestep, conditioning)
+
+
+def test_every_variant_of_a_prompt_draws_its_own_image(fake_bundle: Path) -> None:
+    async def main() -> None:
+        long = "red blue cat dog " * 4
+        prompts = [
+            "a cat",
+            "a dog",
+            "cat a",
+            "(a cat)",
+            "a (cat)",
+            "(a) cat",
+            "[a cat]",
+            "a (cat:1.3)",
+            "a (cat:0)",
+            r"a \(cat\)",
+            ") a cat",
+            long,
+            long + "a cat",
+            f"({long}) a cat",
+        ]
+        requests = [
+            {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": 8}
+            for prompt in prompts
+            for negative_prompt in ("", long)
+        ]
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            together = await asyncio.gather(*(completed(pipeline, **request) for request in requests))
+            assert len({done.pixels.tobytes() for done in together}) == len(together)
+            for request, done in zip(requests[::5], together[::5], strict=True):
+                alone = await completed(pipeline, **request)
+                np.testing.assert_allclose(done.pixels, alone.pixels, atol=1)
+                assert done.parameters[0].startswith(f"{request['prompt']}\n")  # as written
+
+    run(main)
+
+
+def test_a_long_prompt_is_one_call_and_its_negative_prompt_as_long(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = Recording()
+        async with serving(fake_bundle, stages) as pipeline:
+            await completed(pipeline, prompt="dog " * 15, negative_prompt="a cat", steps=1)
+            await completed(pipeline, prompt="dog " * 15, guidance_scale=1, steps=1)
+            await completed(pipeline, prompt="a cat", negative_prompt="dog " * 25, num_images=2, steps=1)
+        assert stages.rows("encode_text") == [2, 1, 1, 3]  # both prompts, the empty one, the second negative prompt
+        shapes = [conditioning["encoder_hidden_states"].shape for conditioning in stages.conditionings]
+        assert shapes == [(2, 24, 5), (1, 24, 5), (4, 36, 5)]
+
+    run(main)
+
+
+def test_prompts_of_other_lengths_are_not_in_each_others_calls(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = Recording()
+        async with serving(fake_bundle, stages) as pipeline:
+            requests = [
+                {"prompt": "dog " * words, "seed": words, "steps": 4, "sampler": sampler}
+                for words in (1, 25, 9, 21, 15)
+                for sampler in ("euler", "euler_a")
+            ]
+            together = await asyncio.gather(*(completed(pipeline, **request) for request in requests))
+            assert len(stages.conditionings) <= 3 * 4 + 3  # the last to be encoded may begin a call later
+            lengths = {conditioning["encoder_hidden_states"].shape[1] for conditioning in stages.conditionings}
+            assert lengths == {12, 24, 36}
+            for request, done in zip(requests, together, strict=True):
+                alone = await completed(pipeline, **request)
+                np.testing.assert_allclose(done.pixels, alone.pixels, atol=1)
+
+    run(main)
+
+
+def make_bundle_of_two_encoders(folder: Path, *, zero_empty_negative: bool) -> None:
+    """With a second tokenizer, which pads with "!", as Stable Diffusion XL's."""
+    manifest = make_bundle(folder)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "!"}))
+    encoder = manifest.components["text_encoder"]
+    inputs = (*encoder.tensors.inputs, TensorSpec("input_ids_2", "INT32", (MODEL.max_tokens,)))
+    encoder = msgspec.structs.replace(encoder, tensors=msgspec.structs.replace(encoder.tensors, inputs=inputs))
+    manifest = msgspec.structs.replace(
+        manifest,
+        components={**manifest.components, "text_encoder": encoder},
+        model=msgspec.structs.replace(MODEL, zero_empty_negative=zero_empty_negative),
+    )
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize("zero_empty_negative", [True, False])
+def test_two_text_encoders(tmp_path: Path, zero_empty_negative: bool) -> None:
+    make_bundle_of_two_encoders(tmp_path, zero_empty_negative=zero_empty_negative)
+
+    class Stages(Recording):
+        async def encode_text(self, input_ids: Mapping[str, Any]) -> Any:
+            conditioning = await super().encode_text(input_ids)
+            return {**conditioning, "text_embeds": input_ids["input_ids_2"][:, 1:4].astype(np.float32)}
+
+    async def main() -> None:
+        stages = Stages()
+        async with serving(tmp_path, stages) as pipeline:
+            await completed(pipeline, prompt="a (red:1.5) " + "dog " * 18, steps=1)
+        tokenizer = Tokenizer(tmp_path / "tokenizer_2", MODEL.max_tokens)
+        [conditioning] = stages.conditionings
+        assert conditioning["encoder_hidden_states"].shape == (2, 24, 5)
+        [ids], [padding] = (tokenizer.encode([(text, 1.0)]).input_ids for text in ("a red dog", ""))
+        assert padding[2] != padding[1]  # the end, and then "!"
+        np.testing.assert_array_equal(conditioning["text_embeds"][0], ids[1:4])  # the first chunk's, without weights
+        if zero_empty_negative:
+            assert not any(array[1].any() for array in conditioning.values())
+        else:
+            np.testing.assert_array_equal(conditioning["text_embeds"][1], padding[1:4])
+            assert conditioning["encoder_hidden_states"][1].any()
+
+    run(main)
+
+
+def test_a_missing_second_tokenizer_is_named(tmp_path: Path) -> None:
+    make_bundle_of_two_encoders(tmp_path, zero_empty_negative=False)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    with pytest.raises(BundleError, match=r"tokenizer_2/tokenizer_config\.json is missing"):
+        Pipeline(tmp_path, FakeStages())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -259,7 +402,7 @@ def test_closing_at_once(fake_bundle: Path) -> None:
 @pytest.mark.parametrize("error", [StageFailed("broken"), ValueError("broken")], ids=["StageFailed", "ValueError"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_fails_one_request_only(fake_bundle: Path, stage: str, error: Exception) -> None:
-    bad_ids = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens).encode("bad").input_ids
+    bad_ids = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens).encode([("bad", 1.0)]).input_ids
 
     def fail(at: str, array: Any) -> None:
         if at == stage and (array.shape[-1] == 2 if stage != "encode_text" else (array == bad_ids).all()):
@@ -314,7 +457,9 @@ def test_wrong_unet_output(fake_bundle: Path) -> None:
     run(main)
 
 
-@pytest.mark.parametrize(("held", "stage"), [("encode_text", "text_encoder"), ("denoise", "unet"), ("decode", "vae_decoder")])
+@pytest.mark.parametrize(
+    ("held", "stage"), [("encode_text", "text_encoder"), ("denoise", "unet"), ("decode", "vae_decoder")]
+)
 def test_a_stage_that_hangs_fails_its_requests(fake_bundle: Path, held: str, stage: str) -> None:
     async def main() -> None:
         async with serving(fake_bundle, FakeStages(held=held), call_timeout_s=0.05) as pipeline:

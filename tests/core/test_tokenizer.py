@@ -64,45 +64,93 @@ def test_equals_transformers(folder: Path, max_tokens: int) -> None:
     ours = Tokenizer(folder, max_tokens)
     for text in TEXTS:
         expected = reference(text, padding="max_length", truncation=True, max_length=max_tokens)["input_ids"]
-        encoded = ours.encode(text)
+        encoded = ours.encode([(text, 1.0)])
         assert encoded.input_ids.dtype == np.int32
-        assert encoded.input_ids.tolist() == expected, text
+        assert encoded.input_ids.tolist() == [expected], text
+        assert (encoded.weights.dtype, encoded.weights.shape) == (np.float32, (1, max_tokens))
+        assert (encoded.weights == 1).all()
 
 
 def test_dropped_text_is_the_end_that_did_not_fit() -> None:
     tokenizer = Tokenizer(FOLDER, 77)
-    words = [f"{word}" for word in ("red", "blue", "cat", "dog")] * 30
+    words = [f"{word}" for word in ("red", "blue", "cat", "dog")] * 60
     text = "  ".join(words).upper()
-    dropped = tokenizer.encode(text).dropped_text
-    assert dropped
-    assert text.endswith(dropped)
-    kept = text.removesuffix(dropped)
-    assert tokenizer.encode(kept).dropped_text == ""
-    assert tokenizer.encode(kept).input_ids.tolist() == tokenizer.encode(text).input_ids.tolist()
+    for chunks in (1, 2):
+        encoded = tokenizer.encode([(text, 1.0)], chunks)
+        dropped = encoded.dropped_text
+        assert dropped
+        assert text.endswith(dropped)
+        kept = tokenizer.encode([(text.removesuffix(dropped), 1.0)], chunks)
+        assert kept.dropped_text == ""
+        assert kept.input_ids.tolist() == encoded.input_ids.tolist()
 
 
 def test_nothing_is_dropped_up_to_the_last_place() -> None:
-    full = Tokenizer(FOLDER, 400).encode("dog " * 100)
-    count = int(np.argmax(full.input_ids == full.input_ids[-1])) + 1  # the first end token; padding is the same token
-    assert Tokenizer(FOLDER, count).encode("dog " * 100).dropped_text == ""
-    assert Tokenizer(FOLDER, count - 1).encode("dog " * 100).dropped_text.strip() == "dog"
+    dogs = [("dog " * 100, 1.0)]
+    [full] = Tokenizer(FOLDER, 400).encode(dogs).input_ids
+    count = int(np.argmax(full == full[-1])) + 1  # the first end token; padding is the same token
+    assert Tokenizer(FOLDER, count).encode(dogs).dropped_text == ""
+    assert Tokenizer(FOLDER, count - 1).encode(dogs).dropped_text.strip() == "dog"
+
+
+def test_chunks_are_filled_one_after_the_other() -> None:
+    reference = CLIPTokenizer.from_pretrained(FOLDER)
+    texts = [("a red apple, ", 1.0), ("glossy", 1.3), (" and a dog, " * 6, 0.5), ("", 2.0), ("flat", -1.0)]
+    ids, weights = [], []
+    for text, weight in texts:
+        of_text = reference(text, add_special_tokens=False).input_ids
+        ids += of_text
+        weights += [weight] * len(of_text)
+    assert 20 < len(ids) < 60
+    encoded = Tokenizer(FOLDER, 12).encode(texts, max_chunks=6)
+    assert encoded.dropped_text == ""
+    assert encoded.input_ids.shape == encoded.weights.shape == (-(-len(ids) // 10), 12)
+    assert encoded.input_ids[:, 1:-1].ravel()[: len(ids)].tolist() == ids
+    np.testing.assert_array_equal(encoded.weights[:, 1:-1].ravel()[: len(ids)], np.array(weights, np.float32))
+    assert (encoded.input_ids[:, 0] == reference.bos_token_id).all()
+    assert (encoded.input_ids[:, -1] == reference.eos_token_id).all()
+    assert (encoded.input_ids[:, 1:-1].ravel()[len(ids) :] == reference.eos_token_id).all()  # the end, and padding
+    assert (encoded.weights[:, [0, -1]] == 1).all()
+    assert (encoded.weights[:, 1:-1].ravel()[len(ids) :] == 1).all()
+    # Exactly full: no empty chunk follows.
+    assert len(Tokenizer(FOLDER, len(ids) + 2).encode(texts, max_chunks=6).input_ids) == 1
+
+
+def test_empty_chunks_follow_where_more_are_asked_for() -> None:
+    tokenizer = Tokenizer(FOLDER, 12)
+    encoded = tokenizer.encode([("a dog", 1.5)], max_chunks=3, min_chunks=3)
+    alone, empty = (tokenizer.encode([(text, 1.5)]) for text in ("a dog", ""))
+    np.testing.assert_array_equal(
+        encoded.input_ids, np.concatenate([alone.input_ids, empty.input_ids, empty.input_ids])
+    )
+    np.testing.assert_array_equal(encoded.weights[1:], np.ones((2, 12)))
+
+
+def test_what_is_dropped_may_be_several_texts() -> None:
+    tokenizer = Tokenizer(FOLDER, 5)
+    texts = [("a red", 1.0), (" dog and a blue", 1.2), (" cat", 1.0)]
+    dropped = tokenizer.encode(texts).dropped_text
+    assert dropped.endswith(" a blue cat")
+    assert "a red dog and a blue cat".endswith(dropped)
+    assert tokenizer.encode(texts, max_chunks=9).dropped_text == ""
 
 
 def test_dropped_text_starts_with_a_whole_character() -> None:
     # An emoji is several tokens; where the cut goes through one, it counts as dropped.
     tokenizer = Tokenizer(FOLDER, 10)
     for lead in range(12):
-        dropped = tokenizer.encode("a " * lead + "🦄" * 12).dropped_text
+        dropped = tokenizer.encode([("a " * lead + "🦄" * 12, 1.0)]).dropped_text
         assert dropped
         assert set(dropped) <= {"a", " ", "🦄"}
 
 
 def test_encodes_the_same_from_many_threads() -> None:
     tokenizer = Tokenizer(FOLDER, 77)
-    expected = [tokenizer.encode(text).input_ids.tolist() for text in TEXTS]
+    prompts = [[(text, 1.0)] for text in TEXTS]
+    expected = [tokenizer.encode(prompt).input_ids.tolist() for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            assert [encoded.input_ids.tolist() for encoded in pool.map(tokenizer.encode, TEXTS)] == expected
+            assert [encoded.input_ids.tolist() for encoded in pool.map(tokenizer.encode, prompts)] == expected
 
 
 def _copy(tmp_path: Path) -> Path:
@@ -124,10 +172,9 @@ def test_truncation_and_padding_of_the_file_are_not_used(tmp_path: Path) -> None
         "pad_token": "!",
     }
     path.write_text(json.dumps(content))
-    text = "a red apple on a blue table, and a dog"
-    assert (
-        Tokenizer(tmp_path, 77).encode(text).input_ids.tolist() == Tokenizer(FOLDER, 77).encode(text).input_ids.tolist()
-    )
+    prompt = [("a red apple on a blue table, and a dog", 1.0)]
+    changed, unchanged = (Tokenizer(folder, 77).encode(prompt).input_ids for folder in (tmp_path, FOLDER))
+    np.testing.assert_array_equal(changed, unchanged)
 
 
 def test_special_tokens_may_carry_settings(tmp_path: Path) -> None:
@@ -136,7 +183,7 @@ def test_special_tokens_may_carry_settings(tmp_path: Path) -> None:
     config["pad_token"] = {"content": "!", "lstrip": False, "normalized": False}
     path.write_text(json.dumps(config))
     vocabulary = json.loads((FOLDER / "vocab.json").read_text())
-    assert Tokenizer(tmp_path, 77).encode("").input_ids[-1] == vocabulary["!"]
+    assert Tokenizer(tmp_path, 77).encode([("", 1.0)]).input_ids[0, -1] == vocabulary["!"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.tokenizer import Tokenizer
 from diffuserve_export.checkpoint import open_checkpoint
 from diffuserve_export.cli import command
-from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
+from diffuserve_export.export import bundle_from_checkpoint, bundle_size_bytes, unchanged_manifest
+from diffuserve_export.lora import Lora
 from diffuserve_export.staging import staged
+from diffuserve_export.weights import Weights
 from tests.export.conftest import KilledExport
 
 
@@ -50,7 +53,7 @@ def test_tokenizer_json_is_written_for_checkpoints_without(tiny_bundle: Path, sh
     ours = Tokenizer(tiny_bundle / "tokenizer", max_tokens=77)
     for text in ("", "a cat, blue", "Grüße 😀 " * 40):
         expected = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
-        np.testing.assert_array_equal(ours.encode(text).input_ids, expected)
+        np.testing.assert_array_equal(ours.encode([(text, 1.0)]).input_ids, [expected])
 
 
 def test_unchanged_checkpoint_is_not_exported_again(tiny_bundle: Path, shared_checkpoint: Path, tmp_path: Path) -> None:
@@ -66,6 +69,9 @@ def test_what_counts_as_a_change(tiny_bundle: Path, checkpoint: Path, tmp_path: 
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     assert unchanged_manifest(open_checkpoint(checkpoint), bundle) is not None
     assert unchanged_manifest(open_checkpoint(checkpoint, guidance_scale=3), bundle) is None
+    for scale in (0.5, 0.7):
+        lora = Lora(checkpoint / "vae" / "diffusion_pytorch_model.safetensors", scale)  # any file will do
+        assert unchanged_manifest(open_checkpoint(checkpoint, loras=(lora,)), bundle) is None
     (bundle / "unet" / "model.onnx").write_bytes(b"damaged")
     assert unchanged_manifest(open_checkpoint(checkpoint), bundle) is None
     shutil.copytree(tiny_bundle, bundle, dirs_exist_ok=True)
@@ -95,6 +101,31 @@ def test_failed_export_keeps_the_older_bundle(tiny_bundle: Path, checkpoint: Pat
         bundle_from_checkpoint(checkpoint, bundle)
     verify(bundle, read_manifest(bundle))
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "tiny"}
+
+
+def test_too_little_disk_is_noticed_before_anything_is_written(shared_checkpoint: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(shared_checkpoint)
+    assert bundle_size_bytes(opened) > 4 * opened.parameters
+    exabyte = Weights(files=(), variant=None, parameters=10**18)
+    larger = dataclasses.replace(opened, weights={**opened.weights, "unet": exabyte})
+    with pytest.raises(BundleError, match=r"takes about 40000\d*\.\d GB, and the disk of .* has .* GB left"):
+        bundle_from_checkpoint(larger, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundle_is_about_as_large_as_expected(tiny_bundle: Path, shared_checkpoint: Path) -> None:
+    size_bytes = sum(file.stat().st_size for file in tiny_bundle.rglob("*") if file.is_file())
+    assert 4 * open_checkpoint(shared_checkpoint).parameters < size_bytes
+    assert size_bytes < bundle_size_bytes(open_checkpoint(shared_checkpoint))
+
+
+@pytest.mark.parametrize("weights", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_truncated_weights_leave_nothing_behind(checkpoint: Path, tmp_path: Path, weights: str) -> None:
+    file = checkpoint / f"{weights}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="is damaged or cut short"):
+        bundle_from_checkpoint(checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_output_that_is_no_bundle_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint, sha256_of_checkpoint
 from diffuserve_export.load import model_from_checkpoint
+from diffuserve_export.weights import choose_weights
+from tests.export.tiny import write_sdxl_checkpoint
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -30,7 +33,7 @@ def pickle_unet(path: Path) -> None:
 
 
 def rename_unet_to_variant(path: Path) -> None:
-    (path / UNET_WEIGHTS).rename(path / "unet/diffusion_pytorch_model.fp16.safetensors")
+    (path / UNET_WEIGHTS).rename(path / "unet/diffusion_pytorch_model.non_ema.safetensors")
 
 
 def remove_vae(path: Path) -> None:
@@ -55,9 +58,13 @@ def point_outside(path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda path: (path / "model_index.json").unlink(), "not in diffusers' format: it has no model_index"),
     "broken index": (lambda path: (path / "model_index.json").write_text("{"), "model_index.json is damaged"),
-    "SDXL": (
+    "other pipeline": (
+        editing("model_index.json", _class_name="FluxPipeline"),
+        "is a FluxPipeline, which is not supported. Supported: StableDiffusionPipeline, .*StableDiffusionXLPipeline",
+    ),
+    "no second text encoder": (
         editing("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline, which is not supported. Supported: StableDiffusionPipeline",
+        "lacks the component text_encoder_2",
     ),
     "own code": (editing("model_index.json", unet=["my_unet", "MyUnet"]), "my_unet.MyUnet.*own code is never run"),
     "other class": (editing("model_index.json", vae=["diffusers", "AutoencoderTiny"]), "Supported: AutoencoderKL"),
@@ -68,7 +75,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vae": (remove_vae, "lacks the component vae"),
     "no config": (lambda path: (path / "unet/config.json").unlink(), "config.json is missing"),
     "pickle": (pickle_unet, "as a pickle.*only safetensors are read.*convert it"),
-    "variant": (rename_unet_to_variant, "Found: diffusion_pytorch_model.fp16.safetensors; rename"),
+    "variant": (rename_unet_to_variant, "Found: diffusion_pytorch_model.non_ema.safetensors; rename"),
     "no weights": (lambda path: (path / UNET_WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors"),
     "cut short": (cut_unet_short, "is damaged or cut short"),
     "LFS pointer": (garble_unet, "is damaged or cut short"),
@@ -83,7 +90,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         editing("unet/config.json", addition_embed_type="text_time"),
         "addition_embed_type='text_time'",
     ),
-    "guidance embedding": (editing("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim=256"),
     "classes": (editing("unet/config.json", num_class_embeds=10), "num_class_embeds=10"),
     "class projection": (editing("unet/config.json", class_embed_type="projection"), "class_embed_type='projection'"),
     "inpainting": (editing("unet/config.json", in_channels=9), "in_channels=9; it must be 4"),
@@ -106,11 +112,9 @@ def test_refuses(case: str, checkpoint: Path) -> None:
 def test_refuses_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"There is no folder .*missing. Give the folder"):
         open_checkpoint(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match="download it first: hf download someone/some-model"):
-        open_checkpoint(Path("someone/some-model"))
-    single = tmp_path / "model.safetensors"
+    single = tmp_path / "model.ckpt"
     single.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"is a single file.*Convert it: .*from_single_file"):
+    with pytest.raises(CheckpointError, match=r"is a single file, and not .safetensors.*can run any code"):
         open_checkpoint(single)
 
 
@@ -131,14 +135,15 @@ def test_spec_comes_from_the_configs(shared_checkpoint: Path) -> None:
     spec = open_checkpoint(shared_checkpoint).spec
     assert (spec.name, spec.width, spec.height, spec.vae_scale_factor, spec.size_multiple) == ("tiny", 96, 64, 8, 16)
     assert (spec.latent_channels, spec.hidden_size, spec.max_tokens) == (4, 32, 77)
-    assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (20, 7.5, "dpmpp_2m")
+    assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (20, 7.5, "ddim")
 
 
 def test_defaults_come_from_the_checkpoint_or_the_caller(checkpoint: Path) -> None:
     (checkpoint / "diffuserve.json").write_text('{"steps": 8, "guidance_scale": 3, "sampler": "ddim"}')
     spec = open_checkpoint(checkpoint).spec
     assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (8, 3.0, "ddim")
-    assert open_checkpoint(checkpoint, guidance_scale=5).spec.default_guidance_scale == 5
+    spec = open_checkpoint(checkpoint, guidance_scale=5, steps=2, sampler="euler").spec
+    assert (spec.default_steps, spec.default_guidance_scale, spec.default_sampler) == (2, 5.0, "euler")
 
 
 def test_sha256_follows_what_is_read(checkpoint: Path) -> None:
@@ -147,3 +152,83 @@ def test_sha256_follows_what_is_read(checkpoint: Path) -> None:
     assert sha256_of_checkpoint(checkpoint) == before
     edit(checkpoint / "vae/config.json", scaling_factor=0.25)
     assert sha256_of_checkpoint(checkpoint) != before
+
+
+def test_sdxl_components_must_fit(tmp_path: Path) -> None:
+    path = write_sdxl_checkpoint(tmp_path / "xl")
+    assert not open_checkpoint(path, clip_skip=1).spec.guidance_embedded
+    with pytest.raises(CheckpointError, match=r"clip_skip is 2.* from 0 to 1"):
+        open_checkpoint(path, clip_skip=2)
+    for name, value, message in (
+        (
+            "text_encoder_2/config.json",
+            {"projection_dim": 21},
+            "projection_class_embeddings_input_dim=68; it must be 69",
+        ),
+        ("text_encoder_2/config.json", {"hidden_size": 25}, "cross_attention_dim=56; it must be 57"),
+        ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type='text'.*supported: 'text_time'"),
+        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True"),
+    ):
+        before = (path / name).read_text()
+        edit(path / name, **value)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)
+        (path / name).write_text(before)
+    edit(path / "model_index.json", force_zeros_for_empty_prompt=False)
+    assert not open_checkpoint(path).spec.zero_empty_negative
+    edit(path / "text_encoder_2/config.json", intermediate_size=64)
+    with pytest.raises(CheckpointError, match="text_encoder_2"):
+        model_from_checkpoint(open_checkpoint(path))
+
+
+def to_fp16(path: Path, *, keep_full: bool) -> None:
+    """Saves each component's weights as the fp16 variant."""
+    from safetensors.numpy import load_file, save_file
+
+    for file in sorted(path.glob("*/*.safetensors")):
+        half = {name: array.astype(np.float16) for name, array in load_file(file).items()}
+        save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        if not keep_full:
+            file.unlink()
+
+
+def test_fp16_variants_are_loaded_as_fp32(checkpoint: Path, shared_checkpoint: Path) -> None:
+    import torch
+
+    to_fp16(checkpoint, keep_full=False)
+    opened = open_checkpoint(checkpoint)
+    assert {weights.variant for weights in opened.weights.values()} == {"fp16"}
+    full = open_checkpoint(shared_checkpoint)
+    assert opened.parameters == full.parameters
+    half, whole = model_from_checkpoint(opened), model_from_checkpoint(full)
+    for part in ("text_encoder", "unet", "vae"):
+        expected = getattr(whole, part).state_dict()
+        for name, weight in getattr(half, part).state_dict().items():
+            assert weight.dtype == expected[name].dtype
+            torch.testing.assert_close(weight, expected[name].half().to(weight.dtype), rtol=0, atol=0)
+
+
+def test_full_precision_is_preferred(checkpoint: Path) -> None:
+    to_fp16(checkpoint, keep_full=True)
+    assert {weights.variant for weights in open_checkpoint(checkpoint).weights.values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], ("model.safetensors", None)),
+        (["model.fp16.safetensors", "model.non_ema.safetensors"], ("model.fp16.safetensors", "fp16")),
+        (["model.safetensors.index.json", "model.fp16.safetensors"], ("model.safetensors.index.json", None)),
+        (["model.safetensors.index.fp16.json"], ("model.safetensors.index.fp16.json", "fp16")),
+        (["model.bin", "diffusion_pytorch_model.safetensors"], None),
+    ],
+)
+def test_choice_of_weights(names: list[str], expected: tuple[str, str | None] | None) -> None:
+    assert choose_weights(names, "model") == expected
+
+
+def test_parameters_are_counted(shared_checkpoint: Path) -> None:
+    opened = open_checkpoint(shared_checkpoint)
+    model = model_from_checkpoint(opened)
+    parts = (model.text_encoder, model.unet, model.vae)
+    assert opened.parameters == sum(weight.numel() for part in parts for weight in part.parameters())

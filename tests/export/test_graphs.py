@@ -54,11 +54,7 @@ def test_graph_has_the_tensors_of_the_table(stage: str, tiny_bundle: Path, manif
             assert dtype == NUMPY_DTYPE[tensor.dtype]
             batch, *dims = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
             assert batch == -1
-            # The UNet takes any number of tokens: longer prompts come in chunks.
-            expected = (
-                (-1, *tensor.dims[1:]) if (stage, tensor.name) == ("unet", "encoder_hidden_states") else tensor.dims
-            )
-            assert tuple(dims) == expected
+            assert tuple(dims) == tensor.dims
 
 
 def test_graphs_carry_no_paths_of_this_machine(tiny_bundle: Path) -> None:
@@ -158,15 +154,18 @@ def test_a_wrong_export_is_refused(tiny_bundle: Path, shared_checkpoint: Path) -
     from diffuserve_export.checkpoint import open_checkpoint
     from diffuserve_export.load import model_from_checkpoint
     from diffuserve_export.modules import modules_from_model
-    from diffuserve_export.parity import parity_of_onnx
+    from diffuserve_export.parity import Prompts, parity_of_onnx
 
     checkpoint = open_checkpoint(shared_checkpoint)
-    modules = modules_from_model(model_from_checkpoint(checkpoint))
+    model = model_from_checkpoint(checkpoint)
+    modules = modules_from_model(model, checkpoint.spec)
+    tensors = checkpoint.tensors["vae_encoder"]
+    prompts = Prompts((model.tokenizer,), modules["text_encoder"], checkpoint.tensors["text_encoder"])
     path = tiny_bundle / "vae_encoder" / "model.onnx"
     for wrong, figure in ((1.01, "by up to 0"), (float("nan"), "by up to nan")):
         modules["vae_encoder"].scaling_factor = torch.tensor(wrong * 0.5)
         with pytest.raises(CheckpointError, match=f"vae_encoder of tiny differs from PyTorch.*{figure}.*allowed is"):
-            parity_of_onnx(path, modules["vae_encoder"], "vae_encoder", checkpoint.spec, modules["text_encoder"])
+            parity_of_onnx(path, modules["vae_encoder"], "vae_encoder", tensors, checkpoint.spec, prompts)
 
 
 def test_preview_map_follows_the_colours(bundle: Path) -> None:

@@ -1,13 +1,16 @@
-"""A Stable Diffusion checkpoint with random weights, small enough to be exported in seconds.
+"""Checkpoints of each family with random weights, small enough to be exported in seconds.
 
-It differs from the bundled one wherever the exporter could have taken a number for granted: epsilon prediction, a VAE
-of 8x with attention, two UNet levels, a context of 32, a tokenizer without tokenizer.json.
+`write_checkpoint`'s, Stable Diffusion 1's, differs from the bundled one wherever the exporter could have taken a number
+for granted: epsilon prediction, a VAE of 8x with attention, two UNet levels, a context of 32, a tokenizer without
+tokenizer.json. The others have what sets their families apart, and a VAE of 2x.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
@@ -65,6 +68,165 @@ def write_checkpoint(path: Path) -> Path:
     _write_tokenizer(path / "tokenizer")
     (path / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     return path
+
+
+def write_sd2_checkpoint(path: Path) -> Path:
+    """Stable Diffusion 2: OpenCLIP's text encoder, linear projections in the UNet, v prediction, prompts padded with "!"."""
+    with quiet():
+        from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        tokenizer = load_tokenizer(path, padding="!")
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            norm_num_groups=8,
+        )
+        StableDiffusionPipeline(
+            text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=2, act="gelu")),
+            tokenizer=tokenizer,
+            unet=unet,
+            vae=_small_vae(),
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(path)
+    # As published: tokenizer_config.json has the end token for padding, and special_tokens_map.json, which wins, "!".
+    _write_tokenizer(path / "tokenizer")
+    (path / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    return path
+
+
+def write_sdxl_checkpoint(path: Path) -> Path:
+    """Stable Diffusion XL: two text encoders of different width, a UNet that is told the image's size."""
+    with quiet():
+        from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        tokenizer, tokenizer_2 = load_tokenizer(path), load_tokenizer(path, padding="!")
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32 + 24,
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + 6 * 8,
+            norm_num_groups=8,
+        )
+        second = _text_config(tokenizer_2, hidden_size=24, layers=3, act="gelu", projection_dim=20)
+        second.eos_token_id = 2  # as published: transformers then looks for the highest id
+        StableDiffusionXLPipeline(
+            text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=3)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(second),
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            vae=_small_vae(scaling_factor=0.13025),
+            scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        ).save_pretrained(path)
+    return path
+
+
+def write_lcm_checkpoint(path: Path) -> Path:
+    """A latent consistency model: a UNet that takes the guidance scale as an input."""
+    with quiet():
+        from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        tokenizer = load_tokenizer(path)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            time_cond_proj_dim=16,
+            norm_num_groups=8,
+        )
+        LatentConsistencyModelPipeline(
+            text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=1)),
+            tokenizer=tokenizer,
+            unet=unet,
+            vae=_small_vae(),
+            scheduler=LCMScheduler(steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(path)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "sd1": write_checkpoint,
+    "sd2": write_sd2_checkpoint,
+    "sdxl": write_sdxl_checkpoint,
+    "lcm": write_lcm_checkpoint,
+}
+
+
+def load_tokenizer(path: Path, padding: str = "<|endoftext|>") -> Any:
+    """The tokenizer of the checkpoint that is being written to `path`; seeds its random weights too."""
+    import torch
+    from transformers import CLIPTokenizer
+
+    hide_progress_bars()
+    torch.manual_seed(0)
+    folder = _write_tokenizer(path.parent / f"{path.name}-tokenizer")
+    return CLIPTokenizer.from_pretrained(folder, pad_token=padding)
+
+
+def _text_config(
+    tokenizer: Any, *, hidden_size: int, layers: int, act: str = "quick_gelu", projection_dim: int = 16
+) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        hidden_act=act,
+        projection_dim=projection_dim,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _small_vae(scaling_factor: float = 0.18215) -> Any:
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 4
+    return vae
 
 
 def _write_tokenizer(folder: Path) -> Path:

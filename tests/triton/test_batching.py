@@ -9,12 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from diffuserve.samplers import SAMPLERS
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from tests.images import psnr_db
 from tests.metrics import read_metrics
-
-SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras")
 
 
 def mixed_requests(count: int, sizes: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:

@@ -9,30 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffuserve.samplers import SAMPLERS
 from diffuserve_client import Client
 from tests.images import psnr_db
+from tests.schedulers import scheduler_of
 
 PROMPTS = ("a slice of pizza, glossy, on a blue background", "a red heart, flat")
 SEEDS = (7, 4_000_000_000)
 SIZES = ((128, 128), (64, 96))
-SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras")
-
-
-def scheduler_of(sampler: str, config: Any) -> Any:
-    import diffusers
-
-    match sampler:
-        case "ddim":
-            return diffusers.DDIMScheduler.from_config(config)
-        case "euler":
-            return diffusers.EulerDiscreteScheduler.from_config(config)
-        case "euler_a":
-            return diffusers.EulerAncestralDiscreteScheduler.from_config(config)
-        case "dpmpp_2m":
-            return diffusers.DPMSolverMultistepScheduler.from_config(config)
-        case "dpmpp_2m_karras":
-            return diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
-    raise AssertionError(sampler)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -44,7 +28,7 @@ def test_served_images_are_those_of_diffusers(sampler: str, client: Client, refe
     subjects = list(itertools.product(PROMPTS, SEEDS))
     settings = [
         {"guidance_scale": guidance_scale, "steps": steps, "width": width, "height": height}
-        for guidance_scale, steps, (width, height) in itertools.product((1.0, 5.0), (7, 20), SIZES)
+        for guidance_scale, (steps, (width, height)) in itertools.product((1.0, 5.0), zip((7, 20), SIZES, strict=True))
     ]
 
     def served(subject: tuple[str, int], setting: dict[str, Any]) -> Any:

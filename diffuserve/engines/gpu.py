@@ -1,0 +1,27 @@
+"""NVIDIA GPUs, as the driver's own library sees them: no package is needed to ask it."""
+
+from __future__ import annotations
+
+import ctypes
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+def gpu_architectures() -> tuple[str, ...]:
+    """The architecture of each GPU that this process may use, such as "sm90"; empty where there is none or no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    return tuple(_architecture(driver, number) for number in range(count.value))
+
+
+def _architecture(driver: ctypes.CDLL, number: int) -> str:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    return f"sm{major.value}{minor.value}"

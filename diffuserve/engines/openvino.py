@@ -1,0 +1,110 @@
+"""Components on OpenVINO's CPU plugin, in this process; see `diffuserve.engines.openvino_cache` for its start."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffuserve.bundle import Component
+from diffuserve.engines.openvino_cache import compiled_model
+from diffuserve.engines.processor import computes_bf16, processor_name, usable_cores
+from diffuserve.errors import BundleError
+
+# What OpenVINO computes in, by a component's precision. Without it OpenVINO decides by the processor, so that the same
+# bundle would draw other images on another machine.
+PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoEngine:
+    """One ONNX model on the CPU, its weights held once.
+
+    An infer request serves one call at a time, so a call takes a free one or makes another; they share the compiled
+    model.
+
+    Args:
+        path: the .onnx file; weights beside it are found by their names.
+        component: what the manifest says of it; its precision is "fp32" or "bf16".
+        threads: threads of one call; 0 means one for each core.
+
+    Raises:
+        BundleError: openvino is not installed, the processor does not compute in the component's precision, or OpenVINO
+            cannot load the file.
+    """
+
+    def __init__(self, path: Path, component: Component, threads: int = 0) -> None:
+        try:
+            import openvino  # noqa: F401 - asked for here, so that one message tells how to install it
+        except ImportError as error:
+            raise BundleError(
+                "The engine openvino is not installed. Install it: pip install 'diffuserve[openvino]'"
+            ) from error
+
+        check_precision(component.precision)
+        properties = {
+            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[component.precision],
+            # One call at a time on all threads, as the loop makes them.
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            # Several models share the cores, and threads that are bound to the same core would wait for each other.
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            self._compiled = compiled_model(path, component, properties)
+            ports = {name: port for port in self._compiled.inputs for name in port.names}
+            self._dtypes = {
+                spec.name: np.dtype(ports[spec.name].element_type.to_dtype()) for spec in component.tensors.inputs
+            }
+            # By position, since a port that is named by two tensors answers to one of its names only.
+            self._outputs = {
+                spec.name: next(at for at, port in enumerate(self._compiled.outputs) if spec.name in port.names)
+                for spec in component.tensors.outputs
+            }
+        except Exception as error:  # openvino raises RuntimeError for everything
+            raise BundleError(f"OpenVINO cannot load {path}: {error}") from error
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Runs the model; see `diffuserve.stages.Engine`.
+
+        Raises:
+            ValueError: an input is missing, unknown or of another dtype. OpenVINO itself would convert it, or take the
+                last call's in its place.
+        """
+        dtypes = {name: array.dtype for name, array in inputs.items()}
+        if dtypes != self._dtypes:
+            raise ValueError(f"The inputs are {_listed(dtypes)}; expected: {_listed(self._dtypes)}.")
+        try:
+            request = self._free.get_nowait()
+        except queue.Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            # The inputs are read where they are, and the outputs copied before another call can write over them.
+            results = request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+            return {name: results[at] for name, at in self._outputs.items()}
+        finally:
+            self._free.put(request)
+
+
+def check_precision(precision: str) -> None:
+    """Raises:
+    BundleError: OpenVINO on this processor does not compute in `precision`.
+    """
+    if precision not in PRECISION_HINTS:
+        raise BundleError(
+            f"The engine openvino runs {' and '.join(PRECISION_HINTS)} on a CPU, and the component asks for {precision!r}. "
+            "Choose another: diffuserve engines BUNDLE --select openvino --precision fp32"
+        )
+    if precision == "bf16" and not computes_bf16():
+        raise BundleError(
+            f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), which the component asks "
+            "for. Choose another: diffuserve engines BUNDLE --select auto"
+        )
+
+
+def _listed(dtypes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(dtypes.items()))

@@ -1,0 +1,252 @@
+"""A bundle's components on each engine that this machine has: how fast, how far from the reference, and which is kept.
+
+The reference is ONNX Runtime in fp32 on the CPU, which the export has compared with PyTorch. An engine in another
+precision draws slightly other images, so each precision has a tolerance of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from diffuserve.bundle import (
+    Component,
+    File,
+    Manifest,
+    ModelSpec,
+    Trial,
+    describe_file,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from diffuserve.engines import load_engine
+from diffuserve.engines.availability import availability
+from diffuserve.engines.example import Arrays, example_inputs
+from diffuserve.engines.half import half_from_onnx
+from diffuserve.engines.openvino_cache import remove_cached
+from diffuserve.engines.tensorrt_plan import build_plan
+from diffuserve.errors import BundleError
+from diffuserve.stages import Engine
+from diffuserve.tensors import UNET
+
+AUTO = "auto"
+Way = tuple[str, str]  # engine, precision
+REFERENCE: Way = ("onnxruntime", "fp32")
+
+# The largest error allowed, as a share of the output's standard deviation; docs/engines.md has what was measured.
+RELATIVE_TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
+# The same for images, in levels of 255.
+TOLERANCE_LEVELS = {"fp32": 1.0, "fp16": 4.0, "bf16": 8.0}
+
+# In the name of a graph that was converted to fp16: model.fp16.onnx.
+_HALF = ".fp16"
+# Rows of a call. The UNet runs the most, and in batches; the other components run once an image.
+_BATCHES = {UNET: (1, 2, 8)}
+_OTHER_BATCHES = (1, 2)
+_ROUNDS = 5
+# An engine must be faster by this much to be kept instead of the reference: less is within the noise of a machine.
+_GAIN = 0.95
+
+
+def select_engines(
+    bundle: Path, engine: str, precision: str | None = None, progress: Callable[[str], None] = lambda line: None
+) -> Manifest:
+    """Tries engines on a bundle and writes into its manifest what each component runs on, and the trials.
+
+    Args:
+        bundle: its folder.
+        engine: one of `diffuserve.engines.ENGINES`, for all components; or "auto": of those that this machine can run,
+            the fastest for each component.
+        precision: of the engine; None is the first that it has, which is fp32 on CPUs, or with "auto" any.
+        progress: called with each component's name before it is tried.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        BundleError: the bundle is damaged, or the engine cannot run here or differs too much from the reference.
+    """
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    ways = ways_to_try(engine, precision)
+    try:
+        manifest = _selected(bundle, manifest, engine, ways, progress)
+        write_manifest(bundle, manifest)
+    finally:
+        for component in manifest.components.values():
+            _remove_what_is_not_used(bundle, component)
+    return manifest
+
+
+def _selected(
+    bundle: Path, manifest: Manifest, engine: str, ways: Sequence[Way], progress: Callable[[str], None]
+) -> Manifest:
+    """The manifest with the engines that the trials of `ways` lead to."""
+    components: dict[str, Component] = {}
+    trials: list[Trial] = []
+    known: Arrays = {}
+    for name, component in manifest.components.items():
+        progress(name)
+        tried = _try(bundle, name, component, manifest.model, ways, known)
+        chosen = fastest(tried) if engine == AUTO else tried[-1]
+        if chosen.rejected:
+            raise BundleError(
+                f"{name} of {bundle} does not run on {chosen.engine} in {chosen.precision}: {chosen.rejected}. Nothing was "
+                f"changed. Let the measurement choose: diffuserve engines {bundle} --select auto"
+            )
+        trials += tried
+        components[name] = _on(bundle, component, (chosen.engine, chosen.precision), manifest.model)
+    was, now = manifest.components[UNET], components[UNET]
+    # The UNet's costs were measured on the engine that it had.
+    unet_seconds = manifest.unet_seconds if (was.engine, was.precision) == (now.engine, now.precision) else {}
+    return msgspec.structs.replace(manifest, components=components, trials=tuple(trials), unet_seconds=unet_seconds)
+
+
+def fastest(trials: Sequence[Trial]) -> Trial:
+    """Of one component's trials, the reference's first: the one with the least time, as the geometric mean over the batch
+    sizes of its share of the reference's; the reference if that gains too little."""
+    reference = trials[0]
+    best = min((trial for trial in trials if not trial.rejected), key=lambda trial: relative_time(trial, reference))
+    return best if relative_time(best, reference) < _GAIN else reference
+
+
+def relative_time(trial: Trial, reference: Trial) -> float:
+    """The geometric mean over batch sizes of `trial`'s seconds as a share of the reference's."""
+    shares = [math.log(trial.seconds[batch] / seconds) for batch, seconds in reference.seconds.items()]
+    return math.exp(statistics.fmean(shares))
+
+
+def ways_to_try(engine: str, precision: str | None) -> list[Way]:
+    """The engines and precisions that `select_engines` tries, the reference first and one that was asked for last.
+
+    Raises:
+        BundleError: there is no such engine, or this machine cannot run it; why, and what mends it.
+    """
+    known = {(way.engine, way.precision): way for way in availability()}
+    if engine == AUTO:
+        asked = [way for way, available in known.items() if available.usable and precision in (None, way[1])]
+    else:
+        asked = [way for way in known if way[0] == engine and precision in (None, way[1])][:1]
+        if not asked:
+            named = f"{engine} in {precision}" if precision else engine
+            raise BundleError(f"There is no engine {named}. There are: {', '.join(' in '.join(way) for way in known)}.")
+    for way in [REFERENCE, *asked]:
+        if lacks := known[way].lacks:
+            reasons = "; ".join(f"{lack.reason} ({lack.mend})" for lack in lacks)
+            raise BundleError(f"{way[0]} in {way[1]} cannot run here: {reasons}.")
+    return [REFERENCE, *(way for way in asked if way != REFERENCE)]
+
+
+def _try(
+    bundle: Path, name: str, component: Component, model: ModelSpec, ways: Sequence[Way], known: Arrays
+) -> list[Trial]:
+    """One component's trials, in the order of `ways`, the reference's first; adds the reference's outputs to `known`."""
+    batches = _BATCHES.get(name, _OTHER_BATCHES)
+    # One size more, since an engine may have compiled the native one into the graph.
+    taller = msgspec.structs.replace(model, height=model.height + model.size_multiple)
+    inputs = [
+        example_inputs(component.tensors, size, batch, known)
+        for batch, size in [*((batch, model) for batch in batches), (2, taller)]
+    ]
+
+    def load(way: Way) -> Engine:
+        candidate = _on(bundle, component, way, model)
+        return load_engine(bundle / candidate.files[0].path, candidate, threads=0)
+
+    engines = {REFERENCE: load(REFERENCE)}
+    expected = [engines[REFERENCE](arrays) for arrays in inputs]
+    known.update(expected[len(batches) - 1])
+    trials = {REFERENCE: Trial(name, *REFERENCE, {}, 0.0, 0.0, "")}
+    for way in ways[1:]:
+        tolerance, error, rejected = _tolerance(component, way[1], expected[0]), None, ""
+        try:
+            engine = load(way)
+            error = _largest_error([engine(arrays) for arrays in inputs], expected)
+        except Exception as failure:  # whatever an engine raises, it is not the one to take
+            rejected = f"it fails: {failure}"
+        else:
+            if error is None:
+                rejected = "its output has another shape or dtype, or is not finite"
+            elif error > tolerance:
+                rejected = f"it differs by up to {error:.3g}, and {tolerance:.3g} is allowed"
+            else:
+                engines[way] = engine
+        trials[way] = Trial(name, *way, {}, error, tolerance, rejected)
+    seconds = _seconds(engines, dict(zip(batches, inputs, strict=False)))
+    return [msgspec.structs.replace(trial, seconds=seconds.get(way, {})) for way, trial in trials.items()]
+
+
+def _on(bundle: Path, component: Component, way: Way, model: ModelSpec) -> Component:
+    """The component as `way` runs it. For fp16 its graph is converted, and for TensorRT a plan is built of that, unless it
+    has been; the exported files stay."""
+    engine, precision = way
+    exported = _exported(component)
+    made: list[Path] = []
+    if precision == "fp16":
+        graph = bundle / f"{exported[0].path.removesuffix('.onnx')}{_HALF}.onnx"
+        if not graph.is_file():
+            half_from_onnx(bundle / exported[0].path, graph)
+        made = sorted(graph.parent.glob(f"{graph.name}*"))
+        if engine == "tensorrt":
+            made = [build_plan(graph, component.tensors, model), *made]
+    files = (*(describe_file(bundle, path) for path in made), *exported)
+    return msgspec.structs.replace(component, engine=engine, precision=precision, files=files)
+
+
+def _exported(component: Component) -> tuple[File, ...]:
+    """Its files without those that were made of them for an engine."""
+    return tuple(file for file in component.files if _HALF not in file.path)
+
+
+def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
+    """What trials of other engines have left beside the component's files."""
+    path = bundle / component.files[0].path
+    if component.engine != "openvino":
+        remove_cached(path, msgspec.structs.replace(component, files=_exported(component)))
+    used = {bundle / file.path for file in component.files}
+    for made in path.parent.glob(f"*{_HALF}.*"):
+        if made not in used:
+            made.unlink()
+
+
+def _tolerance(component: Component, precision: str, expected: Arrays) -> float:
+    """In the output's unit; `expected`: what the reference gives at the native size."""
+    if component.tensors.outputs[0].dtype == "UINT8":
+        return TOLERANCE_LEVELS[precision]
+    return RELATIVE_TOLERANCE[precision] * min(float(array.std()) for array in expected.values())
+
+
+def _largest_error(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> float | None:
+    """Over all elements of all outputs; None if they differ in shape or dtype, or one is not finite."""
+    largest = 0.0
+    for arrays, references in zip(outputs, expected, strict=True):
+        for name, reference in references.items():
+            actual = arrays[name]
+            if (actual.shape, actual.dtype) != (reference.shape, reference.dtype):
+                return None
+            largest = max(largest, float(np.abs(actual.astype(np.float64) - reference).max()))
+            if not math.isfinite(largest) or not np.isfinite(actual).all():
+                return None
+    return largest
+
+
+def _seconds(engines: Mapping[Way, Engine], inputs: Mapping[int, Arrays]) -> dict[Way, dict[int, float]]:
+    """Seconds of a call by batch size, the median over rounds. Each round calls every engine in turn, so that a slow spell
+    of the machine falls on all of them alike."""
+    times_s: dict[Way, dict[int, list[float]]] = {way: {batch: [] for batch in inputs} for way in engines}
+    for _ in range(_ROUNDS):
+        for batch, arrays in inputs.items():
+            for way, engine in engines.items():
+                started_s = time.perf_counter()
+                engine(arrays)
+                times_s[way][batch].append(time.perf_counter() - started_s)
+    return {
+        way: {batch: statistics.median(each) for batch, each in by_batch.items()} for way, by_batch in times_s.items()
+    }

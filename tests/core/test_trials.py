@@ -1,0 +1,195 @@
+"""Choosing engines: by real measurements on small graphs, with the decision's rules on measurements of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from diffuserve.bundle import Manifest, Trial, read_manifest, verify
+from diffuserve.engines import ENGINES, load_engine, processor, trials
+from diffuserve.engines.availability import availability
+from diffuserve.engines.cli import command
+from diffuserve.engines.gpu import gpu_architectures
+from diffuserve.engines.local import LocalStages
+from diffuserve.engines.trials import fastest, select_engines, ways_to_try
+from diffuserve.errors import BundleError
+from diffuserve.tensors import STAGES, UNET
+from tests.core.tiny_graphs import make_real_bundle
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return make_real_bundle(tmp_path)
+
+
+def trial(engine: str, seconds: dict[int, float], rejected: str = "") -> Trial:
+    return Trial(UNET, engine, "fp32", seconds, 0.0, 1.0, rejected)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], "onnxruntime"),
+        ([{1: 0.5, 8: 6.0}], "other0"),
+        ([{1: 0.99, 8: 7.9}], "onnxruntime"),  # a gain within the noise
+        ([{1: 0.5, 8: 17.0}], "onnxruntime"),  # twice as fast alone, less than half as fast in a batch
+        ([{1: 0.5, 8: 14.0}], "other0"),
+        ([{1: 0.8, 8: 7.0}, {1: 0.7, 8: 7.0}, {1: 0.9, 8: 7.0}], "other1"),
+    ],
+)
+def test_the_fastest_is_kept(others: list[dict[int, float]], expected: str) -> None:
+    tried = [trial("onnxruntime", {1: 1.0, 8: 8.0})]
+    tried += [trial(f"other{number}", seconds) for number, seconds in enumerate(others)]
+    assert fastest(tried).engine == expected
+    assert fastest([*tried, trial("wrong", {}, "it differs")]).engine == expected
+
+
+def test_auto_tries_what_the_machine_has_and_says_so_in_the_manifest(manifest: Manifest, tmp_path: Path) -> None:
+    ways = [(way.engine, way.precision) for way in availability() if way.usable]
+    assert {"onnxruntime", "openvino"} <= {engine for engine, _ in ways}
+    selected = select_engines(tmp_path, "auto")
+    assert read_manifest(tmp_path) == selected
+    for stage in STAGES:
+        tried = [each for each in selected.trials if each.component == stage]
+        assert [(each.engine, each.precision) for each in tried] == ways
+        for each in tried:
+            assert not each.rejected
+            assert each.max_abs_error is not None
+            assert each.max_abs_error <= each.tolerance
+            assert set(each.seconds) == ({1, 2, 8} if stage == UNET else {1, 2})
+            assert all(0 < seconds < 1 for seconds in each.seconds.values())
+        kept = fastest(tried)
+        component = selected.components[stage]
+        assert (component.engine, component.precision) == (kept.engine, kept.precision)
+        assert component.files == manifest.components[stage].files
+
+
+def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) -> None:
+    sample = np.random.default_rng(0).standard_normal((3, 4, 6, 8)).astype(np.float32)
+
+    def draw() -> list[np.ndarray]:
+        async def main() -> list[np.ndarray]:
+            text = await stages.encode_text(np.arange(36, dtype=np.int32).reshape(3, 12))
+            noise = await stages.denoise(sample, np.array([1, 500, 999], np.float32), text)
+            return [noise, await stages.decode(noise)]
+
+        stages = LocalStages(tmp_path, threads=1)
+        try:
+            return asyncio.run(main())
+        finally:
+            stages.close()
+
+    expected = draw()
+    selected = select_engines(tmp_path, "openvino")
+    assert {(each.engine, each.precision) for each in selected.components.values()} == {("openvino", "fp32")}
+    assert manifest.unet_seconds
+    assert not selected.unet_seconds  # they were another engine's
+    for actual, reference in zip(draw(), expected, strict=True):
+        tolerance = 1 if reference.dtype == np.uint8 else 1e-5
+        np.testing.assert_allclose(actual.astype(np.float64), reference, rtol=0, atol=tolerance)
+    back = select_engines(tmp_path, "onnxruntime")
+    assert {each.engine for each in back.components.values()} == {"onnxruntime"}
+    assert not list(tmp_path.rglob("*.openvino"))
+
+
+def test_an_engine_that_differs_too_much_is_not_taken(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "RELATIVE_TOLERANCE", {"fp32": -1.0, "bf16": -1.0})
+    with pytest.raises(BundleError, match=r"text_encoder of .* does not run on openvino in fp32: it differs by up to"):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == manifest
+    assert not list(tmp_path.rglob("*.openvino"))
+    selected = select_engines(tmp_path, "auto", "fp32")
+    assert selected.components[UNET].engine == "onnxruntime"
+    [rejected] = [each for each in selected.trials if each.component == UNET and each.engine == "openvino"]
+    assert "is allowed" in rejected.rejected
+    assert not rejected.seconds
+
+
+def test_an_engine_that_fails_is_not_taken(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component whose precision the engine refuses, as one made on another machine may be."""
+    from diffuserve.engines import openvino
+
+    monkeypatch.setattr(openvino, "PRECISION_HINTS", {"bf16": "bf16"})
+    selected = select_engines(tmp_path, "auto", "fp32")
+    assert {component.engine for component in selected.components.values()} == {"onnxruntime"}
+    failed = [each for each in selected.trials if each.engine == "openvino"]
+    assert len(failed) == len(STAGES)
+    assert all(each.rejected.startswith("it fails: The engine openvino runs bf16") for each in failed)
+    assert read_manifest(tmp_path) == selected
+
+
+def test_what_cannot_run_here_is_refused_with_what_mends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"There is no engine abacus. There are: onnxruntime in fp32, "):
+        ways_to_try("abacus", None)
+    with pytest.raises(BundleError, match=r"There is no engine openvino in int4. There are: "):
+        ways_to_try("openvino", "int4")
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "none")
+    with pytest.raises(BundleError, match=r"openvino in bf16 cannot run here: this processor .* \(use fp32, or"):
+        ways_to_try("openvino", "bf16")
+    assert ("openvino", "bf16") not in ways_to_try("auto", None)
+
+
+def test_fp16_is_refused_without_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / UNET / "model.onnx"
+    component = msgspec.structs.replace(manifest.components[UNET], precision="fp16")
+    if gpu_architectures():
+        pytest.skip("this machine has one")
+    with pytest.raises(BundleError, match="is in fp16, which ONNX Runtime runs on NVIDIA GPUs only"):
+        load_engine(path, component, threads=1)
+    with pytest.raises(BundleError, match="onnxruntime in fp16 cannot run here: no NVIDIA GPU can be seen"):
+        select_engines(tmp_path, "onnxruntime", "fp16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gpu_architectures(), reason="needs an NVIDIA GPU")
+def test_fp16_on_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
+    selected = select_engines(tmp_path, "onnxruntime", "fp16")
+    for component in selected.components.values():
+        assert [Path(file.path).name for file in component.files] == ["model.fp16.onnx", "model.onnx"]
+    verify(tmp_path, selected)
+    back = select_engines(tmp_path, "onnxruntime")
+    assert back.all_files() == manifest.all_files()
+    assert not list(tmp_path.rglob("*.fp16.onnx"))
+
+
+def test_manifests_from_before_there_were_trials(manifest: Manifest, tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content.pop("trials") == []
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_the_list_of_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("model name : Abacus 3000\nflags : fpu\n")
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    result = CliRunner().invoke(command, [], catch_exceptions=False)
+    lines = result.output.splitlines()
+    assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(ENGINES)
+    at = lines.index("openvino     bf16  cannot run")
+    assert "this processor (Abacus 3000) has no bf16 arithmetic: use fp32" in lines[at + 1]
+    assert any(line.startswith("onnxruntime  fp32  can run, version ") for line in lines)
+
+
+def test_a_bundles_engines(manifest: Manifest, tmp_path: Path) -> None:
+    runner = CliRunner()
+    before = runner.invoke(command, [str(tmp_path)], catch_exceptions=False).output
+    assert before.splitlines() == [f"{stage} runs on onnxruntime in fp32" for stage in STAGES]
+    after = runner.invoke(command, [str(tmp_path), "--select", "openvino"], catch_exceptions=False).output
+    assert "trying unet ..." in after
+    assert "unet runs on openvino in fp32\n  onnxruntime  fp32  " in after
+    assert runner.invoke(command, [str(tmp_path)], catch_exceptions=False).output in after
+    assert runner.invoke(command, ["--select", "auto"]).exit_code == 2
+    assert runner.invoke(command, [str(tmp_path), "--precision", "fp32"]).exit_code == 2
+
+
+def test_a_trial_survives_the_manifest(tmp_path: Path) -> None:
+    lost = Trial(UNET, "openvino", "bf16", {}, None, 0.5, "its output is not finite")
+    assert msgspec.json.decode(msgspec.json.encode(lost), type=Trial) == lost
