@@ -93,10 +93,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `vae_scale_factor`: image pixels to a latent pixel; `size_multiple`: width and height in pixels must be multiples of
     it (the VAE's factor times the UNet's downsampling); `width`, `height`: the sizes it was trained on, in pixels;
-    `max_tokens`: the tokenizer's length, start and end tokens included; `zero_empty_negative`: without a negative prompt
-    the unconditional embedding is zeros and not that of the empty text (SDXL); `guidance_embedded`: the UNet takes the
-    guidance scale as an input, in place of a second row (LCM); `clip_skip`: layers of the text encoders that are left
-    out, in diffusers' meaning.
+    `max_tokens`: the tokenizer's length, start and end tokens included; `zero_empty_negative`: an empty negative prompt
+    is embedded as zeros instead of by the text encoder (diffusers' `force_zeros_for_empty_prompt`); `guidance_embedded`:
+    the UNet takes the guidance scale as an input, in place of a second row (LCM); `clip_skip`: layers of the text
+    encoders that are left out, in diffusers' meaning.
     """
 
     name: str

@@ -219,14 +219,9 @@ def draw(bundle: Path, **fields: Any) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     ("guidance_scale", "negative_prompt"), [(5.0, ""), (5.0, "dog"), (1.0, "")], ids=["guided", "negative", "unguided"]
 )
-def test_whole_images_are_those_of_diffusers(
-    exported: Exported, guidance_scale: float, negative_prompt: str, request: pytest.FixtureRequest
-) -> None:
+def test_whole_images_are_those_of_diffusers(exported: Exported, guidance_scale: float, negative_prompt: str) -> None:
     import torch
 
-    if exported.family == "sdxl":
-        # Until the pipeline gives the second text encoder its tokens. Strict: once it does, this mark must go.
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the pipeline encodes text for one encoder only"))
     if exported.family == "lcm" and negative_prompt:
         negative_prompt = ""  # such a model knows none
     width, height, steps = 24, 16, 3
