@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from diffuserve_client import Client
 
 MODEL_STORE = Path(__file__).parents[1] / "model_store"
 CHECKPOINT = MODEL_STORE / "checkpoints" / "tiny-emoji"
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in the programs under test even where a shell started the tests in the background, whose children
+    inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
