@@ -112,7 +112,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=requests,
     faults=st.dictionaries(st.integers(0, 30), st.sampled_from(FAULTS), max_size=3),

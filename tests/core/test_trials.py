@@ -75,7 +75,7 @@ def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) 
 
     def draw() -> list[np.ndarray]:
         async def main() -> list[np.ndarray]:
-            text = await stages.encode_text(np.arange(36, dtype=np.int32).reshape(3, 12))
+            text = await stages.encode_text({"input_ids": np.arange(36, dtype=np.int32).reshape(3, 12)})
             noise = await stages.denoise(sample, np.array([1, 500, 999], np.float32), text)
             return [noise, await stages.decode(noise)]
 

@@ -7,9 +7,11 @@ import math
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from diffuserve.samplers import SAMPLERS
+from diffuserve.bundle import read_manifest
+from diffuserve.samplers import SAMPLERS, NoiseSchedule, trajectory
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from tests.images import psnr_db
@@ -49,7 +51,13 @@ def test_an_image_does_not_depend_on_its_company(client: Client) -> None:
     assert min(figures) >= 50
 
 
-def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServer) -> None:
+def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServer, bundle: Path) -> None:
+    schedule = NoiseSchedule.from_config(read_manifest(bundle).scheduler)
+
+    def rows(request: dict[str, Any]) -> int:
+        evaluations = trajectory(schedule, request["sampler"], request["steps"]).evaluations
+        return evaluations * (1 + (request["guidance_scale"] > 1))
+
     def counts() -> dict[str, float]:
         time.sleep(0.5)  # the loop's own counts reach the endpoint at intervals
         metrics = read_metrics(server.address.metrics)
@@ -69,7 +77,7 @@ def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServ
     print(
         f"mean UNet batch {mean_batch:.2f} rows over {used['calls']:.0f} calls; {share:.1%} of the rows that could share did"
     )
-    assert used["rows"] == sum(request["steps"] * (1 + (request["guidance_scale"] > 1)) for request in requests)
+    assert used["rows"] == sum(map(rows, requests))
     assert mean_batch > 6
     assert share >= 0.95
 

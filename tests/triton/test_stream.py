@@ -42,7 +42,8 @@ def test_each_format_decodes_to_the_same_picture(client: Client, format: str) ->
 
 
 def test_a_long_prompt_is_cut_with_a_warning(client: Client) -> None:
-    result = client.generate("glossy " * 100 + "the end", steps=2)
+    assert client.generate("glossy " * 100, steps=2).warnings == []  # two chunks
+    result = client.generate("glossy " * 300 + "the end", steps=2)
     assert len(result.warnings) == 1
     assert "the end" in result.warnings[0]
     assert client.generate("", steps=2).warnings == []
