@@ -13,7 +13,6 @@ tiny-emoji/
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import msgspec
 
 from diffuserve.errors import BundleError
+from diffuserve.files import write_whole
 from diffuserve.tensors import StageSpec
 
 MANIFEST_NAME = "manifest.json"
@@ -192,12 +192,9 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Writes manifest.json, indented, keys in the order of the fields. A reader sees the old one or the new one, never half
-    of one."""
+    """Writes manifest.json, whole, indented, keys in the order of the fields."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    aside = bundle / f".{MANIFEST_NAME}.{os.getpid()}"
-    aside.write_bytes(data + b"\n")
-    aside.replace(bundle / MANIFEST_NAME)
+    write_whole(bundle / MANIFEST_NAME, data + b"\n")
 
 
 def verify(bundle: Path, manifest: Manifest) -> None:

@@ -58,7 +58,7 @@ class TextEmbeddings:
 
     def dropped_text(self, text: str) -> str:
         """The end of a text that does not fit, without its attention syntax; empty if everything fits."""
-        return next(iter(self._encode(text).values())).dropped_text
+        return next(iter(self._tokenizers.values())).encode(parse_prompt(text), self._max_chunks).dropped_text
 
     async def get_pair(self, prompt: str, negative_prompt: str | None) -> tuple[Conditioning, Conditioning | None]:
         """What guidance leads to and what it leads away from, with the same number of tokens.
@@ -134,13 +134,12 @@ class TextEmbeddings:
         """The text by input of the encoder, in the same number of chunks for all."""
         texts = parse_prompt(text)
 
-        def encode(min_chunks: int) -> dict[str, Encoded]:
-            return {
-                name: tokenizer.encode(texts, self._max_chunks, min_chunks)
-                for name, tokenizer in self._tokenizers.items()
-            }
-
-        return encode(max(len(each.input_ids) for each in encode(1).values()))
+        encoded = {name: tokenizer.encode(texts, self._max_chunks) for name, tokenizer in self._tokenizers.items()}
+        chunks = max(len(each.input_ids) for each in encoded.values())
+        return {
+            name: each if len(each.input_ids) == chunks else self._tokenizers[name].encode(texts, chunks, chunks)
+            for name, each in encoded.items()
+        }
 
 
 def weighted(hidden: Float32, weights: Float32) -> Float32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from diffuserve.tensors import ENCODER_HIDDEN_STATES, NUMPY_DTYPE, StageSpec, Te
 
 Arrays = dict[str, NDArray[Any]]
 
+# Rows of one request and of one guided request: what a server sees first.
+WARM_BATCHES = (1, 2)
 # The first entries of a byte-level vocabulary are the bytes: every tokenizer has them.
 _TOKENS = 256
 
@@ -26,7 +29,9 @@ def native_dims(spec: TensorSpec, model: ModelSpec) -> tuple[int, ...]:
     return tuple(next(sides) if dim == -1 else dim for dim in spec.dims)
 
 
-def example_inputs(tensors: StageSpec, model: ModelSpec, batch: int, known: Mapping[str, NDArray[Any]]) -> Arrays:
+def example_inputs(
+    tensors: StageSpec, model: ModelSpec, batch: int, known: Mapping[str, NDArray[Any]] = MappingProxyType({})
+) -> Arrays:
     """The same numbers at every call.
 
     Args:

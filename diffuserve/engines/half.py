@@ -9,6 +9,7 @@ Inputs and outputs keep their types. What loses too much in 16 bits stays in fp3
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,9 +43,15 @@ def half_from_onnx(source: Path, target: Path) -> None:
     size_bytes = model.ByteSize()
     data_name = f"{target.name}.data"
     (target.parent / data_name).unlink(missing_ok=True)  # onnx would append to it
-    onnx.save(model, target, save_as_external_data=size_bytes > _EXTERNAL_FROM_BYTES, location=data_name)
-    # Infers every type again and compares it with what each operator takes.
-    onnx.checker.check_model(target, full_check=True)
+    # Renamed when it has been checked: a graph that is there is taken for whole. The data has its own name in the graph.
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        onnx.save(model, aside, save_as_external_data=size_bytes > _EXTERNAL_FROM_BYTES, location=data_name)
+        # Infers every type again and compares it with what each operator takes.
+        onnx.checker.check_model(aside, full_check=True)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _convert(model: ModelProto) -> None:

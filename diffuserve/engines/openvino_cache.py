@@ -17,6 +17,7 @@ from typing import Any
 
 from diffuserve.bundle import Component
 from diffuserve.engines.processor import processor_flags, processor_name
+from diffuserve.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def compiled_model(path: Path, component: Component, properties: Mapping[str, An
     compiled = core.compile_model(path, _DEVICE, dict(properties))
     for folder in folders:
         try:
-            _store(compiled, folder / name)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / name, compiled.export_model().getbuffer())
         except OSError:
             continue
         remove_cached(path, component, keep=name)
@@ -90,16 +92,6 @@ def remove_cached(path: Path, component: Component, keep: str = "") -> None:
             if file.name != keep:
                 with contextlib.suppress(OSError):
                     file.unlink()
-
-
-def _store(compiled: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(compiled.export_model().getbuffer())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _prefix(component: Component) -> str:

@@ -15,6 +15,7 @@ from diffuserve.bundle import ModelSpec
 from diffuserve.engines.example import native_dims
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.errors import BundleError
+from diffuserve.files import write_whole
 from diffuserve.request import Limits
 from diffuserve.tensors import StageSpec, TensorSpec
 
@@ -124,8 +125,8 @@ def build_plan(graph: Path, tensors: StageSpec, model: ModelSpec) -> Path:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BundleError(f"TensorRT cannot build {graph}; its own messages above say why.")
-    _write(timings, config.get_timing_cache().serialize())
-    _write(path, plan)
+    write_whole(timings, config.get_timing_cache().serialize())
+    write_whole(path, plan)
     return path
 
 
@@ -140,12 +141,6 @@ def _this_machine() -> str:
             "The engine tensorrt is not installed. Install it: pip install 'diffuserve[tensorrt]'"
         ) from error
     return f"{architectures[0]}.trt{tensorrt.__version__}"
-
-
-def _write(path: Path, data: Any) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 def _progress(graph: Path) -> Any:

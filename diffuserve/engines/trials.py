@@ -32,6 +32,7 @@ from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.engines.half import half_from_onnx
 from diffuserve.engines.openvino_cache import remove_cached
 from diffuserve.engines.tensorrt_plan import build_plan
+from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
@@ -40,10 +41,6 @@ AUTO = "auto"
 Way = tuple[str, str]  # engine, precision
 REFERENCE: Way = ("onnxruntime", "fp32")
 
-# The largest error allowed, as a share of the output's standard deviation; docs/engines.md has what was measured.
-RELATIVE_TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
-# The same for images, in levels of 255.
-TOLERANCE_LEVELS = {"fp32": 1.0, "fp16": 4.0, "bf16": 8.0}
 
 # In the name of a graph that was converted to fp16: model.fp16.onnx.
 _HALF = ".fp16"
@@ -165,7 +162,7 @@ def _try(
     known.update(expected[len(batches) - 1])
     trials = {REFERENCE: Trial(name, *REFERENCE, {}, 0.0, 0.0, "")}
     for way in ways[1:]:
-        tolerance, error, rejected = _tolerance(component, way[1], expected[0]), None, ""
+        tolerance, error, rejected = tolerance_of(component.tensors, way[1], expected[0]), None, ""
         try:
             engine = load(way)
             error = _largest_error([engine(arrays) for arrays in inputs], expected)
@@ -214,13 +211,6 @@ def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
     for made in path.parent.glob(f"*{_HALF}.*"):
         if made not in used:
             made.unlink()
-
-
-def _tolerance(component: Component, precision: str, expected: Arrays) -> float:
-    """In the output's unit; `expected`: what the reference gives at the native size."""
-    if component.tensors.outputs[0].dtype == "UINT8":
-        return TOLERANCE_LEVELS[precision]
-    return RELATIVE_TOLERANCE[precision] * min(float(array.std()) for array in expected.values())
 
 
 def _largest_error(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> float | None:

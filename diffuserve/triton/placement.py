@@ -12,6 +12,7 @@ import msgspec
 
 from diffuserve.bundle import Component, ModelSpec
 from diffuserve.errors import BundleError
+from diffuserve.files import write_whole
 
 PLACEMENT_NAME = "placement.json"
 
@@ -42,7 +43,7 @@ def place_file(version_folder: Path, path: Path) -> PlacedFile:
 def write_placement(version_folder: Path, placement: Placement) -> None:
     """Writes placement.json; do it last, since its presence says that the folder is complete."""
     data = msgspec.json.format(msgspec.json.encode(placement), indent=2)
-    (version_folder / PLACEMENT_NAME).write_bytes(data + b"\n")
+    write_whole(version_folder / PLACEMENT_NAME, data + b"\n")
 
 
 def read_placement(version_folder: Path) -> Placement:

@@ -20,17 +20,14 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import native_dims
+from diffuserve.engines.example import WARM_BATCHES, example_inputs
 from diffuserve.errors import BundleError, StageFailed, to_wire
 from diffuserve.stages import Engine
-from diffuserve.tensors import NUMPY_DTYPE, StageSpec
+from diffuserve.tensors import StageSpec
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
 log = logging.getLogger(__name__)
-
-# Rows of one request and of one guided request: what a server sees first.
-_WARM_BATCHES = (1, 2)
 
 
 class StageModel:
@@ -87,11 +84,6 @@ class StageModel:
 
 def _warm(engine: Engine, tensors: StageSpec, model: ModelSpec, name: str) -> None:
     started_s = time.monotonic()
-    for batch in _WARM_BATCHES:
-        engine(
-            {
-                spec.name: np.zeros((batch, *native_dims(spec, model)), NUMPY_DTYPE[spec.dtype])
-                for spec in tensors.inputs
-            }
-        )
+    for batch in WARM_BATCHES:
+        engine(example_inputs(tensors, model, batch))
     log.info("%s is warm, %.1f s", name, time.monotonic() - started_s)

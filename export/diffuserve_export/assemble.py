@@ -16,6 +16,7 @@ from pathlib import Path
 
 from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
 from diffuserve.errors import BundleError
+from diffuserve.files import write_whole
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
@@ -71,12 +72,10 @@ def repository_from_bundle(
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file aside and renames it; one that has the same text already keeps its time."""
+    """Writes a file, unless it has the same text already: it then keeps its time."""
     if path.is_file() and path.read_text() == text:
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    write_whole(path, text.encode())
 
 
 def _place(source: Path, target: Path) -> Path:

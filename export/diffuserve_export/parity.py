@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from diffuserve.bundle import ModelSpec, Parity
 from diffuserve.conditioning import guidance_embedding, time_ids
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import (
     ENCODER_HIDDEN_STATES,
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Arrays = dict[str, NDArray[Any]]
-
-# The largest error allowed, as a share of the output's standard deviation. fp32 in another order of summation gives
-# about 1e-5; a wrong operator or a frozen shape gives an error near the deviation itself.
-RELATIVE_TOLERANCE = 1e-3
-# For images: two values on either side of a rounding boundary differ by one level of 255, however close they are.
-TOLERANCE_LEVELS = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,10 +84,7 @@ def parity_of_onnx(
         (inputs, _run_module(module, inputs, tensors), engine(inputs))
         for inputs in _inputs(stage, tensors, spec, prompts)
     ]
-    if stage == VAE_DECODER:
-        tolerance = TOLERANCE_LEVELS
-    else:  # of the output that varies least, where there are several
-        tolerance = RELATIVE_TOLERANCE * min(float(array.std()) for array in comparisons[0][1].values())
+    tolerance = tolerance_of(tensors, "fp32", comparisons[0][1])
     return tolerance, tuple(
         _compare(f"{stage} of {spec.name}", inputs, actual, expected, tolerance)
         for inputs, expected, actual in comparisons

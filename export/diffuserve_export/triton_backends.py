@@ -22,8 +22,6 @@ BACKENDS = {
     "openvino": ("onnxruntime", "openvino"),
     "tensorrt": ("tensorrt",),
 }
-# Rows of one request and of one guided request: what a server sees first.
-_WARM_BATCHES = (1, 2)
 
 
 def set_backend(config: Any, backend: str, component: Component, model: ModelSpec, instances: int) -> None:
@@ -79,9 +77,9 @@ def _use_profiles(config: Any, component: Component, model: ModelSpec) -> None:
 
 def _warm(config: Any, component: Component, model: ModelSpec) -> None:
     """Calls at the native size that Triton makes before it calls the model ready."""
-    from diffuserve.engines.example import native_dims
+    from diffuserve.engines.example import WARM_BATCHES, native_dims
 
-    for batch in _WARM_BATCHES:
+    for batch in WARM_BATCHES:
         warmup = config.model_warmup.add(name=f"rows_{batch}", batch_size=batch)
         for spec, tensor in zip(component.tensors.inputs, config.input, strict=True):
             example = warmup.inputs[spec.name]

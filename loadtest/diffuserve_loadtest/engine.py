@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import MANIFEST_NAME, read_manifest, write_manifest
 from diffuserve.engines import load_engine
+from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages, unet_inputs
+from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages
 
 PADDED_TO = (1, 2, 4, 8, 16, 32)
 
@@ -68,7 +69,7 @@ def _measure_padding(bundle: Path, calls: int, repeats: int) -> Padding:
     component = manifest.components[UNET]
     engine = load_engine(bundle / component.files[0].path, component, threads=0)
     rows = random_sizes(calls, max(PADDED_TO), seed=0)
-    inputs = {size: unet_inputs(manifest.model, size) for size in {*rows, *PADDED_TO}}
+    inputs = {size: example_inputs(component.tensors, manifest.model, size) for size in {*rows, *PADDED_TO}}
     steady_s = {size: _steady_s(engine, arrays, repeats) for size, arrays in inputs.items()}
     return Padding(
         rows,

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from diffuserve.bundle import ModelSpec, read_manifest
+from diffuserve.bundle import read_manifest
 from diffuserve.costs import CallCosts
 from diffuserve.engines import load_engine
+from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve_loadtest.mixture import Kind
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -53,32 +52,12 @@ def measure_stages(bundle: Path, size: tuple[int, int] | None = None, *, rounds:
     if size is not None:
         model = msgspec.structs.replace(model, width=size[0], height=size[1])
 
-    def engine(name: str) -> Engine:
-        return load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads=0)
+    def measure(name: str, batches: Sequence[int]) -> dict[int, float]:
+        component = manifest.components[name]
+        engine = load_engine(bundle / component.files[0].path, component, threads=0)
+        return seconds_by_batch(engine, lambda batch: example_inputs(component.tensors, model, batch), batches, rounds)
 
-    def text_inputs(batch: int) -> dict[str, Any]:
-        return {"input_ids": np.zeros((batch, model.max_tokens), np.int32)}
-
-    def latents(batch: int) -> dict[str, Any]:
-        return {"latent_sample": unet_inputs(model, batch)["sample"]}
-
-    return StageSeconds(
-        seconds_by_batch(engine(TEXT_ENCODER), text_inputs, BATCHES, rounds),
-        seconds_by_batch(engine(UNET), lambda rows: unet_inputs(model, rows), ROWS, rounds),
-        seconds_by_batch(engine(VAE_DECODER), latents, BATCHES, rounds),
-    )
-
-
-def unet_inputs(model: ModelSpec, rows: int) -> dict[str, NDArray[Any]]:
-    """Unit noise at the model's size: (rows, C, h, w), timesteps (rows, 1) and text (rows, L, D), all float32."""
-    rng = np.random.default_rng(0)
-    scale = model.vae_scale_factor
-    shape = (rows, model.latent_channels, model.height // scale, model.width // scale)
-    return {
-        "sample": rng.standard_normal(shape, np.float32),
-        "timestep": np.full((rows, 1), 500, np.float32),
-        ENCODER_HIDDEN_STATES: rng.standard_normal((rows, model.max_tokens, model.hidden_size), np.float32),
-    }
+    return StageSeconds(measure(TEXT_ENCODER, BATCHES), measure(UNET, ROWS), measure(VAE_DECODER, BATCHES))
 
 
 def seconds_by_batch(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffuserve.bundle import Manifest, Trial, read_manifest, verify
-from diffuserve.engines import ENGINES, load_engine, processor, trials
+from diffuserve.engines import ENGINES, load_engine, processor, tolerance
 from diffuserve.engines.availability import availability
 from diffuserve.engines.cli import command
 from diffuserve.engines.gpu import gpu_architectures
@@ -101,7 +101,7 @@ def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) 
 def test_an_engine_that_differs_too_much_is_not_taken(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "RELATIVE_TOLERANCE", {"fp32": -1.0, "bf16": -1.0})
+    monkeypatch.setattr(tolerance, "RELATIVE_TOLERANCE", {"fp32": -1.0, "bf16": -1.0})
     with pytest.raises(BundleError, match=r"text_encoder of .* does not run on openvino in fp32: it differs by up to"):
         select_engines(tmp_path, "openvino")
     assert read_manifest(tmp_path) == manifest

@@ -15,7 +15,7 @@ from diffuserve.bundle import read_manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.engines.half import half_from_onnx
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.trials import RELATIVE_TOLERANCE, TOLERANCE_LEVELS
+from diffuserve.engines.tolerance import RELATIVE_TOLERANCE, TOLERANCE_LEVELS
 from diffuserve.errors import BundleError
 from diffuserve.tensors import STAGES
 from diffuserve_export.cli import command

@@ -14,36 +14,27 @@ from typing import Any
 
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
+_NO_SAFETY_CHECKER: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
 
 def write_checkpoint(path: Path) -> Path:
     """Saves it to `path` in diffusers' format."""
     with quiet():
         import torch
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+        from transformers import CLIPTextModel
 
-        hide_progress_bars()
-        torch.manual_seed(0)
-        tokenizer = CLIPTokenizer.from_pretrained(_write_tokenizer(path.parent / f"{path.name}-tokenizer"))
-        text_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        unet = UNet2DConditionModel(
+        tokenizer = load_tokenizer(path)
+        unet = _small_unet(
             sample_size=(8, 12),
-            block_out_channels=(32, 64),
-            layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
             cross_attention_dim=32,
             attention_head_dim=4,
-            norm_num_groups=8,
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 8, 16, 16),
@@ -56,14 +47,12 @@ def write_checkpoint(path: Path) -> Path:
         with torch.no_grad():
             vae.decoder.conv_out.weight *= 4  # so that the images use the whole range, and more
         StableDiffusionPipeline(
-            text_encoder=CLIPTextModel(text_config),
+            text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=1)),
             tokenizer=tokenizer,
             unet=unet,
             vae=vae,
             scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **_NO_SAFETY_CHECKER,
         ).save_pretrained(path)
     _write_tokenizer(path / "tokenizer")
     (path / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
@@ -73,20 +62,16 @@ def write_checkpoint(path: Path) -> Path:
 def write_sd2_checkpoint(path: Path) -> Path:
     """Stable Diffusion 2: OpenCLIP's text encoder, linear projections in the UNet, v prediction, prompts padded with "!"."""
     with quiet():
-        from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
         from transformers import CLIPTextModel
 
         tokenizer = load_tokenizer(path, padding="!")
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
+        unet = _small_unet(
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=32,
             attention_head_dim=(2, 4),
             use_linear_projection=True,
-            norm_num_groups=8,
         )
         StableDiffusionPipeline(
             text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=2, act="gelu")),
@@ -96,9 +81,7 @@ def write_sd2_checkpoint(path: Path) -> Path:
             scheduler=DDIMScheduler(
                 beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1
             ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **_NO_SAFETY_CHECKER,
         ).save_pretrained(path)
     # As published: tokenizer_config.json has the end token for padding, and special_tokens_map.json, which wins, "!".
     _write_tokenizer(path / "tokenizer")
@@ -110,14 +93,11 @@ def write_sd2_checkpoint(path: Path) -> Path:
 def write_sdxl_checkpoint(path: Path) -> Path:
     """Stable Diffusion XL: two text encoders of different width, a UNet that is told the image's size."""
     with quiet():
-        from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+        from diffusers import DDIMScheduler, StableDiffusionXLPipeline
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         tokenizer, tokenizer_2 = load_tokenizer(path), load_tokenizer(path, padding="!")
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
+        unet = _small_unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32 + 24,
@@ -127,7 +107,6 @@ def write_sdxl_checkpoint(path: Path) -> Path:
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=20 + 6 * 8,
-            norm_num_groups=8,
         )
         second = _text_config(tokenizer_2, hidden_size=24, layers=3, act="gelu", projection_dim=20)
         second.eos_token_id = 2  # as published: transformers then looks for the highest id
@@ -146,20 +125,16 @@ def write_sdxl_checkpoint(path: Path) -> Path:
 def write_lcm_checkpoint(path: Path) -> Path:
     """A latent consistency model: a UNet that takes the guidance scale as an input."""
     with quiet():
-        from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+        from diffusers import LatentConsistencyModelPipeline, LCMScheduler
         from transformers import CLIPTextModel
 
         tokenizer = load_tokenizer(path)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
+        unet = _small_unet(
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=32,
             attention_head_dim=4,
             time_cond_proj_dim=16,
-            norm_num_groups=8,
         )
         LatentConsistencyModelPipeline(
             text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=32, layers=1)),
@@ -167,9 +142,7 @@ def write_lcm_checkpoint(path: Path) -> Path:
             unet=unet,
             vae=_small_vae(),
             scheduler=LCMScheduler(steps_offset=1),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **_NO_SAFETY_CHECKER,
         ).save_pretrained(path)
     return path
 
@@ -210,6 +183,14 @@ def _text_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _small_unet(**settings: Any) -> Any:
+    """`settings`: what is particular to a family; for 8 x 8 latents unless they say otherwise."""
+    from diffusers import UNet2DConditionModel
+
+    shared = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    return UNet2DConditionModel(**{**shared, **settings})
 
 
 def _small_vae(scaling_factor: float = 0.18215) -> Any:
