@@ -19,7 +19,7 @@ _VERBS = {
     "export": ("diffuserve_export.cli", "Checkpoint -> bundle: ONNX, checksums, parity figures.", "export"),
     "assemble": ("diffuserve_export.assemble_cli", "Bundle -> Triton model repository.", "serve"),
     "engines": ("diffuserve.engines.cli", "What this machine can run, and what a bundle runs on.", "serve"),
-    "serve": ("diffuserve.triton.cli", "Starts Triton on a model repository.", "serve"),
+    "serve": ("diffuserve.serving.cli", "Starts Triton or TorchServe.", "serve"),
     "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),
     "bench": ("diffuserve_loadtest.bench_cli", "Measures, two things against each other in one run.", "loadtest"),
 }

@@ -123,3 +123,5 @@ RESPONSE = (
     TensorSpec("denoise_s", "FP32", (1,)),
     TensorSpec("total_s", "FP32", (1,)),
 )
+# Those of RESPONSE that are image files: bytes, which JSON cannot carry as they are.
+FILES = frozenset({"preview", "image"})

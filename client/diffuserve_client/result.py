@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -71,6 +72,44 @@ class Result:
         if self.format == "raw":
             return [Image.frombytes("RGB", (self.width, self.height), data) for data in self.encoded]
         return [_decode(data) for data in self.encoded]
+
+
+def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: str) -> Progress | Result | None:
+    """One event of a request, or None for those that only a newer server knows.
+
+    Args:
+        values: lists by name of `diffuserve.tensors.RESPONSE`; text and files are bytes.
+        format: what the images were asked for in.
+        request_id: the request's.
+
+    Raises:
+        KeyError, IndexError, ValueError: the values are no event of diffuserve's.
+    """
+    event = values["event"][0].decode()
+    if event == "accepted":
+        return Progress(0, values["steps"][0], position=values.get("position", [0])[0])
+    if event == "progress":
+        return Progress(
+            values["step"][0],
+            values["steps"][0],
+            eta_s=values.get("eta_s", [None])[0],
+            encoded_previews=values.get("preview", []),
+        )
+    if event == "completed":
+        return Result(
+            encoded=values["image"],
+            format=format,
+            seeds=values["seed"],
+            width=values["width"][0],
+            height=values["height"][0],
+            parameters=[text.decode(errors="replace") for text in values["parameters"]],
+            warnings=[text.decode(errors="replace") for text in values["warnings"]],
+            queue_s=values["queue_s"][0],
+            denoise_s=values["denoise_s"][0],
+            total_s=values["total_s"][0],
+            request_id=request_id,
+        )
+    return None
 
 
 def result_from_events(

@@ -12,7 +12,7 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from diffuserve.errors import InvalidRequest, StageFailed
 from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE, TensorSpec
-from diffuserve_client.result import Progress, Result
+from diffuserve_client.result import Progress, Result, event_from_values
 
 # How a value is packed, and what it has to be.
 _PACKED = {
@@ -77,35 +77,13 @@ def event_from_response(response: service_pb2.ModelInferResponse, *, format: str
     if not response.outputs:
         return None
     try:
-        values = _values(response)
-        event = values["event"][0].decode()
-        if event == "accepted" and "steps" in values:
-            return Progress(0, values["steps"][0], position=values.get("position", [0])[0])
-        if event == "progress":
-            previews = values.get("preview", [])
-            eta_s = values.get("eta_s", [None])[0]
-            return Progress(values["step"][0], values["steps"][0], eta_s=eta_s, encoded_previews=previews)
-        if event == "completed":
-            return Result(
-                encoded=values["image"],
-                format=format,
-                seeds=values["seed"],
-                width=values["width"][0],
-                height=values["height"][0],
-                parameters=[text.decode(errors="replace") for text in values["parameters"]],
-                warnings=[text.decode(errors="replace") for text in values["warnings"]],
-                queue_s=values["queue_s"][0],
-                denoise_s=values["denoise_s"][0],
-                total_s=values["total_s"][0],
-                request_id=response.id,
-            )
+        return event_from_values(_values(response), format, response.id)
     except (KeyError, IndexError, ValueError, struct.error) as error:
         outputs = ", ".join(output.name for output in response.outputs)
         raise StageFailed(
             f"The model {response.model_name!r} answered with {outputs}, which is no answer of diffuserve's "
             f"({type(error).__name__}: {error}). Check the model's name and that client and server are of one version."
         ) from error
-    return None
 
 
 def _values(response: service_pb2.ModelInferResponse) -> dict[str, list[Any]]:

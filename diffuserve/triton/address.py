@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from dataclasses import dataclass
+
+from diffuserve.serving.process import free_ports
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,4 @@ class Address:
     @classmethod
     def on_free_ports(cls) -> Address:
         """Loopback, at three ports that nothing listens on now."""
-        with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for probe in probes:
-                probe.bind((cls.host, 0))
-            return cls(cls.host, *(probe.getsockname()[1] for probe in probes))
+        return cls(cls.host, *free_ports(cls.host, 3))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffuserve.pipeline import Pipeline
-from diffuserve.triton.lifecycle import DrainFiles
+from diffuserve.serving.lifecycle import DrainFiles
 from diffuserve.triton.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -8,35 +8,30 @@ and `diffuserve serve` ends with an error, so that whatever supervises it can st
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import ctypes
 import os
-import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
-from diffuserve.errors import LaunchError, from_wire
+from diffuserve.errors import LaunchError
+from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles, LifeSign
+from diffuserve.serving.process import (
+    SHARED_MEMORY,
+    ServerProcess,
+    answers_ok,
+    check_ports,
+    make_run_folder,
+    remove_leftovers_of_the_dead,
+)
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import Address
 from diffuserve.triton.installation import find_installation
-from diffuserve.triton.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles, LifeSign
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
 from diffuserve.triton.placement import read_placement
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
-_PR_SET_PDEATHSIG = 1
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
 # What Triton says, whatever its log level, where there is no GPU, and when it is asked to stop.
 _HARMLESS = ("Failed to initialize NVML", "CudaDriverHelper has not been initialized", "Signal (15) received")
@@ -69,23 +64,31 @@ class TritonServer:
         self.address = address
         self._log_level = log_level
         self._ready_timeout_s = ready_timeout_s
-        self._log_tail: collections.deque[str] = collections.deque(maxlen=200)
+        self._process: ServerProcess | None = None
         self._stopping = threading.Event()
         self.failure: str | None = None
         """Why the launcher ended Triton without being asked to."""
 
     def __enter__(self) -> TritonServer:
         _check_repository(self.repository)
-        _check_ports(self.address)
-        _remove_leftovers_of_the_dead()
-        self._run_folder = Path(tempfile.mkdtemp(prefix=f"diffuserve_{os.getpid()}_"))
+        address = self.address
+        ports = {
+            "--http-port": address.http_port,
+            "--grpc-port": address.grpc_port,
+            "--metrics-port": address.metrics_port,
+        }
+        check_ports(address.host, ports)
+        remove_leftovers_of_the_dead()
+        self._run_folder = make_run_folder()
         self._drain_files = DrainFiles(self._run_folder)
         self._life_sign = LifeSign(self._run_folder)
-        self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{self.address.grpc_port}_"
+        self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
         try:
-            self._start()
-            self._wait_until_ready()
-            threading.Thread(target=self._watch, name="in-flight model's watch", daemon=True).start()
+            self._process = self._start()
+            self._process.wait_until(lambda: answers_ok(f"{address.http}/v2/health/ready"), self._ready_timeout_s)
+            threading.Thread(
+                target=self._watch, args=(self._process,), name="in-flight model's watch", daemon=True
+            ).start()
         except BaseException:
             self.stop()
             raise
@@ -99,11 +102,13 @@ class TritonServer:
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return self._process is not None and self._process.running
 
     @property
     def pid(self) -> int:
         """Of tritonserver; its models are children of it."""
+        if self._process is None:
+            raise LaunchError("Triton has not been started.")
         return self._process.pid
 
     def drain(self, grace_s: float, give_up: threading.Event | None = None) -> bool:
@@ -131,22 +136,13 @@ class TritonServer:
         its models, which it can no longer carry out.
         """
         self._stopping.set()
-        process = getattr(self, "_process", None)
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait(_UNLOAD_TIMEOUT_S if self._drain_files.drained else _ABORT_TIMEOUT_S)
-            # The whole session: models whose server has died or hangs go too.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            self._log_pump.join()
-        for path in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
+        if self._process is not None:
+            self._process.stop(_UNLOAD_TIMEOUT_S if self._drain_files.drained else _ABORT_TIMEOUT_S)
+        for path in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self._run_folder, ignore_errors=True)
 
-    def _start(self) -> None:
+    def _start(self) -> ServerProcess:
         installation = find_installation(self._run_folder)
         warnings, info = _LOG_FLAGS[self._log_level]
         address = self.address
@@ -171,54 +167,18 @@ class TritonServer:
         ]
         if installation.backend_directory:
             command.append(f"--backend-directory={installation.backend_directory}")
-        self._process = subprocess.Popen(
-            command,
-            env=_environment(installation.library_paths, self._run_folder, control),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # A session of its own: Ctrl-C in the terminal reaches the launcher only, which drains first.
-            start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
+        environment = _environment(installation.library_paths, self._run_folder, control)
+        return ServerProcess(
+            "Triton", command, environment, show=lambda line: not any(words in line for words in _HARMLESS)
         )
-        self._log_pump = threading.Thread(target=self._pump_log, args=(self._process.stdout,), daemon=True)
-        self._log_pump.start()
 
-    def _pump_log(self, stream: IO[str]) -> None:
-        with stream:
-            for line in stream:
-                if not any(words in line for words in _HARMLESS):
-                    self._log_tail.append(line.rstrip())
-                    sys.stderr.write(line)
-
-    def _watch(self) -> None:
+    def _watch(self, process: ServerProcess) -> None:
         """Ends Triton when the in-flight model's process has died."""
-        while self.running and not self._stopping.wait(_WATCH_INTERVAL_S):
+        while process.running and not self._stopping.wait(_WATCH_INTERVAL_S):
             if self._life_sign.lost:
                 self.failure = f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                process.kill()
                 return
-
-    def _wait_until_ready(self) -> None:
-        end_s = time.monotonic() + self._ready_timeout_s
-        while time.monotonic() < end_s:
-            if not self.running:
-                self._log_pump.join()
-                raise LaunchError(f"Triton stopped while it was starting. {self._reason()}")
-            if _answers_ready(f"{self.address.http}/v2/health/ready"):
-                return
-            time.sleep(0.05)
-        raise LaunchError(f"Triton was not ready within {self._ready_timeout_s:g} s. {self._reason()}")
-
-    def _reason(self) -> str:
-        for line in self._log_tail:
-            error = from_wire(line)
-            if error is not None:
-                return str(error)
-        return "Its last words: " + " | ".join(list(self._log_tail)[-5:])
 
 
 def read_parameters(repository: Path) -> dict[str, str]:
@@ -251,11 +211,6 @@ def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: Mod
     return environment
 
 
-def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM to Triton when the launcher dies without a word; runs in the child."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _check_repository(repository: Path) -> None:
     if not repository.is_dir():
         raise LaunchError(
@@ -268,40 +223,3 @@ def _check_repository(repository: Path) -> None:
         )
     for folder in models:
         read_placement(folder / "1")
-
-
-def _check_ports(address: Address) -> None:
-    for flag, port in (
-        ("--http-port", address.http_port),
-        ("--grpc-port", address.grpc_port),
-        ("--metrics-port", address.metrics_port),
-    ):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address.host, port))
-            except OSError as error:
-                raise LaunchError(
-                    f"Port {port} on {address.host} cannot be used ({error.strerror}). Choose another: {flag} PORT"
-                ) from None
-
-
-def _answers_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1) as response:  # noqa: S310 - the URL is built from the launcher's own address
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _remove_leftovers_of_the_dead() -> None:
-    """Regions and run folders of launchers that were killed with SIGKILL and could not clean up."""
-    for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for path in folder.glob("diffuserve_*"):
-            match = re.match(r"diffuserve_(\d+)_", path.name)
-            if match is None or Path(f"/proc/{match[1]}").exists() or path.lstat().st_uid != os.getuid():
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)

@@ -19,10 +19,10 @@ from diffuserve.bundle import read_manifest
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.pipeline import Completed, Event, Pipeline
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.serving.lifecycle import LifeSign
 from diffuserve.tensors import REQUEST
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
-from diffuserve.triton.lifecycle import LifeSign
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.responses import tensors_from_event

@@ -1,0 +1,171 @@
+"""A server's process: started in a session of its own, its log read, and ended with all its children."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from diffuserve.errors import LaunchError, from_wire
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerProcess:
+    """A running server.
+
+    Args:
+        name: what messages call it.
+        command: program and arguments.
+        environment: its variables, all of them.
+        folder: where it runs; by default here.
+        show: whether a line of its log goes to this process's standard error and may explain a failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        folder: Path | None = None,
+        show: Callable[[str], bool],
+    ) -> None:
+        self._name = name
+        self._show = show
+        self._log_tail: collections.deque[str] = collections.deque(maxlen=200)
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A session of its own: Ctrl-C in the terminal reaches the launcher only, which drains first.
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
+        )
+        self._log_pump = threading.Thread(target=self._pump_log, args=(self._process.stdout,), daemon=True)
+        self._log_pump.start()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
+        """Raises LaunchError, with the server's own reason, if it ends or `timeout_s` seconds pass before `is_ready`."""
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            if not self.running:
+                self._log_pump.join()
+                raise LaunchError(f"{self._name} stopped while it was starting. {self._reason()}")
+            if is_ready():
+                return
+            time.sleep(0.05)
+        raise LaunchError(f"{self._name} was not ready within {timeout_s:g} s. {self._reason()}")
+
+    def stop(self, timeout_s: float) -> None:
+        """Asks the server to end, waits `timeout_s` seconds, and kills what is left of its session."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self.running:
+                self._process.terminate()
+                self._process.wait(timeout_s)
+        self.kill()
+        self._process.wait()
+        self._log_pump.join()
+
+    def kill(self) -> None:
+        """Kills the whole session: children whose server has died or hangs go too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _pump_log(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                if self._show(line):
+                    self._log_tail.append(line.rstrip())
+                    sys.stderr.write(line)
+
+    def _reason(self) -> str:
+        for line in self._log_tail:
+            error = from_wire(line)
+            if error is not None:
+                return str(error)
+        return "Its last words: " + " | ".join(list(self._log_tail)[-5:])
+
+
+def make_run_folder() -> Path:
+    """A folder for one run of a server that only this user can enter; its name carries the launcher's process number,
+    by which `remove_leftovers_of_the_dead` knows it."""
+    return Path(tempfile.mkdtemp(prefix=f"diffuserve_{os.getpid()}_"))
+
+
+def remove_leftovers_of_the_dead() -> None:
+    """Shared memory and run folders of launchers that were killed with SIGKILL and could not clean up."""
+    for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in folder.glob("diffuserve_*"):
+            match = re.match(r"diffuserve_(\d+)_", path.name)
+            if match is None or Path(f"/proc/{match[1]}").exists() or path.lstat().st_uid != os.getuid():
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def check_ports(host: str, ports: Mapping[str, int]) -> None:
+    """Raises LaunchError if one of `ports`, by the option that chooses it, cannot be listened on."""
+    for option, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise LaunchError(
+                    f"Port {port} on {host} cannot be used ({error.strerror}). Choose another: {option} PORT"
+                ) from None
+
+
+def free_ports(host: str, count: int) -> tuple[int, ...]:
+    """Ports that nothing listens on now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return tuple(probe.getsockname()[1] for probe in probes)
+
+
+def answers_ok(url: str) -> bool:
+    """Whether a server answers a GET of its own `url` with 200 within a second."""
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:  # noqa: S310 - built from the launcher's own address
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM to the server when the launcher dies without a word; runs in the child."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
