@@ -18,6 +18,7 @@ from diffuserve.errors import DiffuserveError
 _VERBS = {
     "export": ("diffuserve_export.cli", "Checkpoint -> bundle: ONNX, checksums, parity figures.", "export"),
     "assemble": ("diffuserve_export.assemble_cli", "Bundle -> Triton model repository.", "serve"),
+    "archive": ("diffuserve_export.archive_cli", "Bundle -> model archive for TorchServe.", "torchserve"),
     "engines": ("diffuserve.engines.cli", "What this machine can run, and what a bundle runs on.", "serve"),
     "serve": ("diffuserve.serving.cli", "Starts Triton or TorchServe.", "serve"),
     "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),

@@ -44,6 +44,10 @@ class LocalPipeline:
         self._thread = threading.Thread(target=self._loop.run_forever, name="diffuserve-local", daemon=True)
         self._thread.start()
 
+    def warm(self) -> None:
+        """As `LocalStages.warm`; before the first request."""
+        self._stages.warm()
+
     def submit(self, request: TextToImageRequest, deliver: Callable[[Event | Exception], object]) -> Future[None]:
         """Starts a request. Cancelling what is returned frees its rows at the next step.
 

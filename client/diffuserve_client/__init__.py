@@ -6,8 +6,8 @@
         result = client.generate("a slice of pizza", steps=20, seed=7)
         result.images[0].save("pizza.png")
 
-Errors are those of `diffuserve.errors`. The classes load when they are first used, so that `import diffuserve_client`
-and `diffuserve generate --help` cost nothing.
+On TorchServe it is `Client("localhost:7070", server=TorchServe(token))`. Errors are those of `diffuserve.errors`. The
+classes load when they are first used, so that `import diffuserve_client` and `diffuserve generate --help` cost nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from diffuserve_client.fields import RequestFields
     from diffuserve_client.local import LocalClient
     from diffuserve_client.result import Progress, Result
+    from diffuserve_client.torchserve import TorchServe
+    from diffuserve_client.triton import Triton
 
-__all__ = ["AsyncClient", "Client", "LocalClient", "Progress", "RequestFields", "Result"]
+__all__ = ["AsyncClient", "Client", "LocalClient", "Progress", "RequestFields", "Result", "TorchServe", "Triton"]
 
 _MODULE = {
     "AsyncClient": "aio",
@@ -31,6 +33,8 @@ _MODULE = {
     "Progress": "result",
     "RequestFields": "fields",
     "Result": "result",
+    "TorchServe": "torchserve",
+    "Triton": "triton",
 }
 
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from diffuserve.errors import Cancelled, StageFailed
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_client.endpoint import DEFAULT_URL, Endpoint
+from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.exchange import Exchange
 from diffuserve_client.result import Progress, Result
+from diffuserve_client.triton import Triton
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from diffuserve_client.fields import RequestFields
+    from diffuserve_client.server import Server
 
 
 class AsyncClient:
@@ -32,13 +33,15 @@ class AsyncClient:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         *,
+        server: Server | None = None,
         model: str = STABLE_DIFFUSION,
         connect_timeout_s: float = 1.0,
         idle_timeout_s: float | None = 120.0,
     ) -> None:
-        self._endpoint = Endpoint(url, model, connect_timeout_s, idle_timeout_s)
+        self._server = server or Triton()
+        self._endpoint = Endpoint(url or self._server.default_url, model, connect_timeout_s, idle_timeout_s)
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
 
@@ -56,21 +59,21 @@ class AsyncClient:
         if self._channel is not None:
             await self._channel.close()
 
-    def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
+    def _open_channel(self) -> grpc.aio.Channel:
         if self._closed:
             raise Cancelled("The client is closed. Make a new one.")
         if self._channel is None:  # made here, since a channel keeps the event loop that it was made in
             self._channel = grpc.aio.insecure_channel(self._endpoint.url, options=self._endpoint.channel_options())
-        return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        return self._channel
 
     async def is_ready(self) -> bool:
         """Whether the server answers and the model takes requests."""
-        request = service_pb2.ModelReadyRequest(name=self._endpoint.model)
+        endpoint = self._endpoint
         try:
-            response = await self._stub().ModelReady(request, timeout=self._endpoint.connect_timeout_s)
+            answer = await self._server.ask_ready(self._open_channel(), endpoint.model, endpoint.connect_timeout_s)
         except grpc.RpcError:
             return False
-        return bool(response.ready)
+        return self._server.is_ready(answer)
 
     async def generate(
         self,
@@ -82,7 +85,7 @@ class AsyncClient:
     ) -> Result:
         """As `Client.generate`."""
         progress = on_progress is not None
-        exchange = Exchange(self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        exchange = Exchange(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
         result: Result | None = None
         async with aclosing(self._events(exchange)) as events:
             async for event in events:
@@ -103,12 +106,14 @@ class AsyncClient:
         **fields: Unpack[RequestFields],
     ) -> AsyncGenerator[Progress | Result, None]:
         """As `Client.stream`. To leave early, close it: `async with contextlib.aclosing(client.stream(...))`."""
-        exchange = Exchange(self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id)
+        exchange = Exchange(
+            self._server, self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id
+        )
         return self._events(exchange)
 
     async def _events(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
         """Sends the request; a result is always among the events unless an error is raised."""
-        call = self._stub().ModelStreamInfer(iter([exchange.request]))
+        call = self._server.call(self._open_channel(), exchange.request)
         try:
             while True:
                 message = await asyncio.wait_for(call.read(), self._endpoint.idle_timeout_s)

@@ -44,7 +44,13 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 )
 @click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
-@click.option("--url", metavar="HOST:PORT", help="The server's gRPC address. [localhost:8001]")
+@click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
+@click.option("--url", metavar="HOST:PORT", help="Its gRPC address. [localhost:8001; TorchServe: localhost:7070]")
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
+)
 @click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
 @click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
 @click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
@@ -64,7 +70,9 @@ def command(
     output: Path | None,
     grid: bool,
     force: bool,
+    kind: str | None,
     url: str | None,
+    key_file: Path | None,
     quiet: bool,
     local: bool,
     bundle: Path | None,
@@ -80,8 +88,10 @@ def command(
     """
     if not prompts and prompt_file is None:
         raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
-    if local and url is not None:
-        raise click.UsageError("--local needs no server, and --url names one. Drop one of the two.")
+    if local and (url is not None or kind is not None):
+        raise click.UsageError("--local needs no server, and --url or --server names one. Drop one of the two.")
+    if key_file is not None and kind != "torchserve":
+        raise click.UsageError("--key-file is TorchServe's. Add --server torchserve or drop --key-file.")
     if bundle is not None and not local:
         raise click.UsageError("--bundle is for --local; a server has its own. Add --local or drop --bundle.")
 
@@ -111,7 +121,7 @@ def command(
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
     try:
-        client = _local_client(bundle) if local else _client(url)
+        client = _local_client(bundle) if local else _client(kind, url, key_file)
         try:
             failed = work.draw(client)
         finally:
@@ -125,11 +135,15 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _client(url: str | None) -> TextToImage:
+def _client(kind: str | None, url: str | None, key_file: Path | None) -> TextToImage:
     from diffuserve_client.client import Client
-    from diffuserve_client.endpoint import DEFAULT_URL
 
-    return Client(url or DEFAULT_URL)
+    if kind != "torchserve":
+        return Client(url)
+    from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
+    from diffuserve_client.torchserve import TorchServe
+
+    return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)))
 
 
 def _local_client(bundle: Path | None) -> TextToImage:

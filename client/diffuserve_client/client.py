@@ -7,19 +7,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from diffuserve.errors import Cancelled
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_client.endpoint import DEFAULT_URL, Endpoint
+from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.exchange import Exchange
 from diffuserve_client.result import Progress, Result, result_from_events
+from diffuserve_client.triton import Triton
 from diffuserve_client.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from diffuserve_client.fields import RequestFields
+    from diffuserve_client.server import Server
 
 
 class Client:
@@ -28,7 +29,8 @@ class Client:
     Every request is a gRPC stream of its own, so each can be cancelled without touching the others.
 
     Args:
-        url: HOST:PORT of the server's gRPC port.
+        url: HOST:PORT of the server's gRPC port; by default where `diffuserve serve` puts it.
+        server: what kind of server it is, `Triton()` or `TorchServe(token)`.
         model: name of the text-to-image model.
         connect_timeout_s: seconds after which an address that does not answer counts as dead.
         idle_timeout_s: seconds of silence after which a request is cancelled; None waits forever. The server sends
@@ -37,15 +39,16 @@ class Client:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         *,
+        server: Server | None = None,
         model: str = STABLE_DIFFUSION,
         connect_timeout_s: float = 1.0,
         idle_timeout_s: float | None = 120.0,
     ) -> None:
-        self._endpoint = Endpoint(url, model, connect_timeout_s, idle_timeout_s)
-        self._channel = grpc.insecure_channel(url, options=self._endpoint.channel_options())
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._server = server or Triton()
+        self._endpoint = Endpoint(url or self._server.default_url, model, connect_timeout_s, idle_timeout_s)
+        self._channel = grpc.insecure_channel(self._endpoint.url, options=self._endpoint.channel_options())
 
     def __enter__(self) -> Client:
         return self
@@ -61,9 +64,10 @@ class Client:
 
     def is_ready(self) -> bool:
         """Whether the server answers and the model takes requests."""
-        request = service_pb2.ModelReadyRequest(name=self._endpoint.model)
+        endpoint = self._endpoint
         try:
-            return bool(self._stub.ModelReady(request, timeout=self._endpoint.connect_timeout_s).ready)
+            answer = self._server.ask_ready(self._channel, endpoint.model, endpoint.connect_timeout_s)
+            return self._server.is_ready(answer)
         except grpc.RpcError:
             return False
 
@@ -89,7 +93,7 @@ class Client:
                 `StageFailed`, `ServerUnavailable`, and `Cancelled` if the client was closed meanwhile.
         """
         progress = on_progress is not None
-        exchange = Exchange(self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        exchange = Exchange(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
         return result_from_events(self._events(exchange), on_progress)
 
     def stream(
@@ -113,13 +117,15 @@ class Client:
         Raises:
             DiffuserveError: as `generate`.
         """
-        exchange = Exchange(self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id)
+        exchange = Exchange(
+            self._server, self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id
+        )
         return self._events(exchange)
 
     def _events(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
         """Sends the request; a result is always among the events unless an error is raised."""
         try:
-            call = self._stub.ModelStreamInfer(iter([exchange.request]))
+            call = self._server.call(self._channel, exchange.request)
         except ValueError:  # what gRPC raises for a closed channel
             raise Cancelled("The client is closed. Make a new one.") from None
         with Watchdog(self._endpoint.idle_timeout_s, call.cancel) as watchdog:

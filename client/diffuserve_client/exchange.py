@@ -6,26 +6,25 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from tritonclient.grpc import service_pb2
-
 from diffuserve.errors import DiffuserveError, ServerUnavailable
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.failures import error_from_status, error_from_text
+from diffuserve_client.failures import error_from_status
 from diffuserve_client.fields import tensor_fields
 from diffuserve_client.result import Progress, Result
-from diffuserve_client.wire import event_from_response, request_from_fields
+from diffuserve_client.server import Server
 
 
 class Exchange:
     """The state of one request. `request` is what to send; `take` turns each answer into an event.
 
     Attributes:
-        request: the protobuf message.
+        request: the message.
         finished: whether the result has come; what happens to the call afterwards does not matter.
     """
 
     def __init__(
         self,
+        server: Server,
         endpoint: Endpoint,
         prompt: str,
         fields: Mapping[str, Any],
@@ -37,39 +36,47 @@ class Exchange:
         """Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
         # Without progress there would be no sign of life to measure the silence by.
         progress = progress or endpoint.idle_timeout_s is not None
-        tensors = {**tensor_fields(prompt, fields, progress=progress, preview=preview), "encoding": "binary"}
-        self.request = request_from_fields(endpoint.model, request_id or uuid.uuid4().hex, tensors)
+        tensors = tensor_fields(prompt, fields, progress=progress, preview=preview)
+        self._request_id = request_id or uuid.uuid4().hex
+        self.request = server.request(endpoint.model, self._request_id, tensors)
         self.finished = False
         self._error: DiffuserveError | None = None
+        self._server = server
         self._endpoint = endpoint
         self._format: str = tensors.get("format", "png")
         self._heard = False
 
-    def take(self, message: service_pb2.ModelStreamInferResponse) -> Progress | Result | None:
+    def take(self, message: Any) -> Progress | Result | None:
         """The event in a message, or None.
 
         An error is kept for `check_finished`, so that the call is read to its end: a Triton whose client hangs up on it
         while it ends a stream keeps the request, and then unloads the model only by force.
         """
         self._heard = True
-        if message.error_message:
-            self._error = error_from_text(message.error_message, address=self._endpoint.url, model=self._endpoint.model)
+        event = self._server.event(
+            message,
+            address=self._endpoint.url,
+            model=self._endpoint.model,
+            format=self._format,
+            request_id=self._request_id,
+        )
+        if isinstance(event, DiffuserveError):
+            self._error = event
             return None
-        event = event_from_response(message.infer_response, format=self._format)
         self.finished = self.finished or isinstance(event, Result)
         return event
 
     def broken(self, code: str, details: str | None) -> DiffuserveError:
         """The error for a call that ended with a gRPC status other than OK."""
         return self._error or error_from_status(
-            code, details or "no details", address=self._endpoint.url, heard=self._heard
+            code, details or "no details", server=self._server, address=self._endpoint.url, heard=self._heard
         )
 
     def silent(self) -> DiffuserveError:
         """The error for a server that stopped sending."""
         return self._error or ServerUnavailable(
             f"The server at {self._endpoint.url} has sent nothing for {self._endpoint.idle_timeout_s} s, so "
-            f"the request {self.request.id} was cancelled. See the server's log, or allow more with idle_timeout_s."
+            f"the request {self._request_id} was cancelled. See the server's log, or allow more with idle_timeout_s."
         )
 
     def check_finished(self) -> None:
@@ -78,5 +85,5 @@ class Exchange:
             raise self._error
         if not self.finished:
             raise ServerUnavailable(
-                f"The server at {self._endpoint.url} ended the request {self.request.id} without an image. See its log."
+                f"The server at {self._endpoint.url} ended the request {self._request_id} without an image. See its log."
             )

@@ -1,8 +1,13 @@
-"""From what Triton and gRPC say to the exceptions of `diffuserve.errors`."""
+"""From what the servers and gRPC say to the exceptions of `diffuserve.errors`."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from diffuserve.errors import Cancelled, DiffuserveError, InvalidRequest, ServerUnavailable, StageFailed, from_wire
+
+if TYPE_CHECKING:
+    from diffuserve_client.server import Server
 
 # Triton's own words, for what fails before our model sees the request.
 _NO_MODEL = ("unknown model", "no available versions", "is not ready")
@@ -25,12 +30,13 @@ def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
     return StageFailed(text)
 
 
-def error_from_status(code: str, details: str, *, address: str, heard: bool) -> DiffuserveError:
+def error_from_status(code: str, details: str, *, server: Server, address: str, heard: bool) -> DiffuserveError:
     """The error for a call that gRPC ended.
 
     Args:
         code: name of the status, such as UNAVAILABLE.
         details: gRPC's text.
+        server: of what kind it should be.
         address: the server's.
         heard: whether the server had answered before.
     """
@@ -46,8 +52,13 @@ def error_from_status(code: str, details: str, *, address: str, heard: bool) -> 
         return Cancelled(f"The request was cancelled: the client was closed, or the server at {address} stopped.")
     if code == "UNIMPLEMENTED":
         return ServerUnavailable(
-            f"What answers at {address} is no Triton server ({details}). Give its gRPC port, by default 8001."
+            f"What answers at {address} is no {server.name} server ({details}). Give its gRPC port, by default "
+            f"{server.default_url.rpartition(':')[2]}."
         )
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return InvalidRequest(f"The server at {address} refused the token ({details}). Read it from the server's keys.")
+    if "model not found" in details.lower():  # TorchServe's words
+        return ServerUnavailable(f"The server at {address} serves no such model ({details}). See its log.")
     if code == "RESOURCE_EXHAUSTED":
         return InvalidRequest(f"The server at {address} refused the request's size ({details}). Shorten the prompt.")
     return ServerUnavailable(

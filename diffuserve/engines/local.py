@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import read_manifest, verify
 from diffuserve.engines import load_engine
+from diffuserve.engines.example import WARM_BATCHES, example_inputs
+from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 
@@ -31,7 +33,22 @@ class LocalStages:
             name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
             for name in (TEXT_ENCODER, UNET, VAE_DECODER)
         }
+        self._manifest = manifest
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
+
+    def warm(self) -> None:
+        """Runs every engine at the sizes that requests mostly have, so that the first one does not wait for it.
+
+        Raises:
+            StageFailed: an engine cannot run.
+        """
+        for name, engine in self._engines.items():
+            tensors = self._manifest.components[name].tensors
+            try:
+                for batch in WARM_BATCHES:
+                    engine(example_inputs(tensors, self._manifest.model, batch))
+            except Exception as error:
+                raise StageFailed(f"The stage {name} failed on its first call: {error}") from error
 
     async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
         return await self._run(TEXT_ENCODER, lambda engine: engine(input_ids))

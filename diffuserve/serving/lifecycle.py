@@ -1,4 +1,4 @@
-"""How the launcher asks the in-flight model to drain, hears that it has, and notices when its process has died.
+"""How a launcher asks what it started to drain, hears that it has, and notices when a process has died.
 
 On SIGTERM Triton stops its schedulers first, so a running loop's next UNet call would fail: Triton cannot drain a model
 that calls others. The launcher therefore asks the model before it stops Triton. Two empty files in a folder that only
@@ -6,6 +6,8 @@ this user can enter carry that, since the model's process has no other link to t
 
 When the model's process dies, Triton calls the model ready as before, and its clients wait forever. So the process holds
 a lock on a third file there, which the kernel lets go of whatever way the process ends.
+
+TorchServe may run several workers, so each shows by a lock on the same file whether it is at work.
 """
 
 from __future__ import annotations
@@ -77,3 +79,36 @@ class LifeSign:
         except (FileNotFoundError, BlockingIOError):
             return False
         return True
+
+
+class BusySign:
+    """A lock that every worker of TorchServe shares with the others while it works on a batch."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._file = (run_folder / "busy").open("ab")
+
+    @classmethod
+    def from_environment(cls) -> BusySign | None:
+        """As `DrainFiles.from_environment`."""
+        folder = os.environ.get(RUN_FOLDER_VARIABLE)
+        return cls(Path(folder)) if folder else None
+
+    def __enter__(self) -> None:
+        """For a worker: at work until the block ends, or the process."""
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def __exit__(self, *exception: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def busy(self) -> bool:
+        """For the launcher: whether any worker is at work now."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        return False

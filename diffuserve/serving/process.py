@@ -17,11 +17,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from diffuserve.errors import LaunchError, from_wire
+from diffuserve.errors import DiffuserveError, LaunchError, from_wire
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +35,7 @@ class ServerProcess:
         command: program and arguments.
         environment: its variables, all of them.
         folder: where it runs; by default here.
-        show: whether a line of its log goes to this process's standard error and may explain a failure.
+        show: whether a line of its log goes to this process's standard error.
     """
 
     def __init__(
@@ -74,6 +74,11 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def error(self) -> DiffuserveError | None:
+        """The first error of ours among the last lines of the log, if there is one."""
+        return next((error for line in list(self._log_tail) if (error := from_wire(line)) is not None), None)
+
     def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
         """Raises LaunchError, with the server's own reason, if it ends or `timeout_s` seconds pass before `is_ready`."""
         end_s = time.monotonic() + timeout_s
@@ -104,15 +109,13 @@ class ServerProcess:
     def _pump_log(self, stream: IO[str]) -> None:
         with stream:
             for line in stream:
+                self._log_tail.append(line.rstrip())
                 if self._show(line):
-                    self._log_tail.append(line.rstrip())
                     sys.stderr.write(line)
 
     def _reason(self) -> str:
-        for line in self._log_tail:
-            error = from_wire(line)
-            if error is not None:
-                return str(error)
+        if self.error is not None:
+            return str(self.error)
         return "Its last words: " + " | ".join(list(self._log_tail)[-5:])
 
 
@@ -135,9 +138,9 @@ def remove_leftovers_of_the_dead() -> None:
                 path.unlink(missing_ok=True)
 
 
-def check_ports(host: str, ports: Mapping[str, int]) -> None:
-    """Raises LaunchError if one of `ports`, by the option that chooses it, cannot be listened on."""
-    for option, port in ports.items():
+def check_ports(host: str, ports: Iterable[tuple[str, int]]) -> None:
+    """Raises LaunchError if one of `ports`, each with the option that chooses it, cannot be listened on."""
+    for option, port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -157,13 +160,21 @@ def free_ports(host: str, count: int) -> tuple[int, ...]:
         return tuple(probe.getsockname()[1] for probe in probes)
 
 
-def answers_ok(url: str) -> bool:
+def answers_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
     """Whether a server answers a GET of its own `url` with 200 within a second."""
+    request = urllib.request.Request(url, headers=dict(headers or {}))  # noqa: S310 - built from the launcher's own address
     try:
-        with urllib.request.urlopen(url, timeout=1) as response:  # noqa: S310 - built from the launcher's own address
+        with urllib.request.urlopen(request, timeout=1) as response:  # noqa: S310
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def accepts_connections(host: str, port: int) -> bool:
+    """Whether anything listens there."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 def _end_with_parent() -> None:

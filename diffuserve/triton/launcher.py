@@ -72,11 +72,11 @@ class TritonServer:
     def __enter__(self) -> TritonServer:
         _check_repository(self.repository)
         address = self.address
-        ports = {
-            "--http-port": address.http_port,
-            "--grpc-port": address.grpc_port,
-            "--metrics-port": address.metrics_port,
-        }
+        ports = [
+            ("--http-port", address.http_port),
+            ("--grpc-port", address.grpc_port),
+            ("--metrics-port", address.metrics_port),
+        ]
         check_ports(address.host, ports)
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()

@@ -11,6 +11,7 @@ from diffuserve.errors import (
     StageFailed,
 )
 from diffuserve_client.failures import error_from_status, error_from_text
+from diffuserve_client.triton import Triton
 
 
 @pytest.mark.parametrize(
@@ -71,4 +72,4 @@ NO_NAME = "errors resolving no:1: [field:hostname lookup error:address lookup fa
 )
 def test_status(code: str, details: str, heard: bool, expected: type[Exception], words: str) -> None:
     with pytest.raises(expected, match=words):
-        raise error_from_status(code, details, address="here:1", heard=heard)
+        raise error_from_status(code, details, server=Triton(), address="here:1", heard=heard)

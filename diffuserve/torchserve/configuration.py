@@ -1,0 +1,119 @@
+"""TorchServe's configuration for one archive."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import msgspec
+
+from diffuserve.bundle import MANIFEST_NAME, Manifest
+from diffuserve.errors import BundleError
+from diffuserve.request import Limits
+from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.torchserve.address import TorchServeAddress
+
+# The keys live as long as the server. TorchServe lets them expire after an hour by default, and nobody could call it then.
+_KEYS_EXPIRE_MIN = 10 * 365 * 24 * 60
+_LARGEST_MESSAGE_BYTES = 2**31 - 1
+_REQUEST_BYTES = 1 << 20  # many times what prompts of the largest size take
+_LOG_LEVELS = {"error": "error", "warning": "warn", "info": "info"}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What an archive says of itself: `config` is its model-config.yaml."""
+
+    path: Path
+    config: Mapping[str, Any]
+    manifest: Manifest
+
+    @property
+    def limits(self) -> Limits:
+        """What its handler accepts."""
+        return Limits.from_parameters(
+            self.manifest.model, {name: str(value) for name, value in self.config["handler"].items()}
+        )
+
+    @property
+    def largest_answer_bytes(self) -> int:
+        """Of a whole batch: every request with as many images as it may, of the largest size, as uncompressed base64."""
+        limits = self.limits
+        image_bytes = 3 * limits.max_side_px**2 * 4 // 3 + limits.max_prompt_bytes
+        return min(int(self.config["batchSize"]) * limits.max_images * image_bytes, _LARGEST_MESSAGE_BYTES)
+
+
+def read_archive(path: Path) -> Archive:
+    """Reads an archive that `diffuserve archive` wrote, without unpacking it.
+
+    Raises:
+        BundleError: it is missing, damaged or another's, or the bundle that it refers to is gone.
+    """
+    import yaml
+
+    again = "Write it: diffuserve archive BUNDLE"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = yaml.safe_load(archive.read("model-config.yaml"))
+            bundle = config["handler"].get("bundle")
+            data = (Path(bundle) / MANIFEST_NAME).read_bytes() if bundle else archive.read(MANIFEST_NAME)
+        return Archive(path, config, msgspec.json.decode(data, type=Manifest))
+    except (OSError, zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError, msgspec.DecodeError) as error:
+        raise BundleError(f"{path} is no model archive of diffuserve's: {error}. {again}") from error
+
+
+def properties(archive: Archive, address: TorchServeAddress) -> str:
+    """The text of config.properties. The model is served under the name that it has on Triton, too."""
+    store = archive.path.resolve().parent
+    values = {
+        "inference_address": f"http://{address.host}:{address.http_port}",
+        "management_address": f"http://{address.host}:{address.management_port}",
+        "metrics_address": f"http://{address.host}:{address.metrics_port}",
+        "grpc_inference_address": address.host,
+        "grpc_management_address": address.host,
+        "grpc_inference_port": address.grpc_port,
+        "grpc_management_port": address.grpc_management_port,
+        "model_store": store,
+        "load_models": f"{STABLE_DIFFUSION}={archive.path.name}",
+        "allowed_urls": f"file://{re.escape(str(store))}/[^/]*",
+        "disable_token_authorization": "false",
+        "token_expiration_min": _KEYS_EXPIRE_MIN,
+        "enable_model_api": "false",
+        "install_py_dep_per_model": "false",
+        "enable_envvars_config": "false",
+        "max_request_size": _REQUEST_BYTES,
+        "max_response_size": archive.largest_answer_bytes,
+        "job_queue_size": archive.limits.max_waiting_requests,
+        "metrics_mode": "prometheus",
+        "model_metrics_auto_detect": "true",
+        "disable_system_metrics": "true",
+    }
+    # A backslash begins an escape in Java's properties.
+    return "".join(f"{name}={value}\n".replace("\\", "\\\\") for name, value in values.items())
+
+
+def log_settings(level: str) -> str:
+    """The text of a log4j2.xml that writes to standard output and no file: TorchServe's own would log every request's
+    path, in which prompts may stand.
+
+    Args:
+        level: error, warning or info. What the workers print is always passed on, since it says why one did not start.
+    """
+    pattern = quoteattr("%p %c{1} - %m%n")
+    return f"""<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="error">
+  <Appenders><Console name="console" target="SYSTEM_OUT"><PatternLayout pattern={pattern}/></Console></Appenders>
+  <Loggers>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="MODEL_LOG" level="info"/>
+    <Root level="{_LOG_LEVELS[level]}"><AppenderRef ref="console"/></Root>
+  </Loggers>
+</Configuration>
+"""

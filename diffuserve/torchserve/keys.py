@@ -1,0 +1,29 @@
+"""TorchServe's file of keys, which it writes at every start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffuserve.errors import LaunchError
+
+# Where `diffuserve serve` puts a link to it, and `diffuserve generate` looks for it.
+KEY_FILE = Path("torchserve-keys.json")
+
+
+def read_inference_token(key_file: Path) -> str:
+    """What requests carry, as `Authorization: Bearer TOKEN`.
+
+    Raises:
+        LaunchError: there is no such file, or it holds no keys.
+    """
+    try:
+        token = json.loads(key_file.read_bytes())["inference"]["key"]
+    except OSError as error:
+        raise LaunchError(
+            f"TorchServe's keys cannot be read: {key_file}: {error.strerror}. `diffuserve serve --server torchserve` says "
+            "where they are."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise LaunchError(f"{key_file} does not hold TorchServe's keys.") from None
+    return str(token)

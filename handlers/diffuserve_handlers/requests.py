@@ -1,0 +1,124 @@
+"""What TorchServe hands over for one request, to a checked request of ours.
+
+The fields are those of the Triton model (`diffuserve.tensors.REQUEST`), as
+
+- a JSON object: the body of an HTTP request, or the gRPC input `data`, or `stream` for StreamPredictions;
+- or one form field, query parameter or gRPC input each, as text.
+
+The encoding is `binary` unless the request says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffuserve.bundle import ModelSpec
+from diffuserve.errors import InvalidRequest
+from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.tensors import REQUEST
+
+# A worker is not told by which call a gRPC request came. Progress sent to a Predictions call, which takes one answer, would
+# make TorchServe end the worker, so a client says by this input's name that its call is StreamPredictions.
+STREAM_INPUT = "stream"
+_JSON_INPUTS = ("body", "data", STREAM_INPUT)
+# TorchServe's own, on gRPC requests too.
+_SEQUENCE_HEADERS = "ts_request_sequence"
+
+
+@dataclass(frozen=True)
+class Received:
+    """`request`: what is to be drawn, or why not; `http`: whether it came by HTTP, else by gRPC."""
+
+    request: TextToImageRequest | InvalidRequest
+    http: bool
+
+    def checked(self) -> TextToImageRequest:
+        """Raises InvalidRequest if it cannot be drawn."""
+        if isinstance(self.request, InvalidRequest):
+            raise self.request
+        return self.request
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the client takes events before the last."""
+        return isinstance(self.request, TextToImageRequest) and self.request.progress
+
+
+def received_from_data(
+    inputs: Mapping[str, Any], headers: Mapping[str, Any], model: ModelSpec, limits: Limits
+) -> Received:
+    """Reads one request of a batch; whatever is wrong with it is in the result.
+
+    Args:
+        inputs: TorchServe's: by name, bytes, or what it has decoded.
+        headers: TorchServe's: text by the names of HTTP headers, a mapping by the names of inputs.
+        model, limits: what requests are checked against.
+    """
+    http = any(isinstance(value, str) and not name.startswith(_SEQUENCE_HEADERS) for name, value in headers.items())
+    try:
+        fields = {"encoding": "binary", **_fields_from_inputs(inputs)}
+        request = request_from_fields(fields, model, limits)
+        if request.progress and (http or STREAM_INPUT not in inputs):
+            raise InvalidRequest(
+                "progress is true, which only a StreamPredictions call of gRPC can carry. Send the request there, as the "
+                f"input {STREAM_INPUT!r}, or leave progress out."
+            )
+    except InvalidRequest as error:
+        return Received(error, http)
+    return Received(request, http)
+
+
+def _fields_from_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    for name in _JSON_INPUTS:
+        if name in inputs:
+            if len(inputs) > 1:
+                others = ", ".join(sorted(set(inputs) - {name}))
+                raise InvalidRequest(
+                    f"The request is in {name!r}, and there are also: {others}. Put all into the JSON."
+                )
+            return _fields_from_json(inputs[name])
+    if any(name.startswith("{") for name in inputs):
+        raise InvalidRequest(
+            "The request looks like JSON and came as a form. Send it with Content-Type: application/json."
+        )
+    return {name: _value_from_text(name, value) for name, value in inputs.items()}
+
+
+def _fields_from_json(body: Any) -> dict[str, Any]:
+    if isinstance(body, (bytes, bytearray, str)):
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError):
+            raise InvalidRequest('The request is no valid JSON. Send an object, such as {"prompt": "a cat"}.') from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(
+            f'The request is JSON of type {type(body).__name__}; it must be an object, such as {{"prompt": "a cat"}}.'
+        )
+    return body
+
+
+def _bool(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT32": int, "INT64": int, "FP32": float}
+_DTYPE = {spec.name: spec.dtype for spec in REQUEST}
+
+
+def _value_from_text(name: str, value: Any) -> Any:
+    """A form field's value; what does not fit its type is left for the check, whose message names what is allowed."""
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{name} is not UTF-8 (at byte {error.start}). Encode it as UTF-8.") from None
+    convert = _FROM_TEXT.get(_DTYPE.get(name, ""))
+    if convert is None or not isinstance(value, str):
+        return value
+    try:
+        return convert(value)
+    except (ValueError, KeyError):
+        return value
