@@ -75,6 +75,15 @@ class ServerProcess:
         return self._process.pid
 
     @property
+    def has_children(self) -> bool:
+        """Whether it has any process of its own, such as a worker."""
+        try:
+            lists = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")]
+        except OSError:  # a thread has ended meanwhile
+            return True
+        return any(lists)
+
+    @property
     def error(self) -> DiffuserveError | None:
         """The first error of ours among the last lines of the log, if there is one."""
         return next((error for line in list(self._log_tail) if (error := from_wire(line)) is not None), None)

@@ -2,6 +2,11 @@
 
 TorchServe's own command starts Java in the background and writes a file about it among the temporary ones, so that one
 machine runs one TorchServe. Java is started directly here, with a run folder for all that it and its workers write.
+
+TorchServe starts a worker again that has died. But when its own thread for the worker fails, which a client can bring about
+by a Predictions call that asks for progress, it never does, and its clients wait forever. So the launcher ends a
+TorchServe that has had no worker for a while: the connections break, which clients notice, and `diffuserve serve` ends with
+an error, so that whatever supervises it can start it again.
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ _EXIT_GRACE_S = 10.0
 _STOP_TIMEOUT_S = 10.0
 # Longer than a worker that has answered one batch needs to be given the next, besides the batch's delay.
 _IDLE_S = 0.5
+_WATCH_INTERVAL_S = 0.5
+# TorchServe waits up to 13 s before it starts a worker for the seventh time.
+_NO_WORKER_TIMEOUT_S = 15.0
 _SHOWN = {"error": ("ERROR",), "warning": ("ERROR", "WARN"), "info": ("ERROR", "WARN", "INFO")}
 
 
@@ -68,8 +76,9 @@ class TorchServeServer:
         self._log_level = log_level
         self._ready_timeout_s = ready_timeout_s
         self._process: ServerProcess | None = None
+        self._stopping = threading.Event()
         self.failure: str | None = None
-        """As `TritonServer.failure`; TorchServe starts dead workers again itself, so there is never any."""
+        """Why the launcher ended TorchServe without being asked to."""
 
     def __enter__(self) -> TorchServeServer:
         address = self.address
@@ -89,6 +98,7 @@ class TorchServeServer:
             self._link_keys()
             self._process = self._start()
             self._process.wait_until(self._is_ready, self._ready_timeout_s)
+            threading.Thread(target=self._watch, args=(self._process,), name="workers' watch", daemon=True).start()
         except BaseException:
             self.stop()
             raise
@@ -136,6 +146,7 @@ class TorchServeServer:
 
     def stop(self) -> None:
         """Stops TorchServe and its workers and removes what they left on disk. Can be called twice."""
+        self._stopping.set()
         if self._process is not None:
             self._process.stop(_STOP_TIMEOUT_S)
         self._busy_sign.close()
@@ -175,6 +186,18 @@ class TorchServeServer:
         return ServerProcess(
             "TorchServe", command, environment, folder=self._run_folder, show=lambda line: line.startswith(shown)
         )
+
+    def _watch(self, process: ServerProcess) -> None:
+        """Ends TorchServe when it has had no worker for a while."""
+        seen_s = time.monotonic()
+        while process.running and not self._stopping.wait(_WATCH_INTERVAL_S):
+            now_s = time.monotonic()
+            if process.has_children:
+                seen_s = now_s
+            elif now_s - seen_s > _NO_WORKER_TIMEOUT_S:
+                self.failure = "TorchServe has lost its workers and starts no other, so it was ended. Start it again."
+                process.kill()
+                return
 
     def _is_ready(self) -> bool:
         # TorchServe would start a worker that failed again and again.

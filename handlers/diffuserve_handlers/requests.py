@@ -80,9 +80,9 @@ def _fields_from_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
                     f"The request is in {name!r}, and there are also: {others}. Put all into the JSON."
                 )
             return _fields_from_json(inputs[name])
-    if any(name.startswith("{") for name in inputs):
+    if not inputs or any(name.startswith("{") for name in inputs):
         raise InvalidRequest(
-            "The request looks like JSON and came as a form. Send it with Content-Type: application/json."
+            "The request has no fields, or is JSON that came as a form. Send JSON with Content-Type: application/json."
         )
     return {name: _value_from_text(name, value) for name, value in inputs.items()}
 

