@@ -206,3 +206,22 @@ def policies(
     from diffuserve_loadtest.report import publish
 
     publish(measure_policies(bundle, policies=policies, utilisations=loads, requests=requests, seeds=seeds), output)
+
+
+@command.command("torchserve")
+@click.option("--archive", type=_PATH, default=Path("model_store/mar/tiny-emoji.mar"), show_default=True)
+@click.option("--checkpoint", type=_PATH, default=Path("model_store/checkpoints/tiny-emoji"), show_default=True)
+@_repository
+@_output
+@_count("--steps", 20, "Denoising steps.")
+@_count("--in-flight", 8, "Requests at once.")
+@_count("--rounds", 5, "Times that each is measured.")
+def torchserve(
+    archive: Path, checkpoint: Path, repository: Path, output: Path, steps: int, in_flight: int, rounds: int
+) -> None:
+    """Our handler on TorchServe, against one that calls diffusers for the whole batch."""
+    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.torchserve import measure_torchserve
+
+    report = measure_torchserve(archive, checkpoint, repository, steps=steps, in_flight=in_flight, rounds=rounds)
+    publish(report, output)

@@ -7,7 +7,16 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("diffuserve", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
+_PACKAGES = (
+    "diffuserve",
+    "onnxruntime",
+    "numpy",
+    "tritonclient",
+    "nvidia-pytriton",
+    "torch",
+    "diffusers",
+    "torchserve",
+)
 
 
 def describe_machine() -> dict[str, str]:
@@ -19,8 +28,15 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{memory_bytes / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in _PACKAGES},
+        **{name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # not every benchmark needs every package
+        return None
 
 
 def _processor() -> str:

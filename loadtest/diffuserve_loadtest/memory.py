@@ -1,4 +1,4 @@
-"""Resident memory of a server's processes, from /proc."""
+"""Memory of a server's processes, from /proc."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 
 
 def resident_bytes(root_pid: int) -> dict[str, int]:
-    """Of the server and of each model's process, by name; a process that ends meanwhile is left out.
+    """Of tritonserver and of each model's process, by name; a process that ends meanwhile is left out."""
+    return _memory_bytes(root_pid, "Rss")
 
-    Args:
-        root_pid: tritonserver's.
-    """
+
+def proportional_bytes(root_pid: int) -> dict[str, int]:
+    """The same with pages that several processes share divided among them (PSS), also of TorchServe and its `worker`."""
+    return _memory_bytes(root_pid, "Pss")
+
+
+def _memory_bytes(root_pid: int, measure: str) -> dict[str, int]:
     parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
     sizes: dict[str, int] = {}
     for pid in parents:
@@ -21,9 +26,9 @@ def resident_bytes(root_pid: int) -> dict[str, int]:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:
                 continue
-            resident = re.search(r"^Rss:\s+(\d+) kB", rollup, re.MULTILINE)
-            if name and resident:
-                sizes[name] = sizes.get(name, 0) + int(resident[1]) * 1024
+            size = re.search(rf"^{measure}:\s+(\d+) kB", rollup, re.MULTILINE)
+            if name and size:
+                sizes[name] = sizes.get(name, 0) + int(size[1]) * 1024
     return sizes
 
 
@@ -36,8 +41,10 @@ def _parent(process: Path) -> int:
 
 
 def _model(process: Path) -> str:
-    """The model whose model.py a Python backend's process runs; empty for other processes."""
+    """The model whose model.py a Python backend's process of Triton runs, `worker` for TorchServe's; empty for others."""
     for argument in (process / "cmdline").read_bytes().decode(errors="replace").split("\0"):
+        if argument.endswith("/model_service_worker.py"):
+            return "worker"
         if argument.endswith("/model.py"):
             return Path(argument).parents[1].name
     return ""

@@ -38,7 +38,8 @@ def post(
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.headers["Content-Type"], response.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.headers["Content-Type"], error.read()
+        with error:
+            return error.code, error.headers["Content-Type"], error.read()
 
 
 def post_json(server: TorchServeServer, **fields: Any) -> tuple[int, str, bytes]:
@@ -124,7 +125,8 @@ def test_the_keys_are_for_this_user_only_and_no_model_can_be_registered(torchser
     )
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=10)
-    assert caught.value.code == 405
+    with caught.value as error:
+        assert error.code == 405
 
 
 def test_progress_and_previews_by_grpc(torchserve_client: Client) -> None:
