@@ -16,6 +16,7 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY diffuserve diffuserve
 COPY export export
+COPY handlers handlers
 COPY client client
 COPY loadtest loadtest
 RUN python3 -m venv /opt/diffuserve \
@@ -39,6 +40,7 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY diffuserve diffuserve
 COPY export export
+COPY handlers handlers
 COPY client client
 COPY loadtest loadtest
 RUN python3 -m venv --without-pip /opt/diffuserve \

@@ -51,9 +51,10 @@ format: install
 bench: repository  ## every benchmark, an hour or two on two cores; results in bench-results/
 	$(BIN)/diffuserve bench engine --save
 	$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
-	@for verb in overhead efficiency mixed short cancel same policies; do \
+	$(BIN)/diffuserve archive $(BUNDLE)
+	@for verb in overhead efficiency mixed short cancel same policies torchserve; do \
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 
 clean:  ## remove what was made, but not the virtual environment
-	rm -rf model_store/bundles triton_repo/*/1/[!m]* demo.png bench-results
+	rm -rf model_store/bundles model_store/mar triton_repo/*/1/[!m]* demo.png bench-results

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from diffuserve.engines.local import LocalStages
+from diffuserve.engines.local import LoadEngines, LocalStages
 from diffuserve.errors import Cancelled
 from diffuserve.pipeline import Event, Pipeline
 from diffuserve.policies import DEFAULT_POLICY
@@ -22,6 +22,7 @@ class LocalPipeline:
     """Args:
         bundle: folder of an exported model.
         limits, policy, call_timeout_s: as in `diffuserve.pipeline.Pipeline`.
+        load: as in `diffuserve.engines.local.LocalStages`.
 
     Raises:
         BundleError: the bundle is missing or damaged, or its engine cannot be loaded.
@@ -34,8 +35,9 @@ class LocalPipeline:
         *,
         policy: str = DEFAULT_POLICY,
         call_timeout_s: float = CALL_TIMEOUT_S,
+        load: LoadEngines | None = None,
     ) -> None:
-        self._stages = LocalStages(bundle)
+        self._stages = LocalStages(bundle, load=load)
         self.pipeline = Pipeline(bundle, self._stages, limits, policy=policy, call_timeout_s=call_timeout_s)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = threading.Lock()

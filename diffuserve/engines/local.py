@@ -11,28 +11,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import read_manifest, verify
+from diffuserve.bundle import Manifest, read_manifest, verify
 from diffuserve.engines import load_engine
 from diffuserve.engines.example import WARM_BATCHES, example_inputs
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 
+_STAGES = (TEXT_ENCODER, UNET, VAE_DECODER)
+LoadEngines = Callable[[Path, Manifest], Mapping[str, Engine]]
+
 
 class LocalStages:
     """Implements `diffuserve.stages.Stages` on a bundle's engines; each stage has a thread of its own.
+
+    Args:
+        bundle: folder of an exported model.
+        threads: of one call; 0 means one for each core.
+        load: makes other engines than those that the manifest names, by stage.
 
     Raises:
         BundleError: the bundle is damaged, or an engine cannot be loaded.
     """
 
-    def __init__(self, bundle: Path, threads: int = 0) -> None:
+    def __init__(self, bundle: Path, threads: int = 0, load: LoadEngines | None = None) -> None:
         manifest = read_manifest(bundle)
         verify(bundle, manifest)
-        self._engines = {
-            name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
-            for name in (TEXT_ENCODER, UNET, VAE_DECODER)
-        }
+        if load is not None:
+            engines = load(bundle, manifest)
+            self._engines = {name: engines[name] for name in _STAGES}
+        else:
+            self._engines = {
+                name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
+                for name in _STAGES
+            }
         self._manifest = manifest
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
 

@@ -22,6 +22,7 @@ from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
 from diffuserve.errors import BundleError
 from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
+from diffuserve_export.eager import ENGINE, eager_bundle_from_checkpoint
 
 CONFIG_NAME = "model-config.yaml"
 _HANDLER_NAME = "diffuserve_handler.py"
@@ -32,6 +33,16 @@ from diffuserve_handlers import TextToImageHandler
 
 class Handler(TextToImageHandler):
     """TorchServe takes the one class that is defined in this file."""
+'''
+# The packages know of each other by this file only: handlers/ runs engines, export/ makes them of a checkpoint.
+_EAGER_HANDLER = '''"""Entry point for TorchServe, for a checkpoint that PyTorch runs as it is."""
+
+from diffuserve_export.eager import eager_engines
+from diffuserve_handlers import TextToImageHandler
+
+
+class Handler(TextToImageHandler):
+    load_engines = staticmethod(eager_engines)
 '''
 
 
@@ -88,6 +99,18 @@ def archive_from_bundle(
     return manifest
 
 
+def archive_from_checkpoint(checkpoint: Path, output: Path, serving: TorchServing | None = None) -> Manifest:
+    """Writes an archive of a checkpoint that was not exported; PyTorch runs it.
+
+    Raises:
+        CheckpointError: the checkpoint is not supported or damaged.
+        BundleError: as `archive_from_bundle`.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffuserve-eager-") as folder:
+        eager_bundle_from_checkpoint(checkpoint, Path(folder))
+        return archive_from_bundle(Path(folder), output, serving)
+
+
 def config_from_serving(manifest: Manifest, serving: TorchServing, bundle: Path | None) -> dict[str, Any]:
     """The content of model-config.yaml: TorchServe's own keys, and under `handler` what our handler reads: the limits,
     the policy, and which bundle it must find, at `bundle` or in the archive."""
@@ -115,7 +138,8 @@ def _write_parts(staging: Path, bundle: Path, manifest: Manifest, serving: Torch
 
     config = config_from_serving(manifest, serving, bundle if by_reference else None)
     (staging / CONFIG_NAME).write_text(yaml.safe_dump(config, sort_keys=False))
-    (staging / _HANDLER_NAME).write_text(_HANDLER)
+    eager = any(component.engine == ENGINE for component in manifest.components.values())
+    (staging / _HANDLER_NAME).write_text(_EAGER_HANDLER if eager else _HANDLER)
     (staging / "temporary").mkdir()
     if not by_reference:
         # Links to the manifest's files alone, whatever else lies in the bundle's folder.

@@ -63,10 +63,12 @@ def command(
 ) -> None:
     """Packs BUNDLE into a .mar that TorchServe serves with the same core, so that the same seed gives the same image.
 
-    Checks every file of the bundle against its checksum. TorchServe's Python needs diffuserve installed.
+    Checks every file of the bundle against its checksum. TorchServe's Python needs diffuserve installed. In place of a
+    bundle a checkpoint's folder may be given, which PyTorch then runs as it is, slower: that needs no export, but
+    diffuserve[export] for TorchServe, too.
     """
-    from diffuserve.bundle import read_manifest
-    from diffuserve_export.archive import TorchServing, archive_from_bundle
+    from diffuserve.bundle import MANIFEST_NAME, read_manifest
+    from diffuserve_export.archive import TorchServing, archive_from_bundle, archive_from_checkpoint
 
     if max_workers < min_workers:
         raise click.UsageError(f"--max-workers is {max_workers}, less than --min-workers, which is {min_workers}.")
@@ -79,8 +81,16 @@ def command(
         device=device,
         policy=policy,
     )
-    output = output or _ARCHIVES / f"{read_manifest(bundle).model.name}.mar"
-    manifest = archive_from_bundle(bundle, output, serving, by_reference=by_reference)
+    if (bundle / "model_index.json").is_file() and not (bundle / MANIFEST_NAME).is_file():
+        if by_reference:
+            raise click.UsageError(
+                f"{bundle} is a checkpoint, which cannot be archived --by-reference. Export it first."
+            )
+        output = output or _ARCHIVES / f"{bundle.resolve().name}-eager.mar"
+        manifest = archive_from_checkpoint(bundle, output, serving)
+    else:
+        output = output or _ARCHIVES / f"{read_manifest(bundle).model.name}.mar"
+        manifest = archive_from_bundle(bundle, output, serving, by_reference=by_reference)
     click.echo(
         f"{output} holds {manifest.model.name} ({manifest.bundle_sha256[:10]}), {output.stat().st_size / 1e6:.1f} MB. "
         f"Start it: diffuserve serve --server torchserve --archive {output}"

@@ -19,6 +19,7 @@ from diffuserve.bundle import (
     Component,
     File,
     Manifest,
+    Preview,
     describe_file,
     read_manifest,
     sha256_of_files,
@@ -148,27 +149,40 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         )
     with progress("fit preview"):
         preview = preview_from_vae_encoder(modules[VAE_ENCODER], spec)
-    files_beside = _write_files_beside(checkpoint, model, folder)
-    manifest = Manifest(
+    files_beside = write_files_beside(checkpoint, model, folder)
+    write_manifest(folder, manifest_from_parts(checkpoint, components, files_beside, preview))
+
+
+def manifest_from_parts(
+    checkpoint: Checkpoint, components: dict[str, Component], files: tuple[File, ...], preview: Preview
+) -> Manifest:
+    """The manifest of a bundle that has just been made.
+
+    Args:
+        checkpoint: what it was made from.
+        components: by stage.
+        files: those beside the components'.
+        preview: of its latents.
+    """
+    return Manifest(
         format_version=FORMAT_VERSION,
-        model=spec,
+        model=checkpoint.spec,
         scheduler=checkpoint.configs["scheduler"],
         components=components,
-        files=files_beside,
+        files=files,
         preview=preview,
         unet_seconds={},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
         bundle_sha256=sha256_of_files(
-            [*files_beside, *(file for component in components.values() for file in component.files)]
+            [*files, *(file for component in components.values() for file in component.files)]
         ),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
     )
-    write_manifest(folder, manifest)
 
 
-def _write_files_beside(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> tuple[File, ...]:
+def write_files_beside(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> tuple[File, ...]:
     """Tokenizers and scheduler."""
     for part, tokenizer in model.tokenizers.items():
         _write_tokenizer(tokenizer, folder / part)

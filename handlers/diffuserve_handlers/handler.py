@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from diffuserve.bundle import read_manifest
+from diffuserve.engines.local import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.local import LocalPipeline
 from diffuserve.pipeline import Completed, Event
@@ -32,7 +33,12 @@ Outcome = Completed | DiffuserveError
 
 
 class TextToImageHandler:
-    """What TorchServe asks of a handler. A worker has one, and calls it from one thread."""
+    """What TorchServe asks of a handler. A worker has one, and calls it from one thread.
+
+    `load_engines`: makes other engines than those that the bundle's manifest names; set by an archive's entry point.
+    """
+
+    load_engines: LoadEngines | None = None
 
     def initialize(self, context: Any) -> None:
         """Loads the bundle in the archive, or the one that model-config.yaml names, and runs every engine.
@@ -62,7 +68,9 @@ class TextToImageHandler:
         # An engine that hangs cannot be interrupted: TorchServe ends a worker that sends nothing for `responseTimeout`
         # seconds, and starts another.
         timeout_s = float(context.model_yaml_config["responseTimeout"])
-        self._local = LocalPipeline(bundle, limits, policy=settings["policy"], call_timeout_s=timeout_s)
+        self._local = LocalPipeline(
+            bundle, limits, policy=settings["policy"], call_timeout_s=timeout_s, load=self.load_engines
+        )
         self._local.warm()
         self._pipeline = self._local.pipeline
         self._metrics = Metrics(context.metrics, context.model_name)

@@ -28,7 +28,16 @@ def test_command_line_loads_nothing_heavy(module: str) -> None:
 
 
 def test_public_names() -> None:
-    assert diffuserve_client.__all__ == ["AsyncClient", "Client", "LocalClient", "Progress", "RequestFields", "Result"]
+    assert diffuserve_client.__all__ == [
+        "AsyncClient",
+        "Client",
+        "LocalClient",
+        "Progress",
+        "RequestFields",
+        "Result",
+        "TorchServe",
+        "Triton",
+    ]
     for name in diffuserve_client.__all__:
         assert getattr(diffuserve_client, name).__name__ == name
         assert name in dir(diffuserve_client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,17 +14,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 import pytest
 
+from diffuserve.bundle import read_manifest
 from diffuserve.errors import BundleError, Draining, LaunchError
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve_client import Client, TorchServe
-from diffuserve_export.archive import archive_from_bundle
+from diffuserve_export.archive import archive_from_bundle, archive_from_checkpoint
+from tests.conftest import CHECKPOINT
+from tests.images import psnr_db
+from tests.schedulers import scheduler_of
 from tests.triton.test_launcher import still_running
 
 DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
@@ -114,16 +120,10 @@ def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bundle_that_was_exported_again_is_not_served(bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from diffuserve.bundle import read_manifest, write_manifest
-
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     archive = tmp_path / "by-reference.mar"
     archive_from_bundle(copy, archive, by_reference=True)
     manifest = read_manifest(copy)
-    changed = type(manifest)(**{name: getattr(manifest, name) for name in manifest.__struct_fields__})
-    write_manifest(copy, changed)
     text = (copy / "manifest.json").read_text().replace(manifest.bundle_sha256, "0" * 64)
     (copy / "manifest.json").write_text(text)
     with (
@@ -183,3 +183,27 @@ def test_a_torchserve_that_starts_no_worker_any_more_is_ended(archive: Path, tmp
                 time.sleep(0.2)
         assert server.failure is not None
         assert "lost its workers" in server.failure
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_without_an_export(tmp_path: Path, reference_pipeline: Any) -> None:
+    """By PyTorch, in the worker; the image is diffusers' own."""
+    import torch
+
+    archive = tmp_path / "eager.mar"
+    archive_from_checkpoint(CHECKPOINT, archive)
+    pipe = reference_pipeline
+    pipe.scheduler = scheduler_of("dpmpp_2m", pipe.scheduler.config)
+    settings: dict[str, Any] = {"guidance_scale": 5.0, "width": 64, "height": 96}
+    prompt = "a red heart, flat"
+    expected = pipe(prompt, generator=torch.Generator().manual_seed(7), num_inference_steps=8, **settings).images[0]
+    key_file, address = tmp_path / "keys.json", TorchServeAddress.on_free_ports()
+    with (
+        TorchServeServer(archive, address, key_file=key_file) as server,
+        Client(address.grpc, server=TorchServe(read_inference_token(key_file))) as client,
+    ):
+        assert server.archive.manifest.components["unet"].engine == "torch"
+        result = client.generate(prompt, seed=7, sampler="dpmpp_2m", steps=8, **settings)
+    figure = psnr_db(result.images[0], expected)
+    print(f"PSNR of eager PyTorch on TorchServe against diffusers: {figure:.1f} dB")
+    assert figure >= 50
