@@ -12,13 +12,18 @@ KEY_FILE = Path("torchserve-keys.json")
 
 
 def read_inference_token(key_file: Path) -> str:
-    """What requests carry, as `Authorization: Bearer TOKEN`.
+    """What requests carry, as `Authorization: Bearer TOKEN`; raises as `read_token`."""
+    return read_token(key_file, "inference")
+
+
+def read_token(key_file: Path, kind: str) -> str:
+    """The token for requests of a kind, inference or management.
 
     Raises:
         LaunchError: there is no such file, or it holds no keys.
     """
     try:
-        token = json.loads(key_file.read_bytes())["inference"]["key"]
+        token = json.loads(key_file.read_bytes())[kind]["key"]
     except OSError as error:
         raise LaunchError(
             f"TorchServe's keys cannot be read: {key_file}: {error.strerror}. `diffuserve serve --server torchserve` says "

@@ -12,6 +12,7 @@ an error, so that whatever supervises it can start it again.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -25,15 +26,16 @@ from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign, DrainFil
 from diffuserve.serving.process import (
     ServerProcess,
     accepts_connections,
-    answers_ok,
+    answer_of,
     check_ports,
     make_run_folder,
     remove_leftovers_of_the_dead,
 )
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.configuration import log_settings, properties, read_archive
 from diffuserve.torchserve.java import find_java
-from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
+from diffuserve.torchserve.keys import KEY_FILE, read_token
 
 _EXIT_GRACE_S = 10.0
 _STOP_TIMEOUT_S = 10.0
@@ -203,14 +205,21 @@ class TorchServeServer:
         # TorchServe would start a worker that failed again and again.
         if self._process is not None and self._process.error is not None:
             raise LaunchError(f"TorchServe's worker could not start. {self._process.error}")
+        # gRPC opens after HTTP, sometimes after the workers are ready.
+        return self._workers_ready() and accepts_connections(self.address.host, self.address.grpc_port)
+
+    def _workers_ready(self) -> bool:
+        """Whether every worker has loaded the model; /ping says `Healthy` as soon as they have been started."""
         try:
-            token = read_inference_token(self.key_file)
+            token = read_token(self.key_file, "management")
         except LaunchError:
             return False  # not written yet
-        # gRPC opens after HTTP, sometimes after the workers are ready.
-        return answers_ok(f"{self.address.http}/ping", {"Authorization": f"Bearer {token}"}) and accepts_connections(
-            self.address.host, self.address.grpc_port
-        )
+        url = f"http://{self.address.host}:{self.address.management_port}/models/{STABLE_DIFFUSION}"
+        answer = answer_of(url, {"Authorization": f"Bearer {token}"})
+        if answer is None:
+            return False
+        workers = json.loads(answer)[0]["workers"]
+        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
     def _link_keys(self) -> None:
         """A link, since the file must stay where TorchServe writes it, and nobody else may read it."""
