@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 from diffuserve.errors import DiffuserveError, InvalidRequest, ServerUnavailable
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
-from diffuserve_client import Client, Progress, Result, TorchServe
+from diffuserve_client import AsyncClient, Client, Progress, Result, TorchServe
 from tests.images import psnr_db
 from tests.metrics import read_metrics
 
@@ -105,7 +106,7 @@ def test_a_deadline_and_an_unknown_model_by_http(torchserve: TorchServeServer) -
 
 @pytest.mark.parametrize("token", [None, "wrong"])
 def test_without_the_token_nothing_is_drawn(torchserve: TorchServeServer, token: str | None) -> None:
-    """TorchServe answers 400 by HTTP, whatever one would expect, and PERMISSION_DENIED or UNAUTHENTICATED by gRPC."""
+    """TorchServe answers with 400 by HTTP, where 401 or 403 would be expected; gRPC has a status for it."""
     status, media_type, body = post(torchserve, b'{"prompt": "a cat"}', "application/json", token=token)
     assert (status, media_type) == (400, "application/json")
     assert json.loads(body)["type"] == "InvalidKeyException"
@@ -136,6 +137,16 @@ def test_progress_and_previews_by_grpc(torchserve_client: Client) -> None:
     assert [len(step.previews) for step in steps if isinstance(step, Progress)] == [0, 0, 2]
     assert result.seeds == [7, 8]
     assert [image.size for image in result.images] == [(64, 64)] * 2
+
+
+def test_asyncio(torchserve: TorchServeServer, torchserve_client: Client) -> None:
+    async def draw() -> Result:
+        server = TorchServe(read_inference_token(torchserve.key_file))
+        async with AsyncClient(torchserve.address.grpc, server=server) as client:
+            assert await client.is_ready()
+            return await client.generate("a cat", seed=7, **SMALL)  # type: ignore[arg-type]
+
+    assert asyncio.run(draw()).encoded == torchserve_client.generate("a cat", seed=7, **SMALL).encoded  # type: ignore[arg-type]
 
 
 def test_predictions_by_grpc(torchserve: TorchServeServer) -> None:
