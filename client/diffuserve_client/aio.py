@@ -41,7 +41,9 @@ class AsyncClient:
         idle_timeout_s: float | None = 120.0,
     ) -> None:
         self._server = server or Triton()
-        self._endpoint = Endpoint(url or self._server.default_url, model, connect_timeout_s, idle_timeout_s)
+        self._endpoint = Endpoint(
+            self._server.default_url if url is None else url, model, connect_timeout_s, idle_timeout_s
+        )
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
 
