@@ -6,6 +6,7 @@ tiny-emoji/
     unet/model.onnx
     vae_decoder/model.onnx
     vae_encoder/model.onnx
+    reference.png               what diffusers itself draws, to compare with
     tokenizer/tokenizer.json
     scheduler/scheduler_config.json
 """
@@ -24,7 +25,7 @@ from diffuserve.files import write_whole
 from diffuserve.tensors import StageSpec
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +89,41 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rmse: float
 
 
+class ReferenceImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What diffusers' own pipeline draws with the checkpoint in fp32: `file`, a PNG, and the request that it answers."""
+
+    file: File
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    width: int
+    height: int
+
+
+class ImageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The reference image as the bundle draws it, with each component on the engine named.
+
+    `engines`: by component, such as "onnxruntime fp32"; `psnr_db`: of all pixels, None if they are equal; `ssim`: 1 if
+    they are; `min_psnr_db`: what was asked for.
+    """
+
+    engines: dict[str, str]
+    psnr_db: float | None
+    ssim: float
+    min_psnr_db: float
+
+    @property
+    def passed(self) -> bool:
+        return self.psnr_db is None or self.psnr_db >= self.min_psnr_db
+
+    def __str__(self) -> str:
+        if self.psnr_db is None:
+            return "identical"
+        return f"PSNR {self.psnr_db:.1f} dB of {self.min_psnr_db:g} asked for, SSIM {self.ssim:.5f}"
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What requests to this model are measured by.
 
@@ -119,7 +155,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`source` names the checkpoint and the LoRAs fused into it, `source_sha256` identifies their files, `bundle_sha256`
     the exported ones; `created` is ISO 8601, UTC;
-    `trials`: what led to the components' engines, if `diffuserve engines --select` has chosen them;
+    `images`: the reference image as drawn on ONNX Runtime in fp32, and on whatever `diffuserve engines --select` has tried;
+    `trials`: what led to the components' engines, if that has chosen them;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
 
@@ -129,6 +166,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     components: dict[str, Component]
     files: tuple[File, ...]
     preview: Preview
+    reference: ReferenceImage
+    images: tuple[ImageParity, ...]
     unet_seconds: dict[int, float]
     source: str
     source_sha256: str
@@ -170,7 +209,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Reads a bundle's manifest.
 
     Raises:
-        BundleError: there is none, it is damaged, or a newer diffuserve wrote it.
+        BundleError: there is none, it is damaged, or another format's.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -186,6 +225,8 @@ def read_manifest(bundle: Path) -> Manifest:
                 f"{path} has format version {version}, and this diffuserve reads up to {FORMAT_VERSION}. "
                 "Upgrade diffuserve, or export the checkpoint again."
             )
+        if version < FORMAT_VERSION:
+            raise BundleError(f"{path} has the older format version {version}. Export the checkpoint again.")
         return msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as error:
         raise BundleError(f"{path} is damaged: {error}. Export the checkpoint again.") from error

@@ -30,7 +30,7 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
     if component.engine == "onnxruntime":
         from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(model_path, threads, component.precision)
+        return OnnxRuntimeEngine(model_path, component, threads)
     if component.engine == "openvino":
         from diffuserve.engines.openvino import OpenVinoEngine
 

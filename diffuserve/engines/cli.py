@@ -61,6 +61,12 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
                 else:
                     outcome = f"{times}; the reference"
                 yield f"  {trial.engine:<12} {trial.precision}  {outcome}"
+    if manifest.images:
+        yield "an image, against diffusers' in fp32"
+    for image in manifest.images:
+        engines = sorted(set(image.engines.values()))
+        drawn_by = engines[0] if len(engines) == 1 else ", ".join(" on ".join(each) for each in image.engines.items())
+        yield f"  {drawn_by:<18} {image}"
 
 
 def _availability_lines() -> Iterator[str]:

@@ -17,21 +17,12 @@ from diffuserve.stages import Conditioning, Engine, Float32
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 
 
-class LocalStages:
-    """Implements `diffuserve.stages.Stages` on a bundle's engines; each stage has a thread of its own.
+class EngineStages:
+    """Implements `diffuserve.stages.Stages` on engines, by stage; each stage has a thread of its own."""
 
-    Raises:
-        BundleError: the bundle is damaged, or an engine cannot be loaded.
-    """
-
-    def __init__(self, bundle: Path, threads: int = 0) -> None:
-        manifest = read_manifest(bundle)
-        verify(bundle, manifest)
-        self._engines = {
-            name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
-            for name in (TEXT_ENCODER, UNET, VAE_DECODER)
-        }
-        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in engines}
 
     async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
         return await self._run(TEXT_ENCODER, lambda engine: engine(input_ids))
@@ -52,4 +43,24 @@ class LocalStages:
             pool.shutdown()
 
     async def _run(self, stage: str, call: Callable[[Engine], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads[stage], call, self._engines[stage])
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads[stage], lambda: call(self._engines[stage])
+        )
+
+
+class LocalStages(EngineStages):
+    """A bundle's engines.
+
+    Raises:
+        BundleError: the bundle is damaged, or an engine cannot be loaded.
+    """
+
+    def __init__(self, bundle: Path, threads: int = 0) -> None:
+        manifest = read_manifest(bundle)
+        verify(bundle, manifest)
+        super().__init__(
+            {
+                name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
+                for name in (TEXT_ENCODER, UNET, VAE_DECODER)
+            }
+        )

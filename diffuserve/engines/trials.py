@@ -18,6 +18,7 @@ import numpy as np
 from diffuserve.bundle import (
     Component,
     File,
+    ImageParity,
     Manifest,
     ModelSpec,
     Trial,
@@ -26,11 +27,12 @@ from diffuserve.bundle import (
     verify,
     write_manifest,
 )
-from diffuserve.engines import load_engine
+from diffuserve.engines import ENGINES, load_engine
 from diffuserve.engines.availability import availability
+from diffuserve.engines.compiled_cache import remove_compiled
 from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.engines.half import half_from_onnx
-from diffuserve.engines.openvino_cache import remove_cached
+from diffuserve.engines.image_parity import image_parity, same_engines
 from diffuserve.engines.tensorrt_plan import build_plan
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import BundleError
@@ -86,24 +88,55 @@ def _selected(
     bundle: Path, manifest: Manifest, engine: str, ways: Sequence[Way], progress: Callable[[str], None]
 ) -> Manifest:
     """The manifest with the engines that the trials of `ways` lead to."""
-    components: dict[str, Component] = {}
-    trials: list[Trial] = []
     known: Arrays = {}
+    tried: dict[str, list[Trial]] = {}
     for name, component in manifest.components.items():
         progress(name)
-        tried = _try(bundle, name, component, manifest.model, ways, known)
-        chosen = fastest(tried) if engine == AUTO else tried[-1]
-        if chosen.rejected:
+        tried[name] = _try(bundle, name, component, manifest.model, ways, known)
+    progress("an image")
+    images = _draw(bundle, manifest, ways, tried)
+    chosen = {name: fastest(trials) if engine == AUTO else trials[-1] for name, trials in tried.items()}
+    for name, trial in chosen.items():
+        if trial.rejected:
             raise BundleError(
-                f"{name} of {bundle} does not run on {chosen.engine} in {chosen.precision}: {chosen.rejected}. Nothing was "
+                f"{name} of {bundle} does not run on {trial.engine} in {trial.precision}: {trial.rejected}. Nothing was "
                 f"changed. Let the measurement choose: diffuserve engines {bundle} --select auto"
             )
-        trials += tried
-        components[name] = _on(bundle, component, (chosen.engine, chosen.precision), manifest.model)
+    components = {
+        name: _on(bundle, component, (chosen[name].engine, chosen[name].precision), manifest.model)
+        for name, component in manifest.components.items()
+    }
+    if not any(same_engines(image, components) for image in images):
+        images.append(image_parity(bundle, manifest, components))
     was, now = manifest.components[UNET], components[UNET]
     # The UNet's costs were measured on the engine that it had.
     unet_seconds = manifest.unet_seconds if (was.engine, was.precision) == (now.engine, now.precision) else {}
-    return msgspec.structs.replace(manifest, components=components, trials=tuple(trials), unet_seconds=unet_seconds)
+    return msgspec.structs.replace(
+        manifest,
+        components=components,
+        images=tuple(images),
+        trials=tuple(trial for trials in tried.values() for trial in trials),
+        unet_seconds=unet_seconds,
+    )
+
+
+def _draw(bundle: Path, manifest: Manifest, ways: Sequence[Way], tried: dict[str, list[Trial]]) -> list[ImageParity]:
+    """The reference image by each way that runs all components. One that draws another image is rejected in `tried`."""
+    images = []
+    for position, way in enumerate(ways):
+        if any(trials[position].rejected for trials in tried.values()):
+            continue
+        components = {
+            name: _on(bundle, component, way, manifest.model) for name, component in manifest.components.items()
+        }
+        image = image_parity(bundle, manifest, components)
+        images.append(image)
+        if not image.passed:
+            for trials in tried.values():
+                trials[position] = msgspec.structs.replace(
+                    trials[position], seconds={}, rejected=f"it draws another image: {image}"
+                )
+    return images
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
@@ -205,8 +238,9 @@ def _exported(component: Component) -> tuple[File, ...]:
 def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
     """What trials of other engines have left beside the component's files."""
     path = bundle / component.files[0].path
-    if component.engine != "openvino":
-        remove_cached(path, msgspec.structs.replace(component, files=_exported(component)))
+    for engine in ENGINES:
+        if engine != component.engine:
+            remove_compiled(path, msgspec.structs.replace(component, files=_exported(component)), engine)
     used = {bundle / file.path for file in component.files}
     for made in path.parent.glob(f"*{_HALF}.*"):
         if made not in used:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from diffuserve.bundle import Component
+    from diffuserve.bundle import Manifest
 
 _BUNDLES = Path("model_store/bundles")
 
@@ -59,6 +59,11 @@ _BUNDLES = Path("model_store/bundles")
     "keeps the fastest for each component.  [default: onnxruntime; a bundle that is up to date keeps its own]",
 )
 @click.option("--precision", help="Of the engine.  [default: fp32, for tensorrt fp16; with auto: any]")
+@click.option(
+    "--allow-differences",
+    is_flag=True,
+    help="Write the bundle even if it differs from PyTorch by more than the tolerances.",
+)
 @click.option("--force", is_flag=True, help="Export even if the bundle is up to date.")
 def command(
     checkpoint: Path,
@@ -71,12 +76,14 @@ def command(
     sampler: str | None,
     engine: str | None,
     precision: str | None,
+    allow_differences: bool,
     force: bool,
 ) -> None:
     """Exports CHECKPOINT to a bundle: a folder in diffusers' format, an id on the Hugging Face hub, or one .safetensors
     file in the original layout. Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models.
 
-    Every part becomes an ONNX graph and is compared with PyTorch; the figures go into the bundle's manifest.json.
+    Every part becomes an ONNX graph and is compared with PyTorch, and an image that they draw with diffusers'; the figures
+    go into the bundle's manifest.json.
     Weights are read from safetensors only, and no code of the checkpoint's is run.
     """
     from diffuserve.bundle import read_manifest
@@ -106,9 +113,9 @@ def command(
             f"{output} is up to date: neither the checkpoint nor the exporter has changed. --force exports anyway."
         )
     else:
-        bundle_from_checkpoint(opened, output, force=True, progress=_timed)
+        bundle_from_checkpoint(opened, output, force=True, strict=not allow_differences, progress=_timed)
         click.echo()
-        for line in _summary_lines(read_manifest(output).components):
+        for line in _summary_lines(read_manifest(output)):
             click.echo(line)
         click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
     if engine:
@@ -129,11 +136,13 @@ def _timed(title: str) -> Iterator[None]:
     click.echo(f" {time.monotonic() - started:5.1f} s")
 
 
-def _summary_lines(components: Mapping[str, Component]) -> Iterator[str]:
-    """A table: each component's size, and its largest error against PyTorch beside what is allowed."""
+def _summary_lines(manifest: Manifest) -> Iterator[str]:
+    """A table: each component's size, and its largest error against PyTorch beside what is allowed; the image's figures."""
     yield f"{'component':<14}{'size':>10}{'worst error':>14}{'tolerance':>12}"
-    for name, component in components.items():
+    for name, component in manifest.components.items():
         size_mb = sum(file.size_bytes for file in component.files) / 1e6
         worst = max(record.max_abs_error for record in component.parity)
         unit = " levels of 255" if component.tensors.outputs[0].dtype == "UINT8" else ""
         yield f"{name:<14}{size_mb:>7.1f} MB{worst:>14.2g}{component.tolerance:>12.2g}{unit}"
+    for image in manifest.images:
+        yield f"an image, against diffusers': {image}"

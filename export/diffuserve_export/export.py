@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import shutil
@@ -11,6 +12,8 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from diffuserve import __version__
 from diffuserve.bundle import (
@@ -25,18 +28,20 @@ from diffuserve.bundle import (
     verify,
     write_manifest,
 )
-from diffuserve.errors import BundleError
+from diffuserve.engines.image_parity import image_parity
+from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import Prompts, parity_of_onnx
+from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.quiet import quiet
+from diffuserve_export.reference_image import reference_from_model
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "2"
+_EXPORTER_REVISION = "3"
 # Graphs, tokenizers and manifest take this much beside the weights.
 _SPACE_BESIDE_WEIGHTS_BYTES = 100 << 20
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
@@ -50,7 +55,12 @@ def _silent(title: str) -> AbstractContextManager[None]:
 
 
 def bundle_from_checkpoint(
-    checkpoint: Path | Checkpoint, output: Path, *, force: bool = False, progress: Progress = _silent
+    checkpoint: Path | Checkpoint,
+    output: Path,
+    *,
+    force: bool = False,
+    strict: bool = True,
+    progress: Progress = _silent,
 ) -> Path:
     """Exports a checkpoint, unless `output` already is its bundle.
 
@@ -58,6 +68,8 @@ def bundle_from_checkpoint(
         checkpoint: what `open_checkpoint` takes, or what it returned.
         output: the bundle's folder. An older bundle there is replaced once the new one is complete.
         force: export even if nothing has changed.
+        strict: whether to fail where a component or the reference image differs from PyTorch's by more than its
+            tolerance. The figures are in the manifest in either case.
         progress: called with what is about to be done, for a context manager around it.
 
     Returns:
@@ -75,17 +87,15 @@ def bundle_from_checkpoint(
     try:
         with staged(output) as folder:
             check_space(folder, bundle_size_bytes(checkpoint))
-            with progress("load"):
-                model = model_from_checkpoint(checkpoint)
-            _write_bundle(checkpoint, model, folder, progress)
+            _write_bundle(checkpoint, folder, progress, strict)
     except OSError as error:
         raise BundleError(f"{output} cannot be written: {error}. No bundle was written.") from error
     return output
 
 
 def bundle_size_bytes(checkpoint: Checkpoint) -> int:
-    """About how large the bundle will be: every weight in fp32."""
-    return 4 * checkpoint.parameters + _SPACE_BESIDE_WEIGHTS_BYTES
+    """About how large the bundle will be: every weight in fp32, once as exported and once as the engine stores it."""
+    return 2 * 4 * checkpoint.parameters + _SPACE_BESIDE_WEIGHTS_BYTES
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -123,12 +133,20 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, progress: Progress) -> None:
+def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, strict: bool) -> None:
+    """Stage by stage. A module's weights are given up as soon as its graph is written, so that never more than one stage
+    is in memory twice."""
     from diffuserve_export.modules import modules_from_model
 
     spec, tensors = checkpoint.spec, checkpoint.tensors
+    with progress("load"):
+        model = model_from_checkpoint(checkpoint)
+    with progress("draw reference"):
+        reference = reference_from_model(checkpoint, model, folder)
+    files_beside = (*_write_files_beside(checkpoint, model, folder), reference.file)
+    texts = random_input_ids(tuple(model.tokenizers.values()), tensors[TEXT_ENCODER])
     modules = modules_from_model(model, spec)
-    prompts = Prompts(tuple(model.tokenizers.values()), modules[TEXT_ENCODER], tensors[TEXT_ENCODER])
+    del model
     components = {}
     for stage in STAGES:
         path = folder / stage / "model.onnx"
@@ -136,7 +154,15 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         with progress(f"export {stage}"):
             onnx_from_module(modules[stage], stage, tensors[stage], spec, path)
         with progress(f"compare {stage}"):
-            tolerance, parity = parity_of_onnx(path, modules[stage], stage, tensors[stage], spec, prompts)
+            references = references_of(modules[stage], stage, tensors[stage], spec, texts)
+            if stage == TEXT_ENCODER:
+                texts = references[-1].outputs
+            if stage == VAE_ENCODER:
+                preview = preview_from_vae_encoder(modules[stage], spec)
+            del modules[stage]
+            gc.collect()  # modules refer to themselves
+            what = f"{stage} of {spec.name}"
+            tolerance, parity = parity_of_onnx(path, references, what, tensors[stage], strict=strict)
         files = [path, *sorted(file for file in path.parent.iterdir() if file != path)]
         components[stage] = Component(
             engine="onnxruntime",
@@ -146,9 +172,6 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
             tolerance=tolerance,
             parity=parity,
         )
-    with progress("fit preview"):
-        preview = preview_from_vae_encoder(modules[VAE_ENCODER], spec)
-    files_beside = _write_files_beside(checkpoint, model, folder)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         model=spec,
@@ -156,6 +179,8 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         components=components,
         files=files_beside,
         preview=preview,
+        reference=reference,
+        images=(),
         unet_seconds={},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
@@ -166,6 +191,14 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         versions=_versions(),
     )
     write_manifest(folder, manifest)
+    with progress("compare images"):
+        image = image_parity(folder, manifest, components)
+    if strict and not image.passed:
+        raise CheckpointError(
+            f"{spec.name} draws another image than diffusers: {image}. No bundle was written; --allow-differences writes it "
+            "anyway."
+        )
+    write_manifest(folder, msgspec.structs.replace(manifest, images=(image,)))
 
 
 def _write_files_beside(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> tuple[File, ...]:

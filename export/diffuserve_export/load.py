@@ -36,6 +36,29 @@ class LoadedModel:
         first = {"tokenizer": self.tokenizer}
         return first if self.tokenizer_2 is None else {**first, "tokenizer_2": self.tokenizer_2}
 
+    def pipeline(self) -> Any:
+        """diffusers' pipeline of these parts, without a scheduler.
+
+        Latent consistency models get StableDiffusionPipeline too: it conditions their UNet in the same way, and takes any
+        scheduler.
+        """
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "scheduler": None,
+        }
+        if self.text_encoder_2 is None:
+            return StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+        return StableDiffusionXLPipeline(
+            **parts, text_encoder_2=self.text_encoder_2, tokenizer_2=self.tokenizer_2, add_watermarker=False
+        )
+
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
     """Loads the components one by one instead of the pipeline, which would also load what is never exported.
@@ -57,7 +80,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
         if model.tokenizer_2 is not None:
             _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
         for lora in checkpoint.loras:
-            fuse_lora(model, checkpoint.pipeline, lora)
+            fuse_lora(model, lora)
     return model
 
 

@@ -12,8 +12,19 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from diffuserve.bundle import Component, Manifest, ModelSpec, Preview, describe_file, sha256_of_files, write_manifest
+from diffuserve.bundle import (
+    FORMAT_VERSION,
+    Component,
+    Manifest,
+    ModelSpec,
+    Preview,
+    ReferenceImage,
+    describe_file,
+    sha256_of_files,
+    write_manifest,
+)
 from diffuserve.stages import Conditioning, Float32
 from diffuserve.tensors import STAGES, stage_specs
 
@@ -55,14 +66,20 @@ def make_bundle(folder: Path, **changes: Any) -> Manifest:
             tolerance=1e-4,
             parity=(),
         )
-    files = tuple(describe_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
+    Image.new("RGB", (MODEL.width, MODEL.height)).save(folder / "reference.png")
+    beside = [*sorted((folder / "tokenizer").iterdir()), folder / "reference.png"]
+    files = tuple(describe_file(folder, path) for path in beside)
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         model=MODEL,
         scheduler={"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         components=components,
         files=files,
         preview=PREVIEW,
+        reference=ReferenceImage(
+            files[-1], prompt="a", seed=1, steps=2, guidance_scale=3.5, sampler="euler", width=64, height=48
+        ),
+        images=(),
         unet_seconds={1: 0.01, 8: 0.05},
         source="fake",
         source_sha256="0123456789abcdef" * 4,

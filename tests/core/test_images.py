@@ -14,8 +14,8 @@ from diffuserve.bundle import Preview
 from diffuserve.images import encode_image, preview_from_latents
 from diffuserve.infotext import infotext
 from diffuserve.request import Limits, request_from_fields
+from diffuserve.similarity import psnr_db
 from tests.core.fakes import MODEL, PREVIEW, make_bundle
-from tests.images import psnr_db
 
 TEXTS = ["plain ASCII", "Grüße", "日本語 😀 \u200b", "lines\nand \t tabs", "", "long " * 2900]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from diffuserve.bundle import Manifest, Trial, read_manifest, verify
+from diffuserve.bundle import Manifest, Trial, describe_file, read_manifest, verify, write_manifest
 from diffuserve.engines import ENGINES, load_engine, processor, tolerance
 from diffuserve.engines.availability import availability
 from diffuserve.engines.cli import command
@@ -160,11 +160,29 @@ def test_fp16_on_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.fp16.onnx"))
 
 
-def test_manifests_from_before_there_were_trials(manifest: Manifest, tmp_path: Path) -> None:
-    content = json.loads((tmp_path / "manifest.json").read_text())
-    assert content.pop("trials") == []
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
-    assert read_manifest(tmp_path) == manifest
+def test_an_image_is_drawn_by_each_engine(manifest: Manifest, tmp_path: Path) -> None:
+    selected = select_engines(tmp_path, "openvino")
+    assert [set(image.engines.values()) for image in selected.images] == [{"onnxruntime fp32"}, {"openvino fp32"}]
+    reference, other = selected.images
+    assert (reference.psnr_db, reference.ssim) == (None, 1.0)  # here it was drawn by the same graphs
+    assert other.psnr_db is None or other.psnr_db > 50
+    assert other.ssim > 0.999
+    assert all(image.passed for image in selected.images)
+
+
+def test_an_engine_that_draws_another_image_is_not_taken(manifest: Manifest, tmp_path: Path) -> None:
+    image = Image.open(tmp_path / manifest.reference.file.path)
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / manifest.reference.file.path)
+    drawn = describe_file(tmp_path, tmp_path / manifest.reference.file.path)
+    files = tuple(drawn if file == manifest.reference.file else file for file in manifest.files)
+    reference = msgspec.structs.replace(manifest.reference, file=drawn)
+    spoilt = msgspec.structs.replace(manifest, files=files, reference=reference)
+    write_manifest(tmp_path, spoilt)
+    with pytest.raises(
+        BundleError, match=r"does not run on openvino in fp32: it draws another image: PSNR \d+\.\d dB of 50 "
+    ):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == spoilt
 
 
 def test_the_list_of_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,9 @@ import onnx.parser
 from numpy.typing import NDArray
 
 from diffuserve.bundle import Manifest, describe_file, write_manifest
+from diffuserve.engines.local import LocalStages
+from diffuserve.pipeline import Completed, Pipeline
+from diffuserve.request import Limits, request_from_fields
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from tests.core.fakes import make_bundle
 
@@ -53,7 +57,7 @@ _GRAPHS = {
     }""",
 }
 _WEIGHTS = {
-    TEXT_ENCODER: {"embedding": (256, 5)},
+    TEXT_ENCODER: {"embedding": (4096, 5)},
     UNET: {"conv": (4, 4, 3, 3)},
     VAE_DECODER: {"rgb": (4, 3, 8, 8)},
     VAE_ENCODER: {"latents": (4, 3, 1, 1)},
@@ -81,4 +85,35 @@ def make_real_bundle(folder: Path) -> Manifest:
         components[stage] = msgspec.structs.replace(component, files=(describe_file(folder, path),))
     manifest = msgspec.structs.replace(manifest, components=components)
     write_manifest(folder, manifest)
+    _draw_reference(folder, manifest)
+    reference = manifest.reference.file
+    drawn = describe_file(folder, folder / reference.path)
+    manifest = msgspec.structs.replace(
+        manifest,
+        reference=msgspec.structs.replace(manifest.reference, file=drawn),
+        files=(*(each for each in manifest.files if each != reference), drawn),
+    )
+    write_manifest(folder, manifest)
     return manifest
+
+
+def _draw_reference(folder: Path, manifest: Manifest) -> None:
+    """By the graphs themselves, for want of a checkpoint."""
+    stages = LocalStages(folder, threads=1)
+    fields = {**msgspec.structs.asdict(manifest.reference), "format": "png"}
+    del fields["file"]
+    request = request_from_fields(fields, manifest.model, Limits.for_model(manifest.model))
+
+    async def draw() -> bytes:
+        pipeline = Pipeline(folder, stages)
+        try:
+            *_, completed = [event async for event in pipeline.generate(request)]
+        finally:
+            await pipeline.close()
+        assert isinstance(completed, Completed)
+        return completed.images[0]
+
+    try:
+        (folder / manifest.reference.file.path).write_bytes(asyncio.run(draw()))
+    finally:
+        stages.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from diffuserve.bundle import read_manifest, verify
 from diffuserve.errors import BundleError, CheckpointError
@@ -36,6 +37,12 @@ def test_manifest(tiny_bundle: Path, shared_checkpoint: Path) -> None:
     manifest = read_manifest(tiny_bundle)
     verify(tiny_bundle, manifest)
     assert manifest.source == "tiny"
+    [image] = manifest.images
+    assert set(image.engines.values()) == {"onnxruntime fp32"}
+    assert image.passed
+    assert (image.psnr_db is None or image.psnr_db > 50) and image.ssim > 0.999
+    drawn = Image.open(tiny_bundle / manifest.reference.file.path)
+    assert drawn.size == (manifest.reference.width, manifest.reference.height) == (96, 64)
     assert manifest.source_sha256 == open_checkpoint(shared_checkpoint).sha256
     assert {"python", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "diffuserve"} <= set(
         manifest.versions

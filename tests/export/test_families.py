@@ -23,7 +23,7 @@ from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.modules import modules_from_model
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import Prompts, parity_of_onnx
+from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.quiet import quiet
 from tests.export.tiny import WRITERS
 
@@ -277,8 +277,9 @@ def test_clip_skip_of_one_encoder(models: dict[str, tuple[Path, LoadedModel]], t
 
     tensors = checkpoint.tensors[TEXT_ENCODER]
     onnx_from_module(module, TEXT_ENCODER, tensors, checkpoint.spec, tmp_path / "model.onnx")
-    prompts = Prompts((model.tokenizer,), module, tensors)
-    parity_of_onnx(tmp_path / "model.onnx", module, TEXT_ENCODER, tensors, checkpoint.spec, prompts)
+    texts = random_input_ids((model.tokenizer,), tensors)
+    references = references_of(module, TEXT_ENCODER, tensors, checkpoint.spec, texts)
+    parity_of_onnx(tmp_path / "model.onnx", references, "text_encoder", tensors)
 
 
 def test_clip_skip_of_two_encoders(models: dict[str, tuple[Path, LoadedModel]]) -> None:

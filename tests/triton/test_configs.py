@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.bundle import read_manifest
+from diffuserve.engines import load_engine
 from diffuserve.errors import BundleError
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
 from diffuserve_export.assemble import repository_from_bundle
@@ -69,3 +70,16 @@ def test_assembling_again_repairs_and_leaves_nothing_aside(bundle: Path, tmp_pat
     read_placement(tmp_path / "unet" / "1")
     assert "spoiled" not in (tmp_path / "unet" / "config.pbtxt").read_text()
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_the_engine_has_stored_is_placed_too(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    component = read_manifest(copy).components["unet"]
+    load_engine(copy / component.files[0].path, component, threads=1)
+    [entry] = (copy / "unet").glob("*.onnxruntime")
+    placed = tmp_path / "repository" / "unet" / "1"
+    (placed / "another.onnxruntime").mkdir(parents=True)
+    repository_from_bundle(copy, tmp_path / "repository")
+    assert [each.name for each in placed.glob("*.onnxruntime")] == [entry.name]
+    (placed / "model.onnx").unlink()
+    load_engine(placed / "model.onnx", component, threads=1)
