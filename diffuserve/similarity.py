@@ -26,7 +26,7 @@ def ssim(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
     from skimage.metrics import structural_similarity
 
     return float(
-        structural_similarity(
+        structural_similarity(  # type: ignore[no-untyped-call]
             image,
             reference,
             channel_axis=2,

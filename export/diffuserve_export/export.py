@@ -38,12 +38,11 @@ from diffuserve_export.parity import parity_of_onnx, random_input_ids, reference
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.quiet import quiet
 from diffuserve_export.reference_image import reference_from_model
+from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
 _EXPORTER_REVISION = "3"
-# Graphs, tokenizers and manifest take this much beside the weights.
-_SPACE_BESIDE_WEIGHTS_BYTES = 100 << 20
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -77,7 +76,7 @@ def bundle_from_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is not supported or damaged, or the export differs from PyTorch.
-        BundleError: `output` is something other than a bundle, or cannot be written.
+        BundleError: `output` is something other than a bundle, or cannot be written; or there is too little memory.
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
@@ -86,26 +85,11 @@ def bundle_from_checkpoint(
         return output
     try:
         with staged(output) as folder:
-            check_space(folder, bundle_size_bytes(checkpoint))
+            check_room(checkpoint, folder)
             _write_bundle(checkpoint, folder, progress, strict)
     except OSError as error:
         raise BundleError(f"{output} cannot be written: {error}. No bundle was written.") from error
     return output
-
-
-def bundle_size_bytes(checkpoint: Checkpoint) -> int:
-    """About how large the bundle will be: every weight in fp32, once as exported and once as the engine stores it."""
-    return 2 * 4 * checkpoint.parameters + _SPACE_BESIDE_WEIGHTS_BYTES
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises BundleError if the disk of `folder` has less room than that."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise BundleError(
-            f"The bundle takes about {needed_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has "
-            f"{free_bytes / 1e9:.1f} GB left. Make room, or name an --output on another disk. No bundle was written."
-        )
 
 
 def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
