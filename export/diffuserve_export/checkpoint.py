@@ -9,6 +9,7 @@
         unet/config.json            and diffusion_pytorch_model.safetensors
         vae/config.json             and diffusion_pytorch_model.safetensors
         text_encoder_2/             and tokenizer_2/, in Stable Diffusion XL
+        safety_checker/             and feature_extractor/, mostly in Stable Diffusion 1.x
 
 Or a repository of that form on the Hugging Face hub; or one .safetensors file in the layout of the original code, which
 holds all weights and lacks the rest: configs and tokenizers then come from a second checkpoint.
@@ -27,12 +28,13 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import File, ModelSpec, describe_file, sha256_of_files
+from diffuserve.bundle import File, ImageProcessor, ModelSpec, describe_file, sha256_of_files
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
 from diffuserve_export.lora import Lora
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
+from diffuserve_export.safety import image_processor_from_configs
 from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
 
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -54,13 +56,24 @@ PIPELINES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "LatentConsistencyModelPipeline": _ONE_TEXT_ENCODER,
     "StableDiffusionXLPipeline": _TWO_TEXT_ENCODERS,
 }
-# Loaded by the pipeline, but none of its images depend on them.
-_IGNORED = ("safety_checker", "feature_extractor")
+# What a checkpoint may have besides; the second belongs to the first, and is ignored without it.
+_SAFETY: Mapping[str, tuple[str, ...]] = {
+    "safety_checker": ("StableDiffusionSafetyChecker",),
+    "feature_extractor": (
+        "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
+        "CLIPImageProcessorPil",
+        "CLIPFeatureExtractor",
+    ),
+}
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
+    "feature_extractor": "preprocessor_config.json",
 }
+# As model_index.json calls the modules of the classes; the last is where diffusers keeps its safety checker.
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Files beside the weights that are read.
 _TEXTS = (".json", ".txt")
 # What a pipeline makes of the scheduler's settings, whatever the checkpoint's file says.
@@ -80,6 +93,8 @@ class Checkpoint:
         weights: by component; empty for a single file.
         single_file: the file with all weights, or None.
         loras: fused into the weights, in this order.
+        image_processor: of the safety checker, None where there is none.
+        safety_checker_left_out: the folder has one that is not to be exported.
     """
 
     path: Path
@@ -90,6 +105,8 @@ class Checkpoint:
     weights: Mapping[str, Weights]
     single_file: Weights | None = None
     loras: tuple[Lora, ...] = ()
+    image_processor: ImageProcessor | None = None
+    safety_checker_left_out: bool = False
 
     @property
     def parameters(self) -> int:
@@ -128,6 +145,7 @@ def open_checkpoint(
     config: Path | None = None,
     loras: tuple[Lora, ...] = (),
     clip_skip: int = 0,
+    safety_checker: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
@@ -140,6 +158,7 @@ def open_checkpoint(
             tokenizers are read; None takes those that diffusers takes for such a file, from the hub.
         loras: to fuse into the weights.
         clip_skip: layers of the text encoders to leave out, in diffusers' meaning.
+        safety_checker: whether to take the one that the checkpoint may have. A single file has none.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
             7.5 and dpmpp_2m.
 
@@ -150,6 +169,11 @@ def open_checkpoint(
     index = _read_json(folder / "model_index.json")
     pipeline = _pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
+    # The default is that of StableDiffusionXLPipeline, which alone has the setting.
+    zero_empty_negative = parts is _TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True))
+    has_safety_checker = single_file is None and _names(index, "safety_checker")
+    if has_safety_checker and safety_checker:
+        parts = {**parts, **_SAFETY}
     _check_components(folder, index, parts)
     configs = {part: _read_json(folder / part / _CONFIG_NAMES.get(part, "config.json")) for part in parts}
     configs["scheduler"] |= _PIPELINE_SCHEDULER_SETTINGS.get(pipeline, {})
@@ -162,12 +186,23 @@ def open_checkpoint(
         configs,
         defaults,
         clip_skip=clip_skip,
-        # The default is that of StableDiffusionXLPipeline, which alone has the setting.
-        zero_empty_negative=parts is _TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_empty_negative=zero_empty_negative,
     )
     weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
-    tensors = stage_specs_from_configs(spec, configs)
-    return Checkpoint(folder, pipeline, spec, tensors, configs, weights, single_file, loras)
+    image_processor = image_processor_from_configs(name, configs) if "safety_checker" in configs else None
+    tensors = stage_specs_from_configs(spec, configs, image_processor)
+    return Checkpoint(
+        folder,
+        pipeline,
+        spec,
+        tensors,
+        configs,
+        weights,
+        single_file,
+        loras,
+        image_processor=image_processor,
+        safety_checker_left_out=has_safety_checker and not safety_checker,
+    )
 
 
 def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
@@ -235,9 +270,16 @@ def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> str:
     return str(pipeline)
 
 
+def _names(index: Mapping[str, Any], part: str) -> bool:
+    """Whether model_index.json names a component; what a pipeline can do without may be named [null, null]."""
+    return bool(index.get(part)) and index[part] != [None, None]
+
+
 def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]]) -> None:
     for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list) or part in _IGNORED or entry == [None, None]:
+        if part.startswith("_") or not isinstance(entry, list) or not _names(index, part):
+            continue
+        if part in _SAFETY and part not in parts:
             continue
         if part not in parts:
             raise CheckpointError(
@@ -245,16 +287,17 @@ def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str
                 f"Supported: {', '.join(parts)}."
             )
         classes = parts[part]
-        if entry[0] not in ("diffusers", "transformers") or (classes and entry[1] not in classes):
+        if entry[0] not in _LIBRARIES or (classes and entry[1] not in classes):
             raise CheckpointError(
                 f"{folder}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
                 f"{', '.join(classes) or 'the schedulers of diffusers'}; a checkpoint's own code is never run."
             )
     for part in parts:
-        if not index.get(part) or index[part] == [None, None] or not (folder / part).is_dir():
+        if not _names(index, part) or not (folder / part).is_dir():
+            leave_out = " Or leave the safety checker out: --no-safety-checker." if part in _SAFETY else ""
             raise CheckpointError(
                 f"{folder} lacks the component {part}: it must be named in model_index.json and have a folder of that "
-                f"name. Needed: {', '.join(parts)}. Download or save the checkpoint again."
+                f"name. Needed: {', '.join(parts)}. Download or save the checkpoint again.{leave_out}"
             )
 
 

@@ -26,7 +26,7 @@ from diffuserve.bundle import (
     write_manifest,
 )
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
+from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.onnx import onnx_from_module
@@ -106,6 +106,7 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
             manifest.format_version == FORMAT_VERSION
             and manifest.model == checkpoint.spec
             and manifest.source == checkpoint.source
+            and manifest.safety_checker_left_out == checkpoint.safety_checker_left_out
             and manifest.versions == _versions()
             and manifest.source_sha256 == checkpoint.sha256
         ):
@@ -130,7 +131,7 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
     modules = modules_from_model(model, spec)
     prompts = Prompts(tuple(model.tokenizers.values()), modules[TEXT_ENCODER], tensors[TEXT_ENCODER])
     components = {}
-    for stage in STAGES:
+    for stage in tensors:
         path = folder / stage / "model.onnx"
         path.parent.mkdir()
         with progress(f"export {stage}"):
@@ -164,6 +165,8 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         ),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
+        image_processor=checkpoint.image_processor,
+        safety_checker_left_out=checkpoint.safety_checker_left_out,
     )
     write_manifest(folder, manifest)
 

@@ -13,6 +13,7 @@ from diffuserve_export.quiet import hide_progress_bars, quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -29,6 +30,7 @@ class LoadedModel:
     vae: AutoencoderKL
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
+    safety_checker: StableDiffusionSafetyChecker | None = None
 
     @property
     def tokenizers(self) -> dict[str, CLIPTokenizer]:
@@ -63,6 +65,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
 
 def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from diffuserve_export.single_file import parts_of_single_file
@@ -72,6 +75,7 @@ def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[st
         "text_encoder_2": CLIPTextModelWithProjection,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
+        "safety_checker": StableDiffusionSafetyChecker,
     }
     if checkpoint.single_file:
         (file,) = checkpoint.single_file.files

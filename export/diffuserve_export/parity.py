@@ -16,7 +16,9 @@ from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import (
+    CLIP_INPUT,
     ENCODER_HIDDEN_STATES,
+    SAFETY_CHECKER,
     TEXT_ENCODER,
     TIME_IDS,
     TIMESTEP_COND,
@@ -68,7 +70,7 @@ def parity_of_onnx(
     Args:
         path: the stage's .onnx file.
         module: what it was exported from.
-        stage: one of `diffuserve.tensors.STAGES`.
+        stage: a name of `diffuserve.tensors`.
         tensors: the stage's.
         spec: the model's.
         prompts: to compare on.
@@ -129,6 +131,10 @@ def _inputs(stage: str, tensors: StageSpec, spec: ModelSpec, prompts: Prompts) -
     rng = np.random.default_rng(0)
     if stage == TEXT_ENCODER:
         yield from (prompts.input_ids(rng, batch) for batch in (1, 2, 5))
+        return
+    if stage == SAFETY_CHECKER:
+        shape = tensors.inputs[0].dims
+        yield from ({CLIP_INPUT: rng.standard_normal((batch, *shape), dtype=np.float32)} for batch in (1, 2, 5))
         return
     factor = spec.vae_scale_factor
     for case, (batch, height, width) in enumerate(_sizes(spec)):

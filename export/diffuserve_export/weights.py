@@ -21,6 +21,7 @@ STEMS: Mapping[str, str] = {
     "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "safety_checker": "model",
 }
 _VARIANTS = (None, "fp16")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
