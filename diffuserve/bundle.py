@@ -105,6 +105,14 @@ class ImageProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: tuple[float, float, float]
 
 
+class FusedLora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA in the weights: its file's name without suffix, how strongly it was applied, and its SHA-256 in hex."""
+
+    name: str
+    scale: float
+    sha256: str
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What requests to this model are measured by.
 
@@ -140,7 +148,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components;
     `image_processor` belongs to the component safety_checker, None where there is none;
-    `safety_checker_left_out`: the checkpoint has one, and whoever exported it chose to go without."""
+    `safety_checker_left_out`: the checkpoint has one, and whoever exported it chose to go without;
+    `loras` are fused into the weights, in this order."""
 
     format_version: int
     model: ModelSpec
@@ -157,6 +166,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trials: tuple[Trial, ...] = ()
     image_processor: ImageProcessor | None = None
     safety_checker_left_out: bool = False
+    loras: tuple[FusedLora, ...] = ()
 
     def __post_init__(self) -> None:
         if self.has_safety_checker != (self.image_processor is not None):

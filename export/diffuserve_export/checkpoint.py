@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import File, ImageProcessor, ModelSpec, describe_file, sha256_of_files
+from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of, sha256_of_files
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
@@ -120,6 +120,11 @@ class Checkpoint:
         return " + ".join([self.spec.name, *map(str, self.loras)])
 
     @cached_property
+    def fused_loras(self) -> tuple[FusedLora, ...]:
+        """The LoRAs as the manifest names them."""
+        return tuple(FusedLora(lora.path.stem, lora.scale, sha256_of(lora.path)) for lora in self.loras)
+
+    @cached_property
     def sha256(self) -> str:
         """Identifies everything that an export reads: configs, tokenizer, weights and LoRAs."""
         texts = [file for part in self.configs for file in (self.path / part).iterdir() if file.suffix in _TEXTS]
@@ -128,9 +133,8 @@ class Checkpoint:
         weights = [file for part in self.weights.values() for file in part.files]
         files = [describe_file(self.path, file) for file in {*texts, *weights}]
         files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
-        for position, lora in enumerate(self.loras):
-            described = describe_file(lora.path.parent, lora.path)
-            files.append(File(f"lora {position} {lora.scale!r}", described.size_bytes, described.sha256))
+        for position, (lora, fused) in enumerate(zip(self.loras, self.fused_loras, strict=True)):
+            files.append(File(f"lora {position} {lora.scale!r}", lora.path.stat().st_size, fused.sha256))
         return sha256_of_files(files)
 
 

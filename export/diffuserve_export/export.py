@@ -108,6 +108,7 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
             and manifest.source == checkpoint.source
             and manifest.safety_checker_left_out == checkpoint.safety_checker_left_out
             and manifest.versions == _versions()
+            and manifest.loras == checkpoint.fused_loras
             and manifest.source_sha256 == checkpoint.sha256
         ):
             verify(output, manifest)
@@ -167,6 +168,7 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
         versions=_versions(),
         image_processor=checkpoint.image_processor,
         safety_checker_left_out=checkpoint.safety_checker_left_out,
+        loras=checkpoint.fused_loras,
     )
     write_manifest(folder, manifest)
 

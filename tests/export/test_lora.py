@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) ->
     assert_fused(load(shared_checkpoint, *loras), plain, [(first, {}, 1.0), (second, {}, -0.25)])
     opened = open_checkpoint(shared_checkpoint, loras=loras)
     assert opened.source == "tiny + a.safetensors:1 + b.safetensors:-0.25"
+    assert [(lora.name, lora.scale) for lora in opened.fused_loras] == [("a", 1.0), ("b", -0.25)]
+    assert opened.fused_loras[0].sha256 == hashlib.sha256(opened.loras[0].path.read_bytes()).hexdigest()
 
 
 def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
