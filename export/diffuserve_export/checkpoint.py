@@ -266,12 +266,12 @@ def _folder(path: Path, *, weights: bool) -> Path:
 
 def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> str:
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise CheckpointError(
             f"{folder} is a {pipeline}, which is not supported. Supported: {', '.join(PIPELINES)} "
             "(Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models)."
         )
-    return str(pipeline)
+    return pipeline
 
 
 def _names(index: Mapping[str, Any], part: str) -> bool:
@@ -291,7 +291,7 @@ def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str
                 f"Supported: {', '.join(parts)}."
             )
         classes = parts[part]
-        if entry[0] not in _LIBRARIES or (classes and entry[1] not in classes):
+        if len(entry) != 2 or entry[0] not in _LIBRARIES or (classes and entry[1] not in classes):
             raise CheckpointError(
                 f"{folder}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
                 f"{', '.join(classes) or 'the schedulers of diffusers'}; a checkpoint's own code is never run."
@@ -320,5 +320,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Download or save the checkpoint again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}. Download or save the checkpoint again.") from error

@@ -95,6 +95,12 @@ def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
         )
     except Exception as error:  # each library raises errors of its own, up to RuntimeError for wrong shapes
         raise CheckpointError(f"{folder} cannot be loaded: {error}. Download or save the checkpoint again.") from error
+    # A text encoder may be shortened by its config alone, and its file keep what is left out. Of others nothing may be.
+    if folder.name in ("unet", "vae") and (extra := sorted(map(str, info["unexpected_keys"]))):
+        raise CheckpointError(
+            f"{folder}: its config.json does not describe {len(extra)} of the weights in its file: {', '.join(extra[:3])} "
+            "... They do not belong together; save the checkpoint again."
+        )
     # transformers would fill these with random numbers.
     if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise CheckpointError(
@@ -105,6 +111,11 @@ def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    # Without either transformers would make a tokenizer that knows no words.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt. Download or save the checkpoint again."
+        )
     try:
         return tokenizer_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:

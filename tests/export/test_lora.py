@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.lora import Lora, lora_from_text
 from tests.export.tiny import write_sdxl_checkpoint
@@ -187,7 +188,8 @@ def second_text_encoder(path: Path) -> Path:
 def test_of_another_base_model(write: Any, shared_checkpoint: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "style.safetensors")
     with pytest.raises(CheckpointError, match=r"style.safetensors does not fit this checkpoint.*text width of 32"):
-        load(shared_checkpoint, Lora(path, 1.0))
+        bundle_from_checkpoint(open_checkpoint(shared_checkpoint, loras=(Lora(path, 1.0),)), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_lora_at_all(shared_checkpoint: Path) -> None:

@@ -105,3 +105,11 @@ def test_a_folder_that_was_not_assembled_is_left_alone(tmp_path: Path) -> None:
     mine.mkdir(parents=True)
     repository_from_bundle(tmp_path / "plain", tmp_path / "repository")
     assert mine.is_dir()
+
+
+def test_a_bundle_of_a_newer_version_is_not_assembled(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle", format_version=99)
+    result = CliRunner().invoke(command, [str(tmp_path / "bundle"), "--output", str(tmp_path / "repository")])
+    assert isinstance(result.exception, BundleError)
+    assert "has format version 99, and this diffuserve reads up to" in str(result.exception)
+    assert not (tmp_path / "repository").exists()
