@@ -33,47 +33,24 @@ from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
 from diffuserve_export.lora import Lora
+from diffuserve_export.model_index import (
+    PIPELINES,
+    SAFETY_PARTS,
+    TWO_TEXT_ENCODERS,
+    check_components,
+    names_part,
+    pipeline_of,
+)
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
 from diffuserve_export.safety import image_processor_from_configs
 from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
 
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_ONE_TEXT_ENCODER: Mapping[str, tuple[str, ...]] = {
-    "scheduler": (),  # any: only its settings are read, and those are checked
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": _TOKENIZERS,
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-_TWO_TEXT_ENCODERS = {
-    **_ONE_TEXT_ENCODER,
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer_2": _TOKENIZERS,
-}
-# Pipeline: its components, and the classes that each may have, as model_index.json names them.
-PIPELINES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": _ONE_TEXT_ENCODER,
-    "LatentConsistencyModelPipeline": _ONE_TEXT_ENCODER,
-    "StableDiffusionXLPipeline": _TWO_TEXT_ENCODERS,
-}
-# What a checkpoint may have besides; the second belongs to the first, and is ignored without it.
-_SAFETY: Mapping[str, tuple[str, ...]] = {
-    "safety_checker": ("StableDiffusionSafetyChecker",),
-    "feature_extractor": (
-        "CLIPImageProcessor",
-        "CLIPImageProcessorFast",
-        "CLIPImageProcessorPil",
-        "CLIPFeatureExtractor",
-    ),
-}
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
     "feature_extractor": "preprocessor_config.json",
 }
-# As model_index.json calls the modules of the classes; the last is where diffusers keeps its safety checker.
-_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Files beside the weights that are read.
 _TEXTS = (".json", ".txt")
 # What a pipeline makes of the scheduler's settings, whatever the checkpoint's file says.
@@ -86,7 +63,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder with the configs.
-        pipeline: diffusers' class, a key of `PIPELINES`.
+        pipeline: diffusers' class, a key of `diffuserve_export.model_index.PIPELINES`.
         spec: what requests to the model are measured by.
         tensors: those of each stage.
         configs: by component; the scheduler's with the settings that the pipeline gives it.
@@ -171,14 +148,14 @@ def open_checkpoint(
     """
     name, folder, single_file = _locate(path, config)
     index = _read_json(folder / "model_index.json")
-    pipeline = _pipeline_of(folder, index)
+    pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
     # The default is that of StableDiffusionXLPipeline, which alone has the setting.
-    zero_empty_negative = parts is _TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True))
-    has_safety_checker = single_file is None and _names(index, "safety_checker")
+    zero_empty_negative = parts is TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True))
+    has_safety_checker = single_file is None and names_part(index, "safety_checker")
     if has_safety_checker and safety_checker:
-        parts = {**parts, **_SAFETY}
-    _check_components(folder, index, parts)
+        parts = {**parts, **SAFETY_PARTS}
+    check_components(folder, index, parts)
     configs = {part: _read_json(folder / part / _CONFIG_NAMES.get(part, "config.json")) for part in parts}
     configs["scheduler"] |= _PIPELINE_SCHEDULER_SETTINGS.get(pipeline, {})
     given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
@@ -262,47 +239,6 @@ def _folder(path: Path, *, weights: bool) -> Path:
             "save_pretrained() wrote, or a single .safetensors file."
         )
     return path
-
-
-def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> str:
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise CheckpointError(
-            f"{folder} is a {pipeline}, which is not supported. Supported: {', '.join(PIPELINES)} "
-            "(Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models)."
-        )
-    return pipeline
-
-
-def _names(index: Mapping[str, Any], part: str) -> bool:
-    """Whether model_index.json names a component; what a pipeline can do without may be named [null, null]."""
-    return bool(index.get(part)) and index[part] != [None, None]
-
-
-def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]]) -> None:
-    for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list) or not _names(index, part):
-            continue
-        if part in _SAFETY and part not in parts:
-            continue
-        if part not in parts:
-            raise CheckpointError(
-                f"{folder} has the component {part} ({entry[-1]}), which is not supported. "
-                f"Supported: {', '.join(parts)}."
-            )
-        classes = parts[part]
-        if len(entry) != 2 or entry[0] not in _LIBRARIES or (classes and entry[1] not in classes):
-            raise CheckpointError(
-                f"{folder}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
-                f"{', '.join(classes) or 'the schedulers of diffusers'}; a checkpoint's own code is never run."
-            )
-    for part in parts:
-        if not _names(index, part) or not (folder / part).is_dir():
-            leave_out = " Or leave the safety checker out: --no-safety-checker." if part in _SAFETY else ""
-            raise CheckpointError(
-                f"{folder} lacks the component {part}: it must be named in model_index.json and have a folder of that "
-                f"name. Needed: {', '.join(parts)}. Download or save the checkpoint again.{leave_out}"
-            )
 
 
 def _read_defaults(folder: Path) -> Defaults:
