@@ -6,6 +6,7 @@ tiny-emoji/
     unet/model.onnx
     vae_decoder/model.onnx
     vae_encoder/model.onnx
+    safety_checker/model.onnx   where the checkpoint has one
     reference.png               what diffusers itself draws, to compare with
     tokenizer/tokenizer.json
     scheduler/scheduler_config.json
@@ -22,7 +23,7 @@ import msgspec
 
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
-from diffuserve.tensors import StageSpec
+from diffuserve.tensors import SAFETY_CHECKER, StageSpec
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -124,6 +125,30 @@ class ImageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"PSNR {self.psnr_db:.1f} dB of {self.min_psnr_db:g} asked for, SSIM {self.ssim:.5f}"
 
 
+class ImageProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image is prepared for the safety checker, as the checkpoint's feature_extractor says.
+
+    It is resized until its shorter side has `shortest_edge_px`, with Pillow's filter number `resample`; of that the
+    square of `crop_px` in the middle is taken; each level of 0..255 is multiplied by `rescale_factor`, and `mean` and
+    `std` of red, green and blue are subtracted and divided by.
+    """
+
+    shortest_edge_px: int
+    crop_px: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class FusedLora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA in the weights: its file's name without suffix, how strongly it was applied, and its SHA-256 in hex."""
+
+    name: str
+    scale: float
+    sha256: str
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What requests to this model are measured by.
 
@@ -158,7 +183,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `images`: the reference image as drawn on ONNX Runtime in fp32, and on whatever `diffuserve engines --select` has tried;
     `trials`: what led to the components' engines, if that has chosen them;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
-    `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
+    `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components;
+    `image_processor` belongs to the component safety_checker, None where there is none;
+    `safety_checker_left_out`: the checkpoint has one, and whoever exported it chose to go without;
+    `loras` are fused into the weights, in this order."""
 
     format_version: int
     model: ModelSpec
@@ -175,6 +203,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: str
     versions: dict[str, str]
     trials: tuple[Trial, ...] = ()
+    image_processor: ImageProcessor | None = None
+    safety_checker_left_out: bool = False
+    loras: tuple[FusedLora, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.has_safety_checker != (self.image_processor is not None):
+            raise ValueError("a safety checker and an image_processor belong together, and one of them is missing")
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether every image of this bundle is checked before it is returned."""
+        return SAFETY_CHECKER in self.components
 
     def all_files(self) -> tuple[File, ...]:
         """Every file of the bundle but the manifest."""

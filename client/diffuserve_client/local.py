@@ -108,6 +108,7 @@ class LocalClient:
                     yield Result(
                         encoded=list(event.images),
                         format=request.format,
+                        flagged=list(event.flagged),
                         seeds=list(event.seeds),
                         width=request.width,
                         height=request.height,

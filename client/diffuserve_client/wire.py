@@ -89,6 +89,7 @@ def event_from_response(response: service_pb2.ModelInferResponse, *, format: str
             return Result(
                 encoded=values["image"],
                 format=format,
+                flagged=values["flagged"],
                 seeds=values["seed"],
                 width=values["width"][0],
                 height=values["height"][0],

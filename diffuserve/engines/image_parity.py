@@ -20,8 +20,8 @@ from diffuserve.engines.tolerance import min_image_psnr_db
 from diffuserve.pipeline import Completed, Pipeline
 from diffuserve.request import Limits, request_from_fields
 from diffuserve.similarity import psnr_db, ssim
-from diffuserve.stages import Engine
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.stages import Engine, Float32
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
 _DRAWING = (TEXT_ENCODER, UNET, VAE_DECODER)
 
@@ -39,9 +39,7 @@ def image_parity(bundle: Path, manifest: Manifest, components: Mapping[str, Comp
         StageFailed: an engine fails.
     """
     reference = np.asarray(Image.open(bundle / manifest.reference.file.path).convert("RGB"))
-    image = asyncio.run(
-        _draw(bundle, manifest, _OneEngineAtATime(bundle, {stage: components[stage] for stage in _DRAWING}))
-    )
+    image = draw_reference(bundle, manifest, components)
     psnr = psnr_db(image, reference)
     return ImageParity(
         engines=_engines_of(components),
@@ -60,11 +58,16 @@ def _engines_of(components: Mapping[str, Component]) -> dict[str, str]:
     return {stage: f"{components[stage].engine} {components[stage].precision}" for stage in _DRAWING}
 
 
-async def _draw(bundle: Path, manifest: Manifest, engines: Mapping[str, Engine]) -> NDArray[np.uint8]:
-    """Returns (H, W, 3) uint8."""
+def draw_reference(bundle: Path, manifest: Manifest, components: Mapping[str, Component]) -> NDArray[np.uint8]:
+    """The image that the reference image's request gives, (H, W, 3) uint8; arguments and errors as `image_parity`."""
+    concepts = components[SAFETY_CHECKER].tensors.outputs[0].dims[0] if SAFETY_CHECKER in components else 0
+    drawing = {stage: components[stage] for stage in _DRAWING}
+    return asyncio.run(_draw(bundle, manifest, _Unchecked(_OneEngineAtATime(bundle, drawing), concepts)))
+
+
+async def _draw(bundle: Path, manifest: Manifest, stages: _Unchecked) -> NDArray[np.uint8]:
     fields: dict[str, Any] = msgspec.structs.asdict(manifest.reference)
     del fields["file"]
-    stages = EngineStages(engines)
     pipeline = Pipeline(bundle, stages)
     try:
         request = request_from_fields(fields, manifest.model, Limits.for_model(manifest.model))
@@ -76,6 +79,17 @@ async def _draw(bundle: Path, manifest: Manifest, engines: Mapping[str, Engine])
     finally:
         await pipeline.close()
         stages.close()
+
+
+class _Unchecked(EngineStages):
+    """Engines without the safety checker: compared is what is drawn, not whether it may be shown."""
+
+    def __init__(self, engines: Mapping[str, Engine], concepts: int) -> None:
+        super().__init__(engines)
+        self._concepts = concepts
+
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        return np.full((len(clip_input), self._concepts), -1, np.float32)
 
 
 class _OneEngineAtATime(Mapping[str, Engine]):

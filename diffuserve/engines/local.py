@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from diffuserve.bundle import read_manifest, verify
 from diffuserve.engines import load_engine
 from diffuserve.stages import Conditioning, Engine, Float32
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
 
 class EngineStages:
@@ -36,6 +36,11 @@ class EngineStages:
         outputs = await self._run(VAE_DECODER, lambda engine: engine({"latent_sample": latent_sample}))
         image: NDArray[np.uint8] = outputs["image"]
         return image
+
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        outputs = await self._run(SAFETY_CHECKER, lambda engine: engine({CLIP_INPUT: clip_input}))
+        scores: Float32 = outputs[CONCEPT_SCORES]
+        return scores
 
     def close(self) -> None:
         """Ends the threads once their calls have returned."""
@@ -61,6 +66,7 @@ class LocalStages(EngineStages):
         super().__init__(
             {
                 name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
-                for name in (TEXT_ENCODER, UNET, VAE_DECODER)
+                for name in (TEXT_ENCODER, UNET, VAE_DECODER, SAFETY_CHECKER)
+                if name in manifest.components
             }
         )

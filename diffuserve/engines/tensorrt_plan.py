@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 
 from diffuserve.bundle import ModelSpec
+from diffuserve.decoding import MAX_DECODE_BATCH
 from diffuserve.engines.example import native_dims
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 from diffuserve.request import Limits
-from diffuserve.tensors import StageSpec, TensorSpec
+from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
 
 SUFFIX = ".plan"
 # Batch sizes that get a profile of their own at the native size, with kernels chosen for exactly that shape.
@@ -40,10 +41,8 @@ Profile = dict[str, ShapeRange]
 def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
     """What a plan is built for: first each of the usual batches at the native size, last any batch, image size and
     length of a prompt that the server's limits allow."""
-    from diffuserve.pipeline import MAX_DECODE_BATCH
-
     limits = Limits.for_model(model)
-    has_images = any(spec.dims[-1] == 3 for spec in (*tensors.inputs, *tensors.outputs))
+    has_images = any(spec.dims[-1] == 3 or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
     most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
     batches = [batch for batch in _STATIC_BATCHES if batch <= most_rows]
     least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple

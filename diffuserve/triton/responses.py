@@ -34,6 +34,7 @@ def tensors_from_event(event: Event, request: TextToImageRequest) -> dict[str, N
             "step": [request.steps],
             "steps": [request.steps],
             "image": _encoded(event.images, request),
+            "flagged": event.flagged,
             "seed": event.seeds,
             "width": [request.width],
             "height": [request.height],

@@ -20,6 +20,8 @@ from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
+from diffuserve.safety import refuse_without_safety_checker
+from diffuserve.tensors import SAFETY_CHECKER
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
@@ -30,7 +32,8 @@ def repository_from_bundle(
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
-    Other folders of `output` are left alone, but Triton takes each of them for a model.
+    A safety checker that an earlier bundle had and this one lacks is removed. Other folders of `output` are left alone,
+    but Triton takes each of them for a model.
 
     Args:
         bundle: its folder.
@@ -39,9 +42,12 @@ def repository_from_bundle(
         backend: of Triton, for the stages; one of `diffuserve_export.triton_backends.BACKENDS`.
 
     Raises:
-        BundleError: the bundle is damaged, the backend does not run one of its engines, or `output` cannot be written.
+        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
+            one of its engines, or `output` cannot be written.
     """
     manifest = read_manifest(bundle)
+    if serving is not None and serving.require_safety_checker:
+        refuse_without_safety_checker(manifest)
     verify(bundle, manifest)
     try:
         for name, config in configs_from_manifest(manifest, serving, backend).items():
@@ -70,6 +76,9 @@ def repository_from_bundle(
                 placed = [_place(bundle / path, folder / path) for path in names]
             files = tuple(place_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
+        earlier = output / SAFETY_CHECKER
+        if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():
+            shutil.rmtree(earlier)
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error
     return manifest

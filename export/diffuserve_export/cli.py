@@ -43,6 +43,11 @@ _BUNDLES = Path("model_store/bundles")
     help="Layers of the text encoders to leave out, in diffusers' meaning.  [default: 0]",
 )
 @click.option(
+    "--no-safety-checker",
+    is_flag=True,
+    help="Leave out the checkpoint's safety checker, so that no image is checked. The bundle's manifest says so.",
+)
+@click.option(
     "--steps",
     type=click.IntRange(min=1),
     help="Default of requests that name none.  [default: the checkpoint's diffuserve.json, else 20]",
@@ -71,6 +76,7 @@ def command(
     config: Path | None,
     loras: tuple[str, ...],
     clip_skip: int,
+    no_safety_checker: bool,
     steps: int | None,
     guidance_scale: float | None,
     sampler: str | None,
@@ -103,6 +109,7 @@ def command(
         config=config,
         loras=tuple(map(lora_from_text, loras)),
         clip_skip=clip_skip,
+        safety_checker=not no_safety_checker,
         steps=steps,
         guidance_scale=guidance_scale,
         sampler=sampler,

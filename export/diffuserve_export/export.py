@@ -30,7 +30,7 @@ from diffuserve.bundle import (
 )
 from diffuserve.engines.image_parity import image_parity
 from diffuserve.errors import BundleError, CheckpointError
-from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
+from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.onnx import onnx_from_module
@@ -42,7 +42,7 @@ from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "3"
+_EXPORTER_REVISION = "4"
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -100,7 +100,9 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
             manifest.format_version == FORMAT_VERSION
             and manifest.model == checkpoint.spec
             and manifest.source == checkpoint.source
+            and manifest.safety_checker_left_out == checkpoint.safety_checker_left_out
             and manifest.versions == _versions()
+            and manifest.loras == checkpoint.fused_loras
             and manifest.source_sha256 == checkpoint.sha256
         ):
             verify(output, manifest)
@@ -132,7 +134,7 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
     modules = modules_from_model(model, spec)
     del model
     components = {}
-    for stage in STAGES:
+    for stage in tensors:
         path = folder / stage / "model.onnx"
         path.parent.mkdir()
         with progress(f"export {stage}"):
@@ -173,6 +175,9 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
         ),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
+        image_processor=checkpoint.image_processor,
+        safety_checker_left_out=checkpoint.safety_checker_left_out,
+        loras=checkpoint.fused_loras,
     )
     write_manifest(folder, manifest)
     with progress("compare images"):

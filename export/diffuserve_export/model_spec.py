@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle import ImageProcessor, ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import SAMPLERS, sampler_from_config
@@ -83,14 +83,18 @@ def model_spec_from_configs(
     return spec
 
 
-def stage_specs_from_configs(spec: ModelSpec, configs: Mapping[str, dict[str, Any]]) -> dict[str, StageSpec]:
-    """The tensors of each stage: what the UNet is conditioned on depends on the family."""
+def stage_specs_from_configs(
+    spec: ModelSpec, configs: Mapping[str, dict[str, Any]], image_processor: ImageProcessor | None
+) -> dict[str, StageSpec]:
+    """The tensors of each stage: what the UNet is conditioned on depends on the family, and `image_processor` is the
+    safety checker's."""
     return stage_specs(
         max_tokens=spec.max_tokens,
         hidden_size=spec.hidden_size,
         latent_channels=spec.latent_channels,
         pooled_size=int(configs["text_encoder_2"]["projection_dim"]) if _is_xl(configs) else 0,
         guidance_size=int(configs["unet"].get("time_cond_proj_dim") or 0),
+        checked_px=image_processor.crop_px if image_processor else 0,
     )
 
 

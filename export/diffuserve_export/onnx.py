@@ -26,7 +26,7 @@ def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: Mo
 
     Args:
         module: the stage's, of `modules_from_model`.
-        stage: one of `diffuserve.tensors.STAGES`.
+        stage: a name of `diffuserve.tensors`.
         tensors: the stage's.
         spec: the model's.
         path: the .onnx file; its folder exists.

@@ -20,7 +20,9 @@ from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import (
+    CLIP_INPUT,
     ENCODER_HIDDEN_STATES,
+    SAFETY_CHECKER,
     TEXT_ENCODER,
     TIME_IDS,
     TIMESTEP_COND,
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[Any]]
 
 
-# Rows of the comparisons; the last is the largest.
-_TEXT_BATCHES = (1, 2, 5)
+# Rows of the comparisons of what has one size only; the last is the largest.
+_BATCHES = (1, 2, 5)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def random_input_ids(tokenizers: Sequence[Any], tensors: StageSpec) -> Arrays:
     """
     rng = np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyz  ")
-    texts = ["".join(rng.choice(letters, rng.integers(1, 200))) for _ in range(_TEXT_BATCHES[-1])]
+    texts = ["".join(rng.choice(letters, rng.integers(1, 200))) for _ in range(_BATCHES[-1])]
     return {
         tensor.name: tokenizer(
             texts, padding="max_length", truncation=True, max_length=tensor.dims[0], return_tensors="np"
@@ -74,7 +76,7 @@ def references_of(
 
     Args:
         module: the stage's.
-        stage: one of `diffuserve.tensors.STAGES`.
+        stage: a name of `diffuserve.tensors`.
         tensors: the stage's.
         spec: the model's.
         texts: for the text encoder `random_input_ids`, for the UNet what the text encoder makes of them; (B, ...) by
@@ -150,7 +152,11 @@ def _inputs(stage: str, tensors: StageSpec, spec: ModelSpec, texts: Arrays) -> I
     """The inputs to compare on, the native size first."""
     rng = np.random.default_rng(0)
     if stage == TEXT_ENCODER:
-        yield from (_first_rows(texts, batch) for batch in _TEXT_BATCHES)
+        yield from (_first_rows(texts, batch) for batch in _BATCHES)
+        return
+    if stage == SAFETY_CHECKER:
+        shape = tensors.inputs[0].dims
+        yield from ({CLIP_INPUT: rng.standard_normal((batch, *shape), dtype=np.float32)} for batch in _BATCHES)
         return
     factor = spec.vae_scale_factor
     for case, (batch, height, width) in enumerate(_sizes(spec)):

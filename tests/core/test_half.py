@@ -16,8 +16,7 @@ from diffuserve.engines.example import example_inputs
 from diffuserve.engines.half import half_from_onnx
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES
-from tests.core.tiny_graphs import make_real_bundle
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
 def convert(text: str, path: Path, **weights: NDArray[Any]) -> onnx.ModelProto:

@@ -18,8 +18,8 @@ from diffuserve.engines import load_engine, processor
 from diffuserve.engines.compiled_cache import cache_folders
 from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, UNET, VAE_DECODER
-from tests.core.tiny_graphs import make_real_bundle
+from diffuserve.tensors import UNET, VAE_DECODER
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 RNG = np.random.default_rng(3)
 

@@ -17,9 +17,9 @@ from diffuserve.engines.tensorrt_plan import check_plan, plan_path, profiles
 from diffuserve.engines.trials import select_engines
 from diffuserve.errors import BundleError
 from diffuserve.request import Limits
-from diffuserve.tensors import STAGES, UNET
+from diffuserve.tensors import UNET
 from tests.core.fakes import MODEL
-from tests.core.tiny_graphs import make_real_bundle
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
 @pytest.fixture

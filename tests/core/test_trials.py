@@ -19,8 +19,8 @@ from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.trials import fastest, select_engines, ways_to_try
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, UNET
-from tests.core.tiny_graphs import make_real_bundle
+from diffuserve.tensors import UNET
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ def test_manifest(tiny_bundle: Path, shared_checkpoint: Path) -> None:
     assert image.passed
     assert image.psnr_db is None or image.psnr_db > 50
     assert image.ssim > 0.999
-    drawn = Image.open(tiny_bundle / manifest.reference.file.path)
-    assert drawn.size == (manifest.reference.width, manifest.reference.height) == (96, 64)
+    with Image.open(tiny_bundle / manifest.reference.file.path) as drawn:
+        assert drawn.size == (manifest.reference.width, manifest.reference.height) == (96, 64)
     assert manifest.source_sha256 == open_checkpoint(shared_checkpoint).sha256
     assert {"python", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "diffuserve"} <= set(
         manifest.versions
