@@ -12,22 +12,23 @@ from diffuserve.errors import BundleError
 
 CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+# Left alone, fp32 would be multiplied with the 10 digits of TF32.
+_SETTINGS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, _CPU: {}}
 
 
 class OnnxRuntimeEngine:
-    """One ONNX model, in fp32 on the CPU or in fp16 on the first NVIDIA GPU. ONNX Runtime's sessions are safe to run from
-    several threads.
+    """One ONNX model, in the precision that its graph is in. ONNX Runtime's sessions are safe to run from several threads.
 
     Args:
         path: the .onnx file; weights beside it are found by their names.
         threads: threads of one call on the CPU; 0 means one for each core.
-        precision: "fp32", or "fp16" for a file that is in fp16 itself.
+        on_gpu: whether to run on the first NVIDIA GPU instead of the CPU.
 
     Raises:
-        BundleError: onnxruntime is not installed, it has no GPU for fp16, or it cannot load the file.
+        BundleError: onnxruntime is not installed, it has no GPU, or it cannot load the file.
     """
 
-    def __init__(self, path: Path, threads: int = 0, precision: str = "fp32") -> None:
+    def __init__(self, path: Path, threads: int = 0, *, on_gpu: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -41,16 +42,15 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         # A GPU leaves to the CPU what it cannot do itself. A provider that is missing would be left out with a warning.
-        wanted = [CUDA, _CPU] if precision == "fp16" else [_CPU]
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        wanted = [CUDA, _CPU] if on_gpu else [_CPU]
+        providers = [(name, _SETTINGS[name]) for name in wanted if name in onnxruntime.get_available_providers()]
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         if self._session.get_providers()[0] != wanted[0]:
             raise BundleError(
-                f"{path} is in {precision}, which ONNX Runtime runs on NVIDIA GPUs only, and it found none here. See what is "
-                "missing: diffuserve engines"
+                f"{path} is to run on an NVIDIA GPU, and ONNX Runtime found none here. See what is missing: diffuserve engines"
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
 

@@ -29,6 +29,7 @@ from diffuserve.errors import BundleError
 from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.model_spec import stages_that_overflow_in_fp16
 from diffuserve_export.onnx import onnx_from_module
 from diffuserve_export.parity import Prompts, parity_of_onnx
 from diffuserve_export.preview import preview_from_vae_encoder
@@ -36,7 +37,7 @@ from diffuserve_export.quiet import quiet
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "2"
+_EXPORTER_REVISION = "3"
 # Graphs, tokenizers and manifest take this much beside the weights.
 _SPACE_BESIDE_WEIGHTS_BYTES = 100 << 20
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
@@ -127,6 +128,7 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
     from diffuserve_export.modules import modules_from_model
 
     spec, tensors = checkpoint.spec, checkpoint.tensors
+    overflowing = stages_that_overflow_in_fp16(checkpoint.configs)
     modules = modules_from_model(model, spec)
     prompts = Prompts(tuple(model.tokenizers.values()), modules[TEXT_ENCODER], tensors[TEXT_ENCODER])
     components = {}
@@ -145,6 +147,7 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
             tensors=tensors[stage],
             tolerance=tolerance,
             parity=parity,
+            overflows_in_fp16=stage in overflowing,
         )
     with progress("fit preview"):
         preview = preview_from_vae_encoder(modules[VAE_ENCODER], spec)
