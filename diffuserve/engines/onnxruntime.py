@@ -36,16 +36,11 @@ class OnnxRuntimeEngine:
                 "The engine onnxruntime is not installed. Install it: pip install 'diffuserve[serve]'"
             ) from error
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
         # A GPU leaves to the CPU what it cannot do itself. A provider that is missing would be left out with a warning.
         wanted = [CUDA, _CPU] if on_gpu else [_CPU]
         providers = [(name, _SETTINGS[name]) for name in wanted if name in onnxruntime.get_available_providers()]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         if self._session.get_providers()[0] != wanted[0]:
@@ -57,3 +52,19 @@ class OnnxRuntimeEngine:
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Runs the model; see `diffuserve.stages.Engine`."""
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def session_options(threads: int) -> Any:
+    """`onnxruntime.SessionOptions` of every session.
+
+    Args:
+        threads: of one call; 0 means one for each core.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
