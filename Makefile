@@ -51,7 +51,7 @@ format: install
 bench: repository  ## every benchmark, an hour or two on two cores; results in bench-results/
 	$(BIN)/diffuserve bench engine --save
 	$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
-	@for verb in overhead efficiency mixed short cancel same policies; do \
+	@for verb in unet overhead efficiency mixed short cancel same policies; do \
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 

@@ -51,7 +51,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity."""
+    """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity;
+    `overflows_in_fp16`: the checkpoint says so of it, and no engine runs it in fp16."""
 
     engine: str
     precision: str
@@ -59,6 +60,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: StageSpec
     tolerance: float
     parity: tuple[Parity, ...]
+    overflows_in_fp16: bool = False
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -49,16 +49,8 @@ class OpenVinoEngine:
             ) from error
 
         check_precision(component.precision)
-        properties = {
-            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[component.precision],
-            # One call at a time on all threads, as the loop makes them.
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or usable_cores(),
-            # Several models share the cores, and threads that are bound to the same core would wait for each other.
-            "ENABLE_CPU_PINNING": False,
-        }
         try:
-            self._compiled = _compiled_model(path, component, properties)
+            self._compiled = _compiled_model(path, component, cpu_properties(component.precision, threads))
             ports = {name: port for port in self._compiled.inputs for name in port.names}
             self._dtypes = {
                 spec.name: np.dtype(ports[spec.name].element_type.to_dtype()) for spec in component.tensors.inputs
@@ -110,6 +102,23 @@ def _compiled_model(path: Path, component: Component, properties: Mapping[str, A
         if folder is not None:
             (folder / _BLOB_NAME).write_bytes(compiled.export_model().getbuffer())
     return compiled
+
+
+def cpu_properties(precision: str, threads: int) -> dict[str, Any]:
+    """What every model is compiled with.
+
+    Args:
+        precision: one of `PRECISION_HINTS`.
+        threads: of one call; 0 means one for each core.
+    """
+    return {
+        "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+        # One call at a time on all threads, as the loop makes them.
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or usable_cores(),
+        # Several models share the cores, and threads that are bound to the same core would wait for each other.
+        "ENABLE_CPU_PINNING": False,
+    }
 
 
 def check_precision(precision: str) -> None:

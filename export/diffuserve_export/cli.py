@@ -63,7 +63,7 @@ _BUNDLES = Path("model_store/bundles")
     help="What the bundle runs on, one of those that `diffuserve engines` lists; auto tries all that this machine has and "
     "keeps the fastest for each component.  [default: onnxruntime; a bundle that is up to date keeps its own]",
 )
-@click.option("--precision", help="Of the engine.  [default: fp32, for tensorrt fp16; with auto: any]")
+@click.option("--precision", help="Of the engine.  [default: its first that a component may have; with auto: any]")
 @click.option(
     "--allow-differences",
     is_flag=True,

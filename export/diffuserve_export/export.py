@@ -33,6 +33,7 @@ from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.model_spec import stages_that_overflow_in_fp16
 from diffuserve_export.onnx import onnx_from_module
 from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.preview import preview_from_vae_encoder
@@ -42,7 +43,7 @@ from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "4"
+_EXPORTER_REVISION = "5"
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -125,6 +126,7 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
     from diffuserve_export.modules import modules_from_model
 
     spec, tensors = checkpoint.spec, checkpoint.tensors
+    overflowing = stages_that_overflow_in_fp16(checkpoint.configs)
     with progress("load"):
         model = model_from_checkpoint(checkpoint)
     with progress("draw reference"):
@@ -157,6 +159,7 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
             tensors=tensors[stage],
             tolerance=tolerance,
             parity=parity,
+            overflows_in_fp16=stage in overflowing,
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -11,7 +11,7 @@ from diffuserve.bundle import ImageProcessor, ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import SAMPLERS, sampler_from_config
-from diffuserve.tensors import StageSpec, stage_specs
+from diffuserve.tensors import VAE_DECODER, VAE_ENCODER, StageSpec, stage_specs
 
 # The families, by whether there is a second text encoder.
 FAMILIES = {False: "stable-diffusion", True: "stable-diffusion-xl"}
@@ -96,6 +96,13 @@ def stage_specs_from_configs(
         guidance_size=int(configs["unet"].get("time_cond_proj_dim") or 0),
         checked_px=image_processor.crop_px if image_processor else 0,
     )
+
+
+def stages_that_overflow_in_fp16(configs: Mapping[str, dict[str, Any]]) -> frozenset[str]:
+    """The VAE's, where diffusers would compute it in fp32 amid fp16: unless its config says otherwise, Stable Diffusion
+    XL's. (Others' configs say `force_upcast` too, since it is the default, and their pipelines do not look at it.)"""
+    overflows = _is_xl(configs) and configs["vae"].get("force_upcast", True)
+    return frozenset((VAE_DECODER, VAE_ENCODER) if overflows else ())
 
 
 def _is_xl(configs: Mapping[str, dict[str, Any]]) -> bool:

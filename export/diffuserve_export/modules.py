@@ -112,7 +112,8 @@ class VaeEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`image`: (B, H, W, 3) uint8 RGB. Returns the posterior's mode, (B, C, h, w) float32, unit variance."""
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
+        # Cast first: all that TensorRT does with bytes is to cast them.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
         mode = self.vae.encode(pixels).latent_dist.mode()
         return (mode - self.shift_factor) * self.scaling_factor
 

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("diffuserve", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
+_PACKAGES = ("diffuserve", "onnxruntime", "openvino", "torch", "numpy", "tritonclient", "nvidia-pytriton")
 
 
 def describe_machine() -> dict[str, str]:
@@ -19,8 +19,16 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{memory_bytes / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in _PACKAGES},
+        **{name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str:
+    """Empty if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

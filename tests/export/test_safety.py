@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffuserve.engines.half import half_from_onnx
 from numpy.typing import NDArray
 
 from diffuserve.bundle import ImageProcessor, read_manifest
-from diffuserve.engines.half import half_from_onnx
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import CheckpointError
@@ -27,7 +27,7 @@ from diffuserve_export.hub import needed_files
 from diffuserve_export.load import model_from_checkpoint
 from diffuserve_export.modules import modules_from_model
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import Prompts, parity_of_onnx
+from diffuserve_export.parity import parity_of_onnx, references_of
 from diffuserve_export.quiet import quiet
 from diffuserve_export.safety import image_processor_from_configs
 from tests.export.test_checkpoint import edit
@@ -72,10 +72,8 @@ def graph(opened: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = model_from_checkpoint(opened)
     modules, tensors = modules_from_model(model, opened.spec), opened.tensors
     onnx_from_module(modules["safety_checker"], "safety_checker", tensors["safety_checker"], opened.spec, path)
-    prompts = Prompts(tuple(model.tokenizers.values()), modules["text_encoder"], tensors["text_encoder"])
-    tolerance, parity = parity_of_onnx(
-        path, modules["safety_checker"], "safety_checker", tensors["safety_checker"], opened.spec, prompts
-    )
+    references = references_of(modules["safety_checker"], "safety_checker", tensors["safety_checker"], opened.spec, {})
+    tolerance, parity = parity_of_onnx(path, references, "safety_checker", tensors["safety_checker"])
     assert {record.shapes["clip_input"] for record in parity} == {(batch, 3, 32, 32) for batch in (1, 2, 5)}
     assert max(record.max_abs_error for record in parity) < tolerance / 10
     return path

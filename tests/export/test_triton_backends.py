@@ -159,7 +159,7 @@ def test_changing_the_backend_leaves_nothing_of_the_other(bundle: Path, tmp_path
 def test_an_engine_that_the_backend_does_not_run_is_refused(bundle: Path, tmp_path: Path) -> None:
     with_precision(bundle, "abacus", "fp32")
     with pytest.raises(
-        BundleError, match="runs on abacus, and Triton's backend onnxruntime runs onnxruntime and openvino"
+        BundleError, match="runs on abacus, and Triton's backend onnxruntime runs onnxruntime and onnxruntime-cuda and"
     ):
         repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
     assert not (tmp_path / "repository").exists()
