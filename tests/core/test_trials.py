@@ -21,7 +21,7 @@ from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.trials import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
@@ -192,6 +192,7 @@ def test_a_component_that_overflows_is_not_run_in_fp16(
         UNET: "fp16",
         VAE_DECODER: "fp32",
         VAE_ENCODER: "fp32",
+        SAFETY_CHECKER: "fp16",
     }
     assert {component.engine for component in selected.components.values()} == {"onnxruntime-cuda"}
     assert set(loaded) >= {("fp16", "model.fp16.onnx"), ("fp32", "model.onnx")}
