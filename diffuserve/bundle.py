@@ -6,6 +6,8 @@ tiny-emoji/
     unet/model.onnx
     vae_decoder/model.onnx
     vae_encoder/model.onnx
+    safety_checker/model.onnx   where the checkpoint has one
+    reference.png               what diffusers itself draws, to compare with
     tokenizer/tokenizer.json
     scheduler/scheduler_config.json
 """
@@ -21,10 +23,10 @@ import msgspec
 
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
-from diffuserve.tensors import StageSpec
+from diffuserve.tensors import SAFETY_CHECKER, StageSpec
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +51,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity."""
+    """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity;
+    `overflows_in_fp16`: the checkpoint says so of it, and no engine runs it in fp16."""
 
     engine: str
     precision: str
@@ -57,6 +60,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: StageSpec
     tolerance: float
     parity: tuple[Parity, ...]
+    overflows_in_fp16: bool = False
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +90,65 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     matrix: tuple[tuple[float, float, float], ...]
     bias: tuple[float, float, float]
     rmse: float
+
+
+class ReferenceImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What diffusers' own pipeline draws with the checkpoint in fp32: `file`, a PNG, and the request that it answers."""
+
+    file: File
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    width: int
+    height: int
+
+
+class ImageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The reference image as the bundle draws it, with each component on the engine named.
+
+    `engines`: by component, such as "onnxruntime fp32"; `psnr_db`: of all pixels, None if they are equal; `ssim`: 1 if
+    they are; `min_psnr_db`: what was asked for.
+    """
+
+    engines: dict[str, str]
+    psnr_db: float | None
+    ssim: float
+    min_psnr_db: float
+
+    @property
+    def passed(self) -> bool:
+        return self.psnr_db is None or self.psnr_db >= self.min_psnr_db
+
+    def __str__(self) -> str:
+        if self.psnr_db is None:
+            return "identical"
+        return f"PSNR {self.psnr_db:.1f} dB of {self.min_psnr_db:g} asked for, SSIM {self.ssim:.5f}"
+
+
+class ImageProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image is prepared for the safety checker, as the checkpoint's feature_extractor says.
+
+    It is resized until its shorter side has `shortest_edge_px`, with Pillow's filter number `resample`; of that the
+    square of `crop_px` in the middle is taken; each level of 0..255 is multiplied by `rescale_factor`, and `mean` and
+    `std` of red, green and blue are subtracted and divided by.
+    """
+
+    shortest_edge_px: int
+    crop_px: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class FusedLora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA in the weights: its file's name without suffix, how strongly it was applied, and its SHA-256 in hex."""
+
+    name: str
+    scale: float
+    sha256: str
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,9 +182,13 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`source` names the checkpoint and the LoRAs fused into it, `source_sha256` identifies their files, `bundle_sha256`
     the exported ones; `created` is ISO 8601, UTC;
-    `trials`: what led to the components' engines, if `diffuserve engines --select` has chosen them;
+    `images`: the reference image as drawn on ONNX Runtime in fp32, and on whatever `diffuserve engines --select` has tried;
+    `trials`: what led to the components' engines, if that has chosen them;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
-    `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components."""
+    `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components;
+    `image_processor` belongs to the component safety_checker, None where there is none;
+    `safety_checker_left_out`: the checkpoint has one, and whoever exported it chose to go without;
+    `loras` are fused into the weights, in this order."""
 
     format_version: int
     model: ModelSpec
@@ -129,6 +196,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     components: dict[str, Component]
     files: tuple[File, ...]
     preview: Preview
+    reference: ReferenceImage
+    images: tuple[ImageParity, ...]
     unet_seconds: dict[int, float]
     source: str
     source_sha256: str
@@ -136,6 +205,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: str
     versions: dict[str, str]
     trials: tuple[Trial, ...] = ()
+    image_processor: ImageProcessor | None = None
+    safety_checker_left_out: bool = False
+    loras: tuple[FusedLora, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.has_safety_checker != (self.image_processor is not None):
+            raise ValueError("a safety checker and an image_processor belong together, and one of them is missing")
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether every image of this bundle is checked before it is returned."""
+        return SAFETY_CHECKER in self.components
 
     def all_files(self) -> tuple[File, ...]:
         """Every file of the bundle but the manifest."""
@@ -170,7 +251,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Reads a bundle's manifest.
 
     Raises:
-        BundleError: there is none, it is damaged, or a newer diffuserve wrote it.
+        BundleError: there is none, it is damaged, or another format's.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -186,6 +267,8 @@ def read_manifest(bundle: Path) -> Manifest:
                 f"{path} has format version {version}, and this diffuserve reads up to {FORMAT_VERSION}. "
                 "Upgrade diffuserve, or export the checkpoint again."
             )
+        if version < FORMAT_VERSION:
+            raise BundleError(f"{path} has the older format version {version}. Export the checkpoint again.")
         return msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as error:
         raise BundleError(f"{path} is damaged: {error}. Export the checkpoint again.") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from diffuserve import __version__
-from diffuserve.bundle import Manifest
+from diffuserve.bundle import FusedLora, Manifest
 from diffuserve.request import TextToImageRequest
 from diffuserve.tensors import UNET
 
@@ -34,6 +36,7 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model hash": manifest.source_sha256[:10],
         "Model": manifest.model.name,
+        **_lora_settings(manifest.loras),
         "Engine": f"{unet.engine} {unet.precision}",
         "Bundle hash": manifest.bundle_sha256[:10],
         "Version": f"diffuserve {__version__}",
@@ -43,3 +46,19 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _lora_settings(loras: tuple[FusedLora, ...]) -> dict[str, str]:
+    """The LoRAs in the weights: their scales, and under the web UI's own name for it the beginnings of their hashes. They
+    are not put into the prompt as `<lora:...>`, by which the web UI would apply them to weights that have them already."""
+    if not loras:
+        return {}
+    return {
+        "Fused LoRAs": _quoted(", ".join(f"{lora.name}: {lora.scale:g}" for lora in loras)),
+        "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in loras)),
+    }
+
+
+def _quoted(text: str) -> str:
+    """As the web UI writes a value that has commas or colons in it."""
+    return json.dumps(text, ensure_ascii=False)

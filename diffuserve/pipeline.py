@@ -1,4 +1,5 @@
-"""A request's way from text to image files: encode the prompt, denoise in the shared loop, decode, encode the files.
+"""A request's way from text to image files: encode the prompt, denoise in the shared loop, decode and check, encode the
+files.
 
 Each request is a coroutine of its own; only the denoising is shared. So text encoding, VAE decoding and file encoding
 overlap with the loop, and one request's failure is an exception in its own coroutine.
@@ -19,22 +20,22 @@ from numpy.typing import NDArray
 from diffuserve.bundle import read_manifest
 from diffuserve.conditioning import conditioning_from_request
 from diffuserve.costs import CallCosts
-from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
+from diffuserve.decoding import Decoder
+from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull
 from diffuserve.images import encode_image, preview_from_latents
 from diffuserve.inflight import InflightLoop, Job
 from diffuserve.infotext import infotext
 from diffuserve.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.request import Limits, TextToImageRequest
+from diffuserve.safety import refuse_without_safety_checker
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection, Selection
-from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages, checked
+from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages
 from diffuserve.stats import Stats
-from diffuserve.tensors import UNET, VAE_DECODER
+from diffuserve.tensors import UNET
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import tokenizers_of
 
-# Images of one VAE call: activations at full image size are the largest of all stages.
-MAX_DECODE_BATCH = 8
 REPORT_WAITING_S = 5.0
 
 
@@ -51,7 +52,7 @@ class Accepted:
 @dataclass(frozen=True)
 class Progress:
     """All images of the request have done `step` of `steps`; `eta_s`: seconds that the remaining steps will take at the
-    speed of those done; `previews` are small PNG files, one an image, or none."""
+    speed of those done; `previews` are small PNG files, one an image, or none, as always where there is a safety checker."""
 
     step: int
     steps: int
@@ -64,12 +65,14 @@ class Completed:
     """The finished request.
 
     `images`: one file an image in the request's format (raw: H x W x 3 bytes, row by row); `pixels`: (n, H, W, 3) uint8;
-    `parameters`: what drew each image, as text; `queue_s`: from arrival to the first step done; `denoise_s`: from there
-    to the last; `total_s`: from arrival to this event.
+    `flagged`: whether the safety checker withheld an image, which then is black; `parameters`: what drew each image, as
+    text; `queue_s`: from arrival to the first step done; `denoise_s`: from there to the last; `total_s`: from arrival to
+    this event.
     """
 
     images: tuple[bytes, ...]
     pixels: NDArray[np.uint8] = field(repr=False)
+    flagged: tuple[bool, ...]
     seeds: tuple[int, ...]
     parameters: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -104,9 +107,10 @@ class Pipeline:
         policy: a name of `diffuserve.policies.POLICIES`, for in-flight batching.
         unet_instances: UNet calls in flight at once.
         call_timeout_s: seconds after which a stage's call counts as hung; its requests fail.
+        require_safety_checker: refuse a bundle without one.
 
     Raises:
-        BundleError: the bundle is damaged, or there is no such batching or policy.
+        BundleError: the bundle is damaged or lacks the safety checker, or there is no such batching or policy.
     """
 
     def __init__(
@@ -119,12 +123,13 @@ class Pipeline:
         policy: str = DEFAULT_POLICY,
         unet_instances: int = 1,
         call_timeout_s: float = CALL_TIMEOUT_S,
+        require_safety_checker: bool = False,
     ) -> None:
         self.manifest = read_manifest(bundle)
+        if require_safety_checker:
+            refuse_without_safety_checker(self.manifest)
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
-        self._stages = stages
-        self._call_timeout_s = call_timeout_s
         self.stats = Stats()
         self._embeddings = TextEmbeddings(
             tokenizers_of(bundle, self.manifest),
@@ -142,8 +147,9 @@ class Pipeline:
             call_timeout_s=call_timeout_s,
             stats=self.stats,
         )
-        # A pool of its own, so that encoding files never waits for, or delays, calls of the stages.
+        # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
+        self._decoder = Decoder(self.manifest, stages, self._encoders, call_timeout_s)
         # In order of arrival: those not past their first step, and those past it.
         self._waiting: dict[_Steps, TextToImageRequest] = {}
         self._running: dict[_Steps, TextToImageRequest] = {}
@@ -232,6 +238,7 @@ class Pipeline:
         images = len(completed.images)
         self.stats.count("requests_completed")
         self.stats.count("images", images)
+        self.stats.count("images_withheld", sum(completed.flagged))
         self.stats.observe("request_seconds", completed.total_s)
         self.stats.observe("image_seconds", completed.total_s / images)
         self.stats.observe("first_step_seconds", completed.queue_s)
@@ -290,11 +297,13 @@ class Pipeline:
             priority=request.priority,
             arrival_s=arrival_s,
             client_id=request.client_id,
-            preview_every=request.preview,
+            # A preview would show what the safety checker may withhold.
+            preview_every=0 if self.manifest.has_safety_checker else request.preview,
             on_step=on_step,
         )
         latents = await self._loop.denoise(job)
-        pixels = await self._decode(latents, request)
+        pixels, flags = await self._decoder.decode(latents, request.width, request.height)
+        flagged = tuple(flags.tolist())
         parameters = tuple(infotext(request, self.manifest, seed) for seed in request.seeds)
         images = await asyncio.gather(
             *(
@@ -306,27 +315,14 @@ class Pipeline:
         return Completed(
             images=tuple(images),
             pixels=pixels,
+            flagged=flagged,
             seeds=request.seeds,
             parameters=parameters,
-            warnings=self._warnings(request),
+            warnings=self._warnings(request, flagged),
             queue_s=first_step_s - arrival_s,
             denoise_s=job.last_step_s - first_step_s,
             total_s=time.monotonic() - arrival_s,
         )
-
-    async def _decode(self, latents: Float32, request: TextToImageRequest) -> NDArray[np.uint8]:
-        """Returns (n, H, W, 3) uint8; raises StageFailed if the decoder returned anything else."""
-        parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
-        decoded = await asyncio.gather(
-            *(checked(VAE_DECODER, self._stages.decode(part), self._call_timeout_s) for part in parts)
-        )
-        for part, pixels in zip(parts, decoded, strict=True):
-            expected = (len(part), request.height, request.width, 3)
-            if pixels.shape != expected or pixels.dtype != np.uint8:
-                raise StageFailed(
-                    f"The VAE decoder returned {pixels.dtype} {pixels.shape} where uint8 {expected} was expected."
-                )
-        return np.concatenate(decoded)
 
     async def _previews(self, step: _Step) -> tuple[bytes, ...]:
         if step.denoised is None:
@@ -339,8 +335,16 @@ class Pipeline:
     def _off_loop(self, function: Callable[..., bytes], *args: object) -> asyncio.Future[bytes]:
         return asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
 
-    def _warnings(self, request: TextToImageRequest) -> tuple[str, ...]:
+    def _warnings(self, request: TextToImageRequest, flagged: tuple[bool, ...]) -> tuple[str, ...]:
         warnings = []
+        if any(flagged):
+            withheld = ", ".join(str(number) for number, flag in enumerate(flagged, 1) if flag)
+            warnings.append(
+                f"The safety checker withheld {sum(flagged)} of {len(flagged)} images, and black ones take their place: "
+                f"number {withheld}. Another prompt or seed may pass it."
+            )
+        if self.manifest.has_safety_checker and request.progress and request.preview:
+            warnings.append("No previews were sent, since they would show images that the safety checker has not seen.")
         texts = {"prompt": request.prompt, **({"negative_prompt": request.negative_prompt} if request.guided else {})}
         for name, text in texts.items():
             dropped = self._embeddings.dropped_text(text)

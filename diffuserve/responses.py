@@ -26,6 +26,7 @@ def values_from_event(event: Event, request: TextToImageRequest) -> dict[str, li
         "step": [request.steps],
         "steps": [request.steps],
         "image": list(event.images),
+        "flagged": list(event.flagged),
         "seed": list(event.seeds),
         "width": [request.width],
         "height": [request.height],

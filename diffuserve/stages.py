@@ -1,4 +1,4 @@
-"""What the in-flight loop asks of an engine: three calls, however and wherever they are carried out."""
+"""What the pipeline and its loop ask of engines: a few calls, however and wherever they are carried out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Conditioning = Mapping[str, Float32]
 
 
 class Stages(Protocol):
-    """Text encoder, UNet and VAE decoder. The calls may run concurrently; arguments are never written to."""
+    """Text encoder, UNet, VAE decoder and safety checker. The calls may run concurrently; arguments are never written to."""
 
     async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
         """`input_ids`: (B, L) int32 by input name, one for each tokenizer of the bundle. Returns the UNet's
@@ -32,6 +32,11 @@ class Stages(Protocol):
 
     async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
         """`latent_sample`: (B, C, h, w) float32, unit variance. Returns RGB images, (B, H, W, 3) uint8."""
+        ...
+
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        """The safety checker; called only if the bundle has one. `clip_input`: (B, 3, S, S) float32, images that its
+        image processor has prepared. Returns a score for each concept, (B, N) float32; above 0 it was found."""
         ...
 
 

@@ -36,6 +36,7 @@ METRICS = (
     Metric("requests_expired", COUNTER, "Requests given up because their timeout_ms ran out."),
     Metric("requests_refused", COUNTER, "Requests refused because the queue was full or the server was draining."),
     Metric("images", COUNTER, "Images finished."),
+    Metric("images_withheld", COUNTER, "Of these, images that the safety checker withheld."),
     Metric("unet_calls", COUNTER, "UNet calls; its rate is steps per second."),
     Metric("unet_rows", COUNTER, "UNet rows executed."),
     Metric(

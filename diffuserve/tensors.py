@@ -34,21 +34,34 @@ class StageSpec(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
 
 
-# The stages, in the order in which a prompt passes them.
+# The stages that every model has, in the order in which a prompt passes them.
 TEXT_ENCODER = "text_encoder"
 UNET = "unet"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
 STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
+# The one that some have: it looks at finished images.
+SAFETY_CHECKER = "safety_checker"
 
 ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 TEXT_EMBEDS = "text_embeds"
 TIME_IDS = "time_ids"
 TIMESTEP_COND = "timestep_cond"
+CLIP_INPUT = "clip_input"
+CONCEPT_SCORES = "concept_scores"
+
+# What Stable Diffusion's safety checker looks for; its concepts have no published names.
+_CONCEPTS = 17
 
 
 def stage_specs(
-    *, max_tokens: int, hidden_size: int, latent_channels: int, pooled_size: int = 0, guidance_size: int = 0
+    *,
+    max_tokens: int,
+    hidden_size: int,
+    latent_channels: int,
+    pooled_size: int = 0,
+    guidance_size: int = 0,
+    checked_px: int = 0,
 ) -> dict[str, StageSpec]:
     """Tensors of each stage of a Stable Diffusion model.
 
@@ -58,6 +71,7 @@ def stage_specs(
         latent_channels: C, channels of the VAE's latents.
         pooled_size: width P of the second text encoder's pooled embedding (SDXL); 0 where there is one encoder only.
         guidance_size: width G of the guidance scale's embedding (LCM); 0 where the UNet takes none.
+        checked_px: side S of what the safety checker sees of an image; 0 where there is none.
     """
     input_ids: tuple[TensorSpec, ...] = (TensorSpec("input_ids", "INT32", (max_tokens,)),)
     pooled: tuple[TensorSpec, ...] = ()
@@ -75,7 +89,7 @@ def stage_specs(
     noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
     latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
     image = TensorSpec("image", "UINT8", (-1, -1, 3))
-    return {
+    specs = {
         TEXT_ENCODER: StageSpec(input_ids, (hidden, *pooled)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
@@ -83,6 +97,10 @@ def stage_specs(
         VAE_DECODER: StageSpec((latent_sample,), (image,)),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }
+    if checked_px:
+        clip_input = TensorSpec(CLIP_INPUT, "FP32", (3, checked_px, checked_px))
+        specs[SAFETY_CHECKER] = StageSpec((clip_input,), (TensorSpec(CONCEPT_SCORES, "FP32", (_CONCEPTS,)),))
+    return specs
 
 
 STABLE_DIFFUSION = "stable_diffusion"
@@ -114,6 +132,7 @@ RESPONSE = (
     TensorSpec("eta_s", "FP32", (1,)),
     TensorSpec("preview", "BYTES", (-1,)),
     TensorSpec("image", "BYTES", (-1,)),
+    TensorSpec("flagged", "BOOL", (-1,)),
     TensorSpec("seed", "INT64", (-1,)),
     TensorSpec("width", "INT32", (1,)),
     TensorSpec("height", "INT32", (1,)),

@@ -12,6 +12,7 @@ import pytest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
+from tests.families import FAMILIES, Family, make_family
 
 MODEL_STORE = Path(__file__).parents[1] / "model_store"
 CHECKPOINT = MODEL_STORE / "checkpoints" / "tiny-emoji"
@@ -64,3 +65,13 @@ def reference_pipeline() -> Any:
     pipe = StableDiffusionPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(
+    scope="session",
+    # Each is a whole export.
+    params=[pytest.param(name, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for name in FAMILIES],
+)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Each of the families beyond Stable Diffusion 1."""
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))

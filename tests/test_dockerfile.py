@@ -43,6 +43,12 @@ def read_stages() -> dict[str, Stage]:
 STAGES = read_stages()
 
 
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_what_is_served_from(name: str) -> None:
     stage = STAGES[name]

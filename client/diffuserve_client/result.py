@@ -46,6 +46,8 @@ class Result:
     Attributes:
         encoded: each image as the server sent it: a file in `format`, or height * width * 3 bytes of RGB for "raw".
         format: png, jpeg, webp or raw.
+        flagged: one an image, whether the safety checker withheld it: it is black then. False for all images of a model
+            that has none.
         seeds: one an image; the same seed and settings give the same image.
         width, height: pixels.
         parameters: one text an image, in the form that AUTOMATIC1111's web UI reads; PNG, JPEG and WebP carry it too.
@@ -56,6 +58,7 @@ class Result:
 
     encoded: list[bytes] = field(repr=False)
     format: str
+    flagged: list[bool]
     seeds: list[int]
     width: int
     height: int
@@ -99,6 +102,7 @@ def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: 
         return Result(
             encoded=values["image"],
             format=format,
+            flagged=values["flagged"],
             seeds=values["seed"],
             width=values["width"][0],
             height=values["height"][0],

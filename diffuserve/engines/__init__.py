@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffuserve.bundle import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -27,10 +27,10 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         BundleError: the engine is unknown or not installed, this machine cannot run it at the component's precision, or
             the file cannot be loaded.
     """
-    if component.engine == "onnxruntime":
+    if component.engine in ("onnxruntime", "onnxruntime-cuda"):
         from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(model_path, threads, component.precision)
+        return OnnxRuntimeEngine(model_path, component, threads)
     if component.engine == "openvino":
         from diffuserve.engines.openvino import OpenVinoEngine
 

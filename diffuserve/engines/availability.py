@@ -11,7 +11,9 @@ from diffuserve.engines.onnxruntime import CUDA
 from diffuserve.engines.processor import computes_bf16, processor_name
 
 # Packages that bring the same module under another name.
-_OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu",)}
+_OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu",), "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime")}
+
+_BF16_ARCHITECTURE = 80
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,23 @@ def _cuda_provider() -> Lack | None:
     )
 
 
-# Engine, precision, and what must be there.
+def _gpu_bf16() -> Lack | None:
+    first = gpu_architectures()[:1]
+    if not first or int(first[0].removeprefix("sm")) >= _BF16_ARCHITECTURE:
+        return None  # that there is no GPU is a lack of its own
+    return Lack(f"this GPU ({first[0]}) has no bf16 arithmetic", "use fp16 or fp32, or a GPU from Ampere (sm80) on")
+
+
+_CUDA_LACKS = (_installed("onnxruntime", "serve"), _gpu, _cuda_provider)
+_TENSORRT_LACKS = (_installed("tensorrt", "tensorrt"), _gpu)
+# Engine, precision, and what must be there. An engine's precisions are in the order of preference.
 _WAYS: tuple[tuple[str, str, tuple[Callable[[], Lack | None], ...]], ...] = (
     ("onnxruntime", "fp32", (_installed("onnxruntime", "serve"),)),
     ("openvino", "fp32", (_installed("openvino", "openvino"),)),
     ("openvino", "bf16", (_installed("openvino", "openvino"), _bf16)),
-    ("onnxruntime", "fp16", (_installed("onnxruntime", "serve"), _gpu, _cuda_provider)),
-    ("tensorrt", "fp16", (_installed("tensorrt", "tensorrt"), _gpu)),
+    ("onnxruntime-cuda", "fp16", _CUDA_LACKS),
+    ("onnxruntime-cuda", "fp32", _CUDA_LACKS),
+    ("tensorrt", "fp16", _TENSORRT_LACKS),
+    ("tensorrt", "bf16", (*_TENSORRT_LACKS, _gpu_bf16)),
+    ("tensorrt", "fp32", _TENSORRT_LACKS),
 )

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     help="auto tries every engine that this machine has on BUNDLE and keeps the fastest for each component; the name of an "
     "engine takes that one for all.",
 )
-@click.option("--precision", help="Of the engine that is selected.  [default: fp32, for tensorrt fp16; with auto: any]")
+@click.option(
+    "--precision",
+    help="Of the engine that is selected.  [default: its first that a component may have; with auto: any]",
+)
 def command(bundle: Path | None, select: str | None, precision: str | None) -> None:
     """Lists the engines, which of them this machine can run, and what mends the others.
 
@@ -60,13 +63,19 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
                     outcome = f"{times}; error {trial.max_abs_error:.2g} of {trial.tolerance:.2g}"
                 else:
                     outcome = f"{times}; the reference"
-                yield f"  {trial.engine:<12} {trial.precision}  {outcome}"
+                yield f"  {trial.engine:<16} {trial.precision}  {outcome}"
+    if manifest.images:
+        yield "an image, against diffusers' in fp32"
+    for image in manifest.images:
+        engines = sorted(set(image.engines.values()))
+        drawn_by = engines[0] if len(engines) == 1 else ", ".join(" on ".join(each) for each in image.engines.items())
+        yield f"  {drawn_by:<22} {image}"
 
 
 def _availability_lines() -> Iterator[str]:
     from diffuserve.engines.availability import availability
 
     for way in availability():
-        yield f"{way.engine:<12} {way.precision}  {f'can run, version {way.version}' if way.usable else 'cannot run'}"
+        yield f"{way.engine:<16} {way.precision}  {f'can run, version {way.version}' if way.usable else 'cannot run'}"
         for lack in way.lacks:
             yield f"    {lack.reason}: {lack.mend}"

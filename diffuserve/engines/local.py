@@ -16,51 +16,19 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.example import WARM_BATCHES, example_inputs
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
-_STAGES = (TEXT_ENCODER, UNET, VAE_DECODER)
+# Those that an image passes.
+_STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, SAFETY_CHECKER)
 LoadEngines = Callable[[Path, Manifest], Mapping[str, Engine]]
 
 
-class LocalStages:
-    """Implements `diffuserve.stages.Stages` on a bundle's engines; each stage has a thread of its own.
+class EngineStages:
+    """Implements `diffuserve.stages.Stages` on engines, by stage; each stage has a thread of its own."""
 
-    Args:
-        bundle: folder of an exported model.
-        threads: of one call; 0 means one for each core.
-        load: makes other engines than those that the manifest names, by stage.
-
-    Raises:
-        BundleError: the bundle is damaged, or an engine cannot be loaded.
-    """
-
-    def __init__(self, bundle: Path, threads: int = 0, load: LoadEngines | None = None) -> None:
-        manifest = read_manifest(bundle)
-        verify(bundle, manifest)
-        if load is not None:
-            engines = load(bundle, manifest)
-            self._engines = {name: engines[name] for name in _STAGES}
-        else:
-            self._engines = {
-                name: load_engine(bundle / manifest.components[name].files[0].path, manifest.components[name], threads)
-                for name in _STAGES
-            }
-        self._manifest = manifest
-        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._engines}
-
-    def warm(self) -> None:
-        """Runs every engine at the sizes that requests mostly have, so that the first one does not wait for it.
-
-        Raises:
-            StageFailed: an engine cannot run.
-        """
-        for name, engine in self._engines.items():
-            tensors = self._manifest.components[name].tensors
-            try:
-                for batch in WARM_BATCHES:
-                    engine(example_inputs(tensors, self._manifest.model, batch))
-            except Exception as error:
-                raise StageFailed(f"The stage {name} failed on its first call: {error}") from error
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in engines}
 
     async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
         return await self._run(TEXT_ENCODER, lambda engine: engine(input_ids))
@@ -75,10 +43,59 @@ class LocalStages:
         image: NDArray[np.uint8] = outputs["image"]
         return image
 
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        outputs = await self._run(SAFETY_CHECKER, lambda engine: engine({CLIP_INPUT: clip_input}))
+        scores: Float32 = outputs[CONCEPT_SCORES]
+        return scores
+
     def close(self) -> None:
         """Ends the threads once their calls have returned."""
         for pool in self._threads.values():
             pool.shutdown()
 
     async def _run(self, stage: str, call: Callable[[Engine], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads[stage], call, self._engines[stage])
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads[stage], lambda: call(self._engines[stage])
+        )
+
+
+class LocalStages(EngineStages):
+    """A bundle's engines.
+
+    Args:
+        bundle: folder of an exported model.
+        threads: of one call; 0 means one for each core.
+        load: makes other engines than those that the manifest names, by stage.
+
+    Raises:
+        BundleError: the bundle is damaged, or an engine cannot be loaded.
+    """
+
+    def __init__(self, bundle: Path, threads: int = 0, load: LoadEngines | None = None) -> None:
+        self._manifest = read_manifest(bundle)
+        verify(bundle, self._manifest)
+        components = {name: self._manifest.components[name] for name in _STAGES if name in self._manifest.components}
+        if load is not None:
+            engines = load(bundle, self._manifest)
+            super().__init__({name: engines[name] for name in components})
+        else:
+            super().__init__(
+                {
+                    name: load_engine(bundle / component.files[0].path, component, threads)
+                    for name, component in components.items()
+                }
+            )
+
+    def warm(self) -> None:
+        """Runs every engine at the sizes that requests mostly have, so that the first one does not wait for it.
+
+        Raises:
+            StageFailed: an engine cannot run.
+        """
+        for name, engine in self._engines.items():
+            tensors = self._manifest.components[name].tensors
+            try:
+                for batch in WARM_BATCHES:
+                    engine(example_inputs(tensors, self._manifest.model, batch))
+            except Exception as error:
+                raise StageFailed(f"The stage {name} failed on its first call: {error}") from error

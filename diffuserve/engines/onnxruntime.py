@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from diffuserve.engines.compiled_cache import CompiledCache
+from diffuserve.engines.fused_attention import fuse_attention
 from diffuserve.errors import BundleError
+
+if TYPE_CHECKING:
+    from diffuserve.bundle import Component
 
 CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+# Left alone, fp32 would be multiplied with the 10 digits of TF32.
+_SETTINGS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, _CPU: {}}
+_GRAPH_NAME = "model.onnx"
+_STORED_WEIGHTS = "session.optimized_model_external_initializers"
+# Raised whenever `fuse_attention` makes other graphs.
+_FUSION_REVISION = 1
 
 
 class OnnxRuntimeEngine:
-    """One ONNX model, in fp32 on the CPU or in fp16 on the first NVIDIA GPU. ONNX Runtime's sessions are safe to run from
-    several threads.
+    """One ONNX model, in the precision that its graph is in. ONNX Runtime's sessions are safe to run from several threads.
+
+    On the CPU the graph as ONNX Runtime optimises it for this processor is stored, so that the next start only loads it:
+    its weights are then mapped from the file, and not copied.
 
     Args:
         path: the .onnx file; weights beside it are found by their names.
+        component: what the manifest says of it; None for a file in fp32 that nothing is to be stored of.
         threads: threads of one call on the CPU; 0 means one for each core.
-        precision: "fp32", or "fp16" for a file that is in fp16 itself.
 
     Raises:
-        BundleError: onnxruntime is not installed, it has no GPU for fp16, or it cannot load the file.
+        BundleError: onnxruntime is not installed, it has no GPU, or it cannot load the file.
     """
 
-    def __init__(self, path: Path, threads: int = 0, precision: str = "fp32") -> None:
+    def __init__(self, path: Path, component: Component | None = None, threads: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -35,25 +48,77 @@ class OnnxRuntimeEngine:
                 "The engine onnxruntime is not installed. Install it: pip install 'diffuserve[serve]'"
             ) from error
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        on_gpu = component is not None and component.engine == "onnxruntime-cuda"
         # A GPU leaves to the CPU what it cannot do itself. A provider that is missing would be left out with a warning.
-        wanted = [CUDA, _CPU] if precision == "fp16" else [_CPU]
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        wanted = [CUDA, _CPU] if on_gpu else [_CPU]
+        providers = [(name, _SETTINGS[name]) for name in wanted if name in onnxruntime.get_available_providers()]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            if component is None or on_gpu:
+                self._session = fused_session(path, session_options(threads), providers)
+            else:
+                self._session = self._cached(path, component, threads)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         if self._session.get_providers()[0] != wanted[0]:
             raise BundleError(
-                f"{path} is in {precision}, which ONNX Runtime runs on NVIDIA GPUs only, and it found none here. See what is "
-                "missing: diffuserve engines"
+                f"{path} is to run on an NVIDIA GPU, and ONNX Runtime found none here. See what is missing: diffuserve engines"
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Runs the model; see `diffuserve.stages.Engine`."""
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def _cached(self, path: Path, component: Component, threads: int) -> Any:
+        """A session on the optimised graph, from the cache if it is there."""
+        import onnxruntime
+
+        cache = CompiledCache(path, component, onnxruntime.__version__, {"fusion": _FUSION_REVISION})
+        for entry in cache.entries():
+            options = session_options(threads)
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            try:
+                return onnxruntime.InferenceSession(str(entry / _GRAPH_NAME), options, providers=[_CPU])
+            except Exception as error:
+                cache.discard(entry, error)
+        options = session_options(threads)
+        with cache.writing() as folder:
+            if folder is not None:
+                options.optimized_model_filepath = str(folder / _GRAPH_NAME)
+                options.add_session_config_entry(f"{_STORED_WEIGHTS}_file_name", f"{_GRAPH_NAME}.data")
+                options.add_session_config_entry(f"{_STORED_WEIGHTS}_min_size_in_bytes", "1024")
+            session = fused_session(path, options, [_CPU])
+        return session
+
+
+def fused_session(path: Path, options: Any, providers: Sequence[Any]) -> Any:
+    """An `onnxruntime.InferenceSession` on the graph with its attention fused.
+
+    Args:
+        path: the .onnx file; weights beside it are found by their names.
+        options: `session_options`; is changed.
+        providers: ONNX Runtime's, the first choice first.
+    """
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path, load_external_data=False)
+    fuse_attention(model)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+
+def session_options(threads: int) -> Any:
+    """`onnxruntime.SessionOptions` of every session.
+
+    Args:
+        threads: of one call; 0 means one for each core.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Several sessions share the cores. A pool that spins while it has nothing to do takes them from the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options

@@ -1,4 +1,4 @@
-"""Components on OpenVINO's CPU plugin, in this process; see `diffuserve.engines.openvino_cache` for its start."""
+"""Components on OpenVINO's CPU plugin, in this process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import Component
-from diffuserve.engines.openvino_cache import compiled_model
+from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.processor import computes_bf16, processor_name, usable_cores
 from diffuserve.errors import BundleError
 
 # What OpenVINO computes in, by a component's precision. Without it OpenVINO decides by the processor, so that the same
 # bundle would draw other images on another machine.
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+_DEVICE = "CPU"
+_BLOB_NAME = "model.blob"
 
 
 class OpenVinoEngine:
@@ -45,16 +49,8 @@ class OpenVinoEngine:
             ) from error
 
         check_precision(component.precision)
-        properties = {
-            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[component.precision],
-            # One call at a time on all threads, as the loop makes them.
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or usable_cores(),
-            # Several models share the cores, and threads that are bound to the same core would wait for each other.
-            "ENABLE_CPU_PINNING": False,
-        }
         try:
-            self._compiled = compiled_model(path, component, properties)
+            self._compiled = _compiled_model(path, component, cpu_properties(component.precision, threads))
             ports = {name: port for port in self._compiled.inputs for name in port.names}
             self._dtypes = {
                 spec.name: np.dtype(ports[spec.name].element_type.to_dtype()) for spec in component.tensors.inputs
@@ -88,6 +84,41 @@ class OpenVinoEngine:
             return {name: results[at] for name, at in self._outputs.items()}
         finally:
             self._free.put(request)
+
+
+def _compiled_model(path: Path, component: Component, properties: Mapping[str, Any]) -> Any:
+    """An `openvino.CompiledModel`, from the cache if it is there; `properties`: OpenVINO's, by name."""
+    import openvino
+
+    core = openvino.Core()
+    cache = CompiledCache(path, component, openvino.get_version(), properties)
+    for entry in cache.entries():
+        try:
+            return core.import_model((entry / _BLOB_NAME).read_bytes(), _DEVICE, dict(properties))
+        except (OSError, RuntimeError) as error:
+            cache.discard(entry, error)
+    compiled = core.compile_model(path, _DEVICE, dict(properties))
+    with cache.writing() as folder:
+        if folder is not None:
+            (folder / _BLOB_NAME).write_bytes(compiled.export_model().getbuffer())
+    return compiled
+
+
+def cpu_properties(precision: str, threads: int) -> dict[str, Any]:
+    """What every model is compiled with.
+
+    Args:
+        precision: one of `PRECISION_HINTS`.
+        threads: of one call; 0 means one for each core.
+    """
+    return {
+        "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+        # One call at a time on all threads, as the loop makes them.
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or usable_cores(),
+        # Several models share the cores, and threads that are bound to the same core would wait for each other.
+        "ENABLE_CPU_PINNING": False,
+    }
 
 
 def check_precision(precision: str) -> None:

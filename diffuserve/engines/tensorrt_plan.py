@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 
 from diffuserve.bundle import ModelSpec
+from diffuserve.decoding import MAX_DECODE_BATCH
 from diffuserve.engines.example import native_dims
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 from diffuserve.request import Limits
-from diffuserve.tensors import StageSpec, TensorSpec
+from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
 
 SUFFIX = ".plan"
 # Batch sizes that get a profile of their own at the native size, with kernels chosen for exactly that shape.
@@ -40,10 +41,8 @@ Profile = dict[str, ShapeRange]
 def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
     """What a plan is built for: first each of the usual batches at the native size, last any batch, image size and
     length of a prompt that the server's limits allow."""
-    from diffuserve.pipeline import MAX_DECODE_BATCH
-
     limits = Limits.for_model(model)
-    has_images = any(spec.dims[-1] == 3 for spec in (*tensors.inputs, *tensors.outputs))
+    has_images = any(spec.dims[-1] == 3 or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
     most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
     batches = [batch for batch in _STATIC_BATCHES if batch <= most_rows]
     least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple
@@ -68,14 +67,14 @@ def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
     ]
 
 
-def plan_path(graph: Path) -> Path:
+def plan_path(graph: Path, precision: str) -> Path:
     """Where the plan of `graph` for this machine lies: beside it, named by what it was built for, as in
     `model.fp16.sm90.trt11.4.1.plan`.
 
     Raises:
         BundleError: there is no GPU, or tensorrt is not installed.
     """
-    return graph.with_suffix(f".{_this_machine()}{SUFFIX}")
+    return graph.with_name(f"model.{precision}.{_this_machine()}{SUFFIX}")
 
 
 def check_plan(path: Path) -> None:
@@ -91,13 +90,13 @@ def check_plan(path: Path) -> None:
         )
 
 
-def build_plan(graph: Path, tensors: StageSpec, model: ModelSpec) -> Path:
-    """Builds the plan of a strongly typed graph for this machine, unless it has been; takes minutes.
+def build_plan(graph: Path, precision: str, tensors: StageSpec, model: ModelSpec) -> Path:
+    """Builds the plan of a graph, strongly typed in `precision`, for this machine, unless it has been; takes minutes.
 
     Raises:
         BundleError: TensorRT refuses the graph, or cannot build it.
     """
-    path = plan_path(graph)
+    path = plan_path(graph, precision)
     if path.is_file():
         return path
     import tensorrt
@@ -112,6 +111,7 @@ def build_plan(graph: Path, tensors: StageSpec, model: ModelSpec) -> Path:
         errors = "; ".join(str(parser.get_error(number)) for number in range(parser.num_errors))
         raise BundleError(f"TensorRT cannot read {graph}: {errors}")
     config = builder.create_builder_config()
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 is to be fp32, and not to be multiplied with 10 digits
     for ranges in profiles(tensors, model):
         profile = builder.create_optimization_profile()
         for name, shapes in ranges.items():

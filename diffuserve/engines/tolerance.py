@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ RELATIVE_TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
 # The same for images, in levels of 255: two values on either side of a rounding boundary differ by one level, however
 # close they are.
 TOLERANCE_LEVELS = {"fp32": 1.0, "fp16": 4.0, "bf16": 8.0}
+# The least that a whole image may have in common with diffusers' in fp32: the errors of all steps add up.
+MIN_IMAGE_PSNR_DB = {"fp32": 50.0, "fp16": 30.0, "bf16": 20.0}
 
 
 def tolerance_of(tensors: StageSpec, precision: str, expected: Mapping[str, NDArray[Any]]) -> float:
@@ -28,3 +30,8 @@ def tolerance_of(tensors: StageSpec, precision: str, expected: Mapping[str, NDAr
     if tensors.outputs[0].dtype == "UINT8":
         return TOLERANCE_LEVELS[precision]
     return RELATIVE_TOLERANCE[precision] * min(float(array.std()) for array in expected.values())
+
+
+def min_image_psnr_db(precisions: Iterable[str]) -> float:
+    """Of an image drawn by components in these precisions, in decibels: that of the least exact one."""
+    return min(MIN_IMAGE_PSNR_DB[precision] for precision in precisions)

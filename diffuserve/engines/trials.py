@@ -7,6 +7,7 @@ precision draws slightly other images, so each precision has a tolerance of its 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from diffuserve.bundle import (
     Component,
     File,
+    ImageParity,
     Manifest,
     ModelSpec,
     Trial,
@@ -26,11 +28,12 @@ from diffuserve.bundle import (
     verify,
     write_manifest,
 )
-from diffuserve.engines import load_engine
+from diffuserve.engines import ENGINES, load_engine
 from diffuserve.engines.availability import availability
+from diffuserve.engines.compiled_cache import remove_compiled
 from diffuserve.engines.example import Arrays, example_inputs
-from diffuserve.engines.half import half_from_onnx
-from diffuserve.engines.openvino_cache import remove_cached
+from diffuserve.engines.image_parity import image_parity, same_engines
+from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.engines.tensorrt_plan import build_plan
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import BundleError
@@ -41,9 +44,8 @@ AUTO = "auto"
 Way = tuple[str, str]  # engine, precision
 REFERENCE: Way = ("onnxruntime", "fp32")
 
-
-# In the name of a graph that was converted to fp16: model.fp16.onnx.
-_HALF = ".fp16"
+# In the name of a file that was made of the exported ones for an engine: model.fp16.onnx, model.fp32.sm90.trt11.4.1.plan.
+_MADE = re.compile(r"\.(fp16|bf16|fp32)\.")
 # Rows of a call. The UNet runs the most, and in batches; the other components run once an image.
 _BATCHES = {UNET: (1, 2, 8)}
 _OTHER_BATCHES = (1, 2)
@@ -61,7 +63,8 @@ def select_engines(
         bundle: its folder.
         engine: one of `diffuserve.engines.ENGINES`, for all components; or "auto": of those that this machine can run,
             the fastest for each component.
-        precision: of the engine; None is the first that it has, which is fp32 on CPUs, or with "auto" any.
+        precision: of the engine; None is for each component the first that it may have, which is fp32 on CPUs and fp16 on
+            GPUs, or with "auto" any.
         progress: called with each component's name before it is tried.
 
     Returns:
@@ -86,24 +89,69 @@ def _selected(
     bundle: Path, manifest: Manifest, engine: str, ways: Sequence[Way], progress: Callable[[str], None]
 ) -> Manifest:
     """The manifest with the engines that the trials of `ways` lead to."""
-    components: dict[str, Component] = {}
-    trials: list[Trial] = []
     known: Arrays = {}
+    tried: dict[str, list[Trial]] = {}
     for name, component in manifest.components.items():
         progress(name)
-        tried = _try(bundle, name, component, manifest.model, ways, known)
-        chosen = fastest(tried) if engine == AUTO else tried[-1]
-        if chosen.rejected:
-            raise BundleError(
-                f"{name} of {bundle} does not run on {chosen.engine} in {chosen.precision}: {chosen.rejected}. Nothing was "
-                f"changed. Let the measurement choose: diffuserve engines {bundle} --select auto"
-            )
-        trials += tried
-        components[name] = _on(bundle, component, (chosen.engine, chosen.precision), manifest.model)
+        own_ways = ways if engine == AUTO else first_allowed(ways, component)
+        tried[name] = _try(bundle, name, component, manifest.model, own_ways, known)
+    _choose(bundle, tried, engine)  # raises if an engine that was named does not do
+    progress("an image")
+    images = _draw(bundle, manifest, tried)
+    components = {
+        name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
+        for name, trial in _choose(bundle, tried, engine).items()
+    }
+    if not any(same_engines(image, components) for image in images):
+        images.append(image_parity(bundle, manifest, components))
     was, now = manifest.components[UNET], components[UNET]
     # The UNet's costs were measured on the engine that it had.
     unet_seconds = manifest.unet_seconds if (was.engine, was.precision) == (now.engine, now.precision) else {}
-    return msgspec.structs.replace(manifest, components=components, trials=tuple(trials), unet_seconds=unet_seconds)
+    return msgspec.structs.replace(
+        manifest,
+        components=components,
+        images=tuple(images),
+        trials=tuple(trial for trials in tried.values() for trial in trials),
+        unet_seconds=unet_seconds,
+    )
+
+
+def _choose(bundle: Path, tried: Mapping[str, Sequence[Trial]], engine: str) -> dict[str, Trial]:
+    """Each component's trial that is kept."""
+    chosen = {name: fastest(trials) if engine == AUTO else trials[-1] for name, trials in tried.items()}
+    for name, trial in chosen.items():
+        if trial.rejected:
+            raise BundleError(
+                f"{name} of {bundle} does not run on {trial.engine} in {trial.precision}: {trial.rejected}. Nothing was "
+                f"changed. Let the measurement choose: diffuserve engines {bundle} --select auto"
+            )
+    return chosen
+
+
+def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]]) -> list[ImageParity]:
+    """The reference image by each way that runs the UNet, with the reference in the place of what it does not run. A way
+    that draws another image is rejected in `tried`."""
+    images = []
+    for position, unet in enumerate(tried[UNET]):
+        if unet.rejected:
+            continue
+        kept = {name: trials[0] if trials[position].rejected else trials[position] for name, trials in tried.items()}
+        image = image_parity(
+            bundle,
+            manifest,
+            {
+                name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
+                for name, trial in kept.items()
+            },
+        )
+        images.append(image)
+        if position and not image.passed:
+            for trials in tried.values():
+                if not trials[position].rejected:
+                    trials[position] = msgspec.structs.replace(
+                        trials[position], seconds={}, rejected=f"it draws another image: {image}"
+                    )
+    return images
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
@@ -120,8 +168,22 @@ def relative_time(trial: Trial, reference: Trial) -> float:
     return math.exp(statistics.fmean(shares))
 
 
+def refusal(component: Component, precision: str) -> str:
+    """Why the component must not run in `precision`; empty if it may."""
+    if precision == "fp16" and component.overflows_in_fp16:
+        return "it overflows in fp16, as the checkpoint says"
+    return ""
+
+
+def first_allowed(ways: Sequence[Way], component: Component) -> list[Way]:
+    """The reference, and of the other ways the first that the component may run; the first of all if it may run none."""
+    allowed = [way for way in ways[1:] if not refusal(component, way[1])]
+    return [ways[0], *(allowed or ways[1:])[:1]]
+
+
 def ways_to_try(engine: str, precision: str | None) -> list[Way]:
-    """The engines and precisions that `select_engines` tries, the reference first and one that was asked for last.
+    """The engines and precisions that `select_engines` tries, the reference first, then those that were asked for and can
+    run here, in the order of preference.
 
     Raises:
         BundleError: there is no such engine, or this machine cannot run it; why, and what mends it.
@@ -130,7 +192,8 @@ def ways_to_try(engine: str, precision: str | None) -> list[Way]:
     if engine == AUTO:
         asked = [way for way, available in known.items() if available.usable and precision in (None, way[1])]
     else:
-        asked = [way for way in known if way[0] == engine and precision in (None, way[1])][:1]
+        having = [way for way in known if way[0] == engine and precision in (None, way[1])]
+        asked = [way for way in having if known[way].usable] or having[:1]
         if not asked:
             named = f"{engine} in {precision}" if precision else engine
             raise BundleError(f"There is no engine {named}. There are: {', '.join(' in '.join(way) for way in known)}.")
@@ -162,55 +225,59 @@ def _try(
     known.update(expected[len(batches) - 1])
     trials = {REFERENCE: Trial(name, *REFERENCE, {}, 0.0, 0.0, "")}
     for way in ways[1:]:
-        tolerance, error, rejected = tolerance_of(component.tensors, way[1], expected[0]), None, ""
-        try:
-            engine = load(way)
-            error = _largest_error([engine(arrays) for arrays in inputs], expected)
-        except Exception as failure:  # whatever an engine raises, it is not the one to take
-            rejected = f"it fails: {failure}"
-        else:
-            if error is None:
-                rejected = "its output has another shape or dtype, or is not finite"
-            elif error > tolerance:
-                rejected = f"it differs by up to {error:.3g}, and {tolerance:.3g} is allowed"
+        tolerance, error = tolerance_of(component.tensors, way[1], expected[0]), None
+        rejected = refusal(component, way[1])
+        if not rejected:
+            try:
+                engine = load(way)
+                error = _largest_error([engine(arrays) for arrays in inputs], expected)
+            except Exception as failure:  # whatever an engine raises, it is not the one to take
+                rejected = f"it fails: {failure}"
             else:
-                engines[way] = engine
+                if error is None:
+                    rejected = "its output has another shape or dtype, or is not finite"
+                elif error > tolerance:
+                    rejected = f"it differs by up to {error:.3g}, and {tolerance:.3g} is allowed"
+                else:
+                    engines[way] = engine
         trials[way] = Trial(name, *way, {}, error, tolerance, rejected)
     seconds = _seconds(engines, dict(zip(batches, inputs, strict=False)))
     return [msgspec.structs.replace(trial, seconds=seconds.get(way, {})) for way, trial in trials.items()]
 
 
 def _on(bundle: Path, component: Component, way: Way, model: ModelSpec) -> Component:
-    """The component as `way` runs it. For fp16 its graph is converted, and for TensorRT a plan is built of that, unless it
-    has been; the exported files stay."""
+    """The component as `way` runs it. On a GPU its graph is converted for 16 bits, and for TensorRT a plan is built of that,
+    unless it has been; the exported files stay. (OpenVINO converts fp32 graphs itself.)"""
     engine, precision = way
     exported = _exported(component)
     made: list[Path] = []
-    if precision == "fp16":
-        graph = bundle / f"{exported[0].path.removesuffix('.onnx')}{_HALF}.onnx"
+    graph = bundle / exported[0].path
+    if precision in PRECISIONS and engine != "openvino":
+        source, graph = graph, graph.with_suffix(f".{precision}.onnx")
         if not graph.is_file():
-            half_from_onnx(bundle / exported[0].path, graph)
+            sixteen_bit_from_onnx(source, graph, precision)
         made = sorted(graph.parent.glob(f"{graph.name}*"))
-        if engine == "tensorrt":
-            made = [build_plan(graph, component.tensors, model), *made]
+    if engine == "tensorrt":
+        made = [build_plan(graph, precision, component.tensors, model), *made]
     files = (*(describe_file(bundle, path) for path in made), *exported)
     return msgspec.structs.replace(component, engine=engine, precision=precision, files=files)
 
 
 def _exported(component: Component) -> tuple[File, ...]:
     """Its files without those that were made of them for an engine."""
-    return tuple(file for file in component.files if _HALF not in file.path)
+    return tuple(file for file in component.files if not _MADE.search(file.path))
 
 
 def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
     """What trials of other engines have left beside the component's files."""
     path = bundle / component.files[0].path
-    if component.engine != "openvino":
-        remove_cached(path, msgspec.structs.replace(component, files=_exported(component)))
+    for engine in ENGINES:
+        if engine != component.engine:
+            remove_compiled(path, msgspec.structs.replace(component, files=_exported(component)), engine)
     used = {bundle / file.path for file in component.files}
-    for made in path.parent.glob(f"*{_HALF}.*"):
-        if made not in used:
-            made.unlink()
+    for file in path.parent.iterdir():
+        if _MADE.search(file.name) and file not in used:
+            file.unlink()
 
 
 def _largest_error(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> float | None:

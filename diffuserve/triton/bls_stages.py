@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Float32
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve.triton.model_control import ModelControl
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,9 @@ class BlsStages:
 
     async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
         return (await self._call(VAE_DECODER, {"latent_sample": latent_sample}))["image"]
+
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        return (await self._call(SAFETY_CHECKER, {CLIP_INPUT: clip_input}))[CONCEPT_SCORES]
 
     async def _call(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be

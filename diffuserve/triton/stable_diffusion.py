@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle import read_manifest
-from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
+from diffuserve.errors import (
+    TRITON_CODE,
+    BundleError,
+    Cancelled,
+    DiffuserveError,
+    InvalidRequest,
+    StageFailed,
+    to_wire,
+)
 from diffuserve.pipeline import Completed, Event, Pipeline
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
 from diffuserve.serving.lifecycle import LifeSign
@@ -58,6 +67,7 @@ class StableDiffusionModel:
                 policy=parameters["policy"],
                 unet_instances=int(parameters["unet_instances"]),
                 call_timeout_s=float(parameters["call_timeout_s"]),
+                require_safety_checker=_flag(parameters, "require_safety_checker"),
             )
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
@@ -156,6 +166,18 @@ class StableDiffusionModel:
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
         return request_from_fields(fields, self._pipeline.manifest.model, self._pipeline.limits)
+
+
+def _flag(parameters: Mapping[str, str], name: str) -> bool:
+    """A parameter of the model's configuration that is either "True" or "False".
+
+    Raises:
+        BundleError: it is neither, which might have meant either.
+    """
+    text = parameters[name]
+    if text not in ("True", "False"):
+        raise BundleError(f"The parameter {name} in config.pbtxt is {text!r}; it must be True or False.")
+    return text == "True"
 
 
 def _to_triton(event: Event, request: TextToImageRequest) -> list[Any]:

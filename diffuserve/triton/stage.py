@@ -1,4 +1,5 @@
-"""The Triton models text_encoder, unet, vae_decoder and vae_encoder: one engine each, in the Python backend.
+"""The Triton models text_encoder, unet, vae_decoder, vae_encoder and safety_checker: one engine each, in the Python
+backend.
 
 An engine that hangs cannot be interrupted, and would block its model for good. So the process ends itself after
 `call_timeout_s`, with a traceback of every thread in the log; whoever calls the stage has it loaded again, see

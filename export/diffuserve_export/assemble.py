@@ -4,6 +4,7 @@ triton_repo/
     unet/config.pbtxt           written from the manifest
     unet/1/model.py             a few lines that import the class from the package, for the Python backend only
     unet/1/model.onnx           the bundle's file, linked where the file system allows, else copied
+    unet/1/*.onnxruntime/       what the engine has compiled of it on this machine, so that the first start is a fast one
     unet/1/placement.json       what was placed; written last, so a folder without it is incomplete
     stable_diffusion/1/...      manifest.json and tokenizer/ instead of an engine
 """
@@ -14,9 +15,13 @@ import os
 import shutil
 from pathlib import Path
 
-from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
+from diffuserve.bundle import MANIFEST_NAME, Component, Manifest, read_manifest, verify
+from diffuserve.engines import ENGINES
+from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
+from diffuserve.safety import refuse_without_safety_checker
+from diffuserve.tensors import SAFETY_CHECKER
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
@@ -27,7 +32,8 @@ def repository_from_bundle(
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
-    Other folders of `output` are left alone, but Triton takes each of them for a model.
+    A safety checker that an earlier bundle had and this one lacks is removed. Other folders of `output` are left alone,
+    but Triton takes each of them for a model.
 
     Args:
         bundle: its folder.
@@ -36,9 +42,12 @@ def repository_from_bundle(
         backend: of Triton, for the stages; one of `diffuserve_export.triton_backends.BACKENDS`.
 
     Raises:
-        BundleError: the bundle is damaged, the backend does not run one of its engines, or `output` cannot be written.
+        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
+            one of its engines, or `output` cannot be written.
     """
     manifest = read_manifest(bundle)
+    if serving is not None and serving.require_safety_checker:
+        refuse_without_safety_checker(manifest)
     verify(bundle, manifest)
     try:
         for name, config in configs_from_manifest(manifest, serving, backend).items():
@@ -53,11 +62,12 @@ def repository_from_bundle(
             component = manifest.components.get(name)
             if component is not None:
                 # Weights beside an .onnx file are found by their names relative to it.
-                base = (bundle / component.files[0].path).parent
+                first = bundle / component.files[0].path
                 placed = [
-                    _place(bundle / file.path, folder / (bundle / file.path).relative_to(base))
+                    _place(bundle / file.path, folder / (bundle / file.path).relative_to(first.parent))
                     for file in component.files
                 ]
+                _place_compiled(first, component, folder)
             else:
                 names = [
                     MANIFEST_NAME,
@@ -66,6 +76,9 @@ def repository_from_bundle(
                 placed = [_place(bundle / path, folder / path) for path in names]
             files = tuple(place_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
+        earlier = output / SAFETY_CHECKER
+        if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():
+            shutil.rmtree(earlier)
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error
     return manifest
@@ -76,6 +89,18 @@ def _write(path: Path, text: str) -> None:
     if path.is_file() and path.read_text() == text:
         return
     write_whole(path, text.encode())
+
+
+def _place_compiled(first: Path, component: Component, folder: Path) -> None:
+    """Places what the component's engine has compiled of it, in the stead of what was compiled of an earlier bundle."""
+    entries = {entry.name: entry for entry in compiled_beside(first, component)}
+    for engine in ENGINES:
+        for old in folder.glob(f"*.{engine}"):
+            if old.name not in entries:
+                shutil.rmtree(old)
+    for name, entry in entries.items():
+        for file in entry.iterdir():
+            _place(file, folder / name / file.name)
 
 
 def _place(source: Path, target: Path) -> Path:

@@ -42,9 +42,22 @@ from diffuserve_export.triton_backends import BACKENDS, PYTHON
     type=click.Choice(list(BACKENDS)),
     default=PYTHON,
     show_default=True,
-    help="Triton's backend for text encoder, UNet and VAE; all but python need the Triton of NVIDIA's container.",
+    help="Triton's backend for all models that run an engine; all but python need the Triton of NVIDIA's container.",
 )
-def command(bundle: Path, output: Path, batching: str, policy: str, unet_instances: int, backend: str) -> None:
+@click.option(
+    "--require-safety-checker",
+    is_flag=True,
+    help="Refuse a BUNDLE without a safety checker, now and whenever the repository is served.",
+)
+def command(
+    bundle: Path,
+    output: Path,
+    batching: str,
+    policy: str,
+    unet_instances: int,
+    backend: str,
+    require_safety_checker: bool,
+) -> None:
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
@@ -53,7 +66,12 @@ def command(bundle: Path, output: Path, batching: str, policy: str, unet_instanc
     from diffuserve_export.assemble import repository_from_bundle
     from diffuserve_export.triton import Serving
 
-    serving = Serving(batching=batching, policy=policy, unet_instances=unet_instances)
+    serving = Serving(
+        batching=batching,
+        policy=policy,
+        unet_instances=unet_instances,
+        require_safety_checker=require_safety_checker,
+    )
     manifest = repository_from_bundle(bundle, output, serving, backend)
     click.echo(
         f"{output} serves {manifest.model.name} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"

@@ -9,6 +9,7 @@
         unet/config.json            and diffusion_pytorch_model.safetensors
         vae/config.json             and diffusion_pytorch_model.safetensors
         text_encoder_2/             and tokenizer_2/, in Stable Diffusion XL
+        safety_checker/             and feature_extractor/, mostly in Stable Diffusion 1.x
 
 Or a repository of that form on the Hugging Face hub; or one .safetensors file in the layout of the original code, which
 holds all weights and lacks the rest: configs and tokenizers then come from a second checkpoint.
@@ -27,39 +28,28 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import File, ModelSpec, describe_file, sha256_of_files
+from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of, sha256_of_files
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
 from diffuserve_export.lora import Lora
+from diffuserve_export.model_index import (
+    PIPELINES,
+    SAFETY_PARTS,
+    TWO_TEXT_ENCODERS,
+    check_components,
+    names_part,
+    pipeline_of,
+)
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
+from diffuserve_export.safety import image_processor_from_configs
 from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
 
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_ONE_TEXT_ENCODER: Mapping[str, tuple[str, ...]] = {
-    "scheduler": (),  # any: only its settings are read, and those are checked
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": _TOKENIZERS,
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-_TWO_TEXT_ENCODERS = {
-    **_ONE_TEXT_ENCODER,
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer_2": _TOKENIZERS,
-}
-# Pipeline: its components, and the classes that each may have, as model_index.json names them.
-PIPELINES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": _ONE_TEXT_ENCODER,
-    "LatentConsistencyModelPipeline": _ONE_TEXT_ENCODER,
-    "StableDiffusionXLPipeline": _TWO_TEXT_ENCODERS,
-}
-# Loaded by the pipeline, but none of its images depend on them.
-_IGNORED = ("safety_checker", "feature_extractor")
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
+    "feature_extractor": "preprocessor_config.json",
 }
 # Files beside the weights that are read.
 _TEXTS = (".json", ".txt")
@@ -73,13 +63,15 @@ class Checkpoint:
 
     Attributes:
         path: the folder with the configs.
-        pipeline: diffusers' class, a key of `PIPELINES`.
+        pipeline: diffusers' class, a key of `diffuserve_export.model_index.PIPELINES`.
         spec: what requests to the model are measured by.
         tensors: those of each stage.
         configs: by component; the scheduler's with the settings that the pipeline gives it.
         weights: by component; empty for a single file.
         single_file: the file with all weights, or None.
         loras: fused into the weights, in this order.
+        image_processor: of the safety checker, None where there is none.
+        safety_checker_left_out: the folder has one that is not to be exported.
     """
 
     path: Path
@@ -90,6 +82,8 @@ class Checkpoint:
     weights: Mapping[str, Weights]
     single_file: Weights | None = None
     loras: tuple[Lora, ...] = ()
+    image_processor: ImageProcessor | None = None
+    safety_checker_left_out: bool = False
 
     @property
     def parameters(self) -> int:
@@ -103,6 +97,11 @@ class Checkpoint:
         return " + ".join([self.spec.name, *map(str, self.loras)])
 
     @cached_property
+    def fused_loras(self) -> tuple[FusedLora, ...]:
+        """The LoRAs as the manifest names them."""
+        return tuple(FusedLora(lora.path.stem, lora.scale, sha256_of(lora.path)) for lora in self.loras)
+
+    @cached_property
     def sha256(self) -> str:
         """Identifies everything that an export reads: configs, tokenizer, weights and LoRAs."""
         texts = [file for part in self.configs for file in (self.path / part).iterdir() if file.suffix in _TEXTS]
@@ -111,9 +110,8 @@ class Checkpoint:
         weights = [file for part in self.weights.values() for file in part.files]
         files = [describe_file(self.path, file) for file in {*texts, *weights}]
         files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
-        for position, lora in enumerate(self.loras):
-            described = describe_file(lora.path.parent, lora.path)
-            files.append(File(f"lora {position} {lora.scale!r}", described.size_bytes, described.sha256))
+        for position, (lora, fused) in enumerate(zip(self.loras, self.fused_loras, strict=True)):
+            files.append(File(f"lora {position} {lora.scale!r}", lora.path.stat().st_size, fused.sha256))
         return sha256_of_files(files)
 
 
@@ -128,6 +126,7 @@ def open_checkpoint(
     config: Path | None = None,
     loras: tuple[Lora, ...] = (),
     clip_skip: int = 0,
+    safety_checker: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
@@ -140,6 +139,7 @@ def open_checkpoint(
             tokenizers are read; None takes those that diffusers takes for such a file, from the hub.
         loras: to fuse into the weights.
         clip_skip: layers of the text encoders to leave out, in diffusers' meaning.
+        safety_checker: whether to take the one that the checkpoint may have. A single file has none.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
             7.5 and dpmpp_2m.
 
@@ -148,9 +148,14 @@ def open_checkpoint(
     """
     name, folder, single_file = _locate(path, config)
     index = _read_json(folder / "model_index.json")
-    pipeline = _pipeline_of(folder, index)
+    pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
-    _check_components(folder, index, parts)
+    # The default is that of StableDiffusionXLPipeline, which alone has the setting.
+    zero_empty_negative = parts is TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True))
+    has_safety_checker = single_file is None and names_part(index, "safety_checker")
+    if has_safety_checker and safety_checker:
+        parts = {**parts, **SAFETY_PARTS}
+    check_components(folder, index, parts)
     configs = {part: _read_json(folder / part / _CONFIG_NAMES.get(part, "config.json")) for part in parts}
     configs["scheduler"] |= _PIPELINE_SCHEDULER_SETTINGS.get(pipeline, {})
     given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
@@ -162,12 +167,23 @@ def open_checkpoint(
         configs,
         defaults,
         clip_skip=clip_skip,
-        # The default is that of StableDiffusionXLPipeline, which alone has the setting.
-        zero_empty_negative=parts is _TWO_TEXT_ENCODERS and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_empty_negative=zero_empty_negative,
     )
     weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
-    tensors = stage_specs_from_configs(spec, configs)
-    return Checkpoint(folder, pipeline, spec, tensors, configs, weights, single_file, loras)
+    image_processor = image_processor_from_configs(name, configs) if "safety_checker" in configs else None
+    tensors = stage_specs_from_configs(spec, configs, image_processor)
+    return Checkpoint(
+        folder,
+        pipeline,
+        spec,
+        tensors,
+        configs,
+        weights,
+        single_file,
+        loras,
+        image_processor=image_processor,
+        safety_checker_left_out=has_safety_checker and not safety_checker,
+    )
 
 
 def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
@@ -225,39 +241,6 @@ def _folder(path: Path, *, weights: bool) -> Path:
     return path
 
 
-def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> str:
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise CheckpointError(
-            f"{folder} is a {pipeline}, which is not supported. Supported: {', '.join(PIPELINES)} "
-            "(Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models)."
-        )
-    return str(pipeline)
-
-
-def _check_components(folder: Path, index: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]]) -> None:
-    for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list) or part in _IGNORED or entry == [None, None]:
-            continue
-        if part not in parts:
-            raise CheckpointError(
-                f"{folder} has the component {part} ({entry[-1]}), which is not supported. "
-                f"Supported: {', '.join(parts)}."
-            )
-        classes = parts[part]
-        if entry[0] not in ("diffusers", "transformers") or (classes and entry[1] not in classes):
-            raise CheckpointError(
-                f"{folder}: the {part} is of the class {'.'.join(map(str, entry))}. Supported: "
-                f"{', '.join(classes) or 'the schedulers of diffusers'}; a checkpoint's own code is never run."
-            )
-    for part in parts:
-        if not index.get(part) or index[part] == [None, None] or not (folder / part).is_dir():
-            raise CheckpointError(
-                f"{folder} lacks the component {part}: it must be named in model_index.json and have a folder of that "
-                f"name. Needed: {', '.join(parts)}. Download or save the checkpoint again."
-            )
-
-
 def _read_defaults(folder: Path) -> Defaults:
     file = folder / "diffuserve.json"
     if not file.is_file():
@@ -273,5 +256,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Download or save the checkpoint again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}. Download or save the checkpoint again.") from error

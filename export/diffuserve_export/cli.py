@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from diffuserve.bundle import Component
+    from diffuserve.bundle import Manifest
 
 _BUNDLES = Path("model_store/bundles")
 
@@ -43,6 +43,11 @@ _BUNDLES = Path("model_store/bundles")
     help="Layers of the text encoders to leave out, in diffusers' meaning.  [default: 0]",
 )
 @click.option(
+    "--no-safety-checker",
+    is_flag=True,
+    help="Leave out the checkpoint's safety checker, so that no image is checked. The bundle's manifest says so.",
+)
+@click.option(
     "--steps",
     type=click.IntRange(min=1),
     help="Default of requests that name none.  [default: the checkpoint's diffuserve.json, else 20]",
@@ -58,7 +63,12 @@ _BUNDLES = Path("model_store/bundles")
     help="What the bundle runs on, one of those that `diffuserve engines` lists; auto tries all that this machine has and "
     "keeps the fastest for each component.  [default: onnxruntime; a bundle that is up to date keeps its own]",
 )
-@click.option("--precision", help="Of the engine.  [default: fp32, for tensorrt fp16; with auto: any]")
+@click.option("--precision", help="Of the engine.  [default: its first that a component may have; with auto: any]")
+@click.option(
+    "--allow-differences",
+    is_flag=True,
+    help="Write the bundle even if it differs from PyTorch by more than the tolerances.",
+)
 @click.option("--force", is_flag=True, help="Export even if the bundle is up to date.")
 def command(
     checkpoint: Path,
@@ -66,17 +76,20 @@ def command(
     config: Path | None,
     loras: tuple[str, ...],
     clip_skip: int,
+    no_safety_checker: bool,
     steps: int | None,
     guidance_scale: float | None,
     sampler: str | None,
     engine: str | None,
     precision: str | None,
+    allow_differences: bool,
     force: bool,
 ) -> None:
     """Exports CHECKPOINT to a bundle: a folder in diffusers' format, an id on the Hugging Face hub, or one .safetensors
     file in the original layout. Stable Diffusion 1.x, 2.x and XL, their Turbo versions, and latent consistency models.
 
-    Every part becomes an ONNX graph and is compared with PyTorch; the figures go into the bundle's manifest.json.
+    Every part becomes an ONNX graph and is compared with PyTorch, and an image that they draw with diffusers'; the figures
+    go into the bundle's manifest.json.
     Weights are read from safetensors only, and no code of the checkpoint's is run.
     """
     from diffuserve.bundle import read_manifest
@@ -96,6 +109,7 @@ def command(
         config=config,
         loras=tuple(map(lora_from_text, loras)),
         clip_skip=clip_skip,
+        safety_checker=not no_safety_checker,
         steps=steps,
         guidance_scale=guidance_scale,
         sampler=sampler,
@@ -106,9 +120,9 @@ def command(
             f"{output} is up to date: neither the checkpoint nor the exporter has changed. --force exports anyway."
         )
     else:
-        bundle_from_checkpoint(opened, output, force=True, progress=_timed)
+        bundle_from_checkpoint(opened, output, force=True, strict=not allow_differences, progress=_timed)
         click.echo()
-        for line in _summary_lines(read_manifest(output).components):
+        for line in _summary_lines(read_manifest(output)):
             click.echo(line)
         click.echo(f"\n{output} written in {time.monotonic() - started:.0f} s.")
     if engine:
@@ -129,11 +143,13 @@ def _timed(title: str) -> Iterator[None]:
     click.echo(f" {time.monotonic() - started:5.1f} s")
 
 
-def _summary_lines(components: Mapping[str, Component]) -> Iterator[str]:
-    """A table: each component's size, and its largest error against PyTorch beside what is allowed."""
+def _summary_lines(manifest: Manifest) -> Iterator[str]:
+    """A table: each component's size, and its largest error against PyTorch beside what is allowed; the image's figures."""
     yield f"{'component':<14}{'size':>10}{'worst error':>14}{'tolerance':>12}"
-    for name, component in components.items():
+    for name, component in manifest.components.items():
         size_mb = sum(file.size_bytes for file in component.files) / 1e6
         worst = max(record.max_abs_error for record in component.parity)
         unit = " levels of 255" if component.tensors.outputs[0].dtype == "UINT8" else ""
         yield f"{name:<14}{size_mb:>7.1f} MB{worst:>14.2g}{component.tolerance:>12.2g}{unit}"
+    for image in manifest.images:
+        yield f"an image, against diffusers': {image}"

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from diffuserve.bundle import Component, Manifest, describe_file, write_manifest
 from diffuserve.errors import CheckpointError
 from diffuserve.stages import Engine
-from diffuserve.tensors import STAGES, VAE_ENCODER, StageSpec
+from diffuserve.tensors import VAE_ENCODER, StageSpec
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.export import manifest_from_parts, write_files_beside
 from diffuserve_export.load import model_from_checkpoint
 from diffuserve_export.preview import preview_from_vae_encoder
+from diffuserve_export.reference_image import reference_from_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,12 +51,18 @@ def eager_bundle_from_checkpoint(path: Path, folder: Path) -> Manifest:
     model = model_from_checkpoint(checkpoint)
     modules = modules_from_model(model, checkpoint.spec)
     copied = _copy_checkpoint(checkpoint, folder / _FOLDER)
-    files = (*write_files_beside(checkpoint, model, folder), *(describe_file(folder, file) for file in copied))
+    reference = reference_from_model(checkpoint, model, folder)
+    files = (
+        *write_files_beside(checkpoint, model, folder),
+        *(describe_file(folder, file) for file in copied),
+        reference.file,
+    )
     components = {
-        stage: Component(ENGINE, "fp32", (), checkpoint.tensors[stage], tolerance=0.0, parity=()) for stage in STAGES
+        stage: Component(ENGINE, "fp32", (), tensors, tolerance=0.0, parity=())
+        for stage, tensors in checkpoint.tensors.items()
     }
     preview = preview_from_vae_encoder(modules[VAE_ENCODER], checkpoint.spec)
-    manifest = manifest_from_parts(checkpoint, components, files, preview)
+    manifest = manifest_from_parts(checkpoint, components, files, preview, reference)
     write_manifest(folder, manifest)
     return manifest
 

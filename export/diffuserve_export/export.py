@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import shutil
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from diffuserve import __version__
 from diffuserve.bundle import (
     FORMAT_VERSION,
@@ -20,26 +23,29 @@ from diffuserve.bundle import (
     File,
     Manifest,
     Preview,
+    ReferenceImage,
     describe_file,
     read_manifest,
     sha256_of_files,
     verify,
     write_manifest,
 )
-from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, TEXT_ENCODER, VAE_ENCODER
+from diffuserve.engines.image_parity import image_parity
+from diffuserve.errors import BundleError, CheckpointError
+from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.model_spec import stages_that_overflow_in_fp16
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import Prompts, parity_of_onnx
+from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.quiet import quiet
+from diffuserve_export.reference_image import reference_from_model
+from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "2"
-# Graphs, tokenizers and manifest take this much beside the weights.
-_SPACE_BESIDE_WEIGHTS_BYTES = 100 << 20
+_EXPORTER_REVISION = "5"
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -51,7 +57,12 @@ def _silent(title: str) -> AbstractContextManager[None]:
 
 
 def bundle_from_checkpoint(
-    checkpoint: Path | Checkpoint, output: Path, *, force: bool = False, progress: Progress = _silent
+    checkpoint: Path | Checkpoint,
+    output: Path,
+    *,
+    force: bool = False,
+    strict: bool = True,
+    progress: Progress = _silent,
 ) -> Path:
     """Exports a checkpoint, unless `output` already is its bundle.
 
@@ -59,6 +70,8 @@ def bundle_from_checkpoint(
         checkpoint: what `open_checkpoint` takes, or what it returned.
         output: the bundle's folder. An older bundle there is replaced once the new one is complete.
         force: export even if nothing has changed.
+        strict: whether to fail where a component or the reference image differs from PyTorch's by more than its
+            tolerance. The figures are in the manifest in either case.
         progress: called with what is about to be done, for a context manager around it.
 
     Returns:
@@ -66,7 +79,7 @@ def bundle_from_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is not supported or damaged, or the export differs from PyTorch.
-        BundleError: `output` is something other than a bundle, or cannot be written.
+        BundleError: `output` is something other than a bundle, or cannot be written; or there is too little memory.
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
@@ -75,28 +88,11 @@ def bundle_from_checkpoint(
         return output
     try:
         with staged(output) as folder:
-            check_space(folder, bundle_size_bytes(checkpoint))
-            with progress("load"):
-                model = model_from_checkpoint(checkpoint)
-            _write_bundle(checkpoint, model, folder, progress)
+            check_room(checkpoint, folder)
+            _write_bundle(checkpoint, folder, progress, strict)
     except OSError as error:
         raise BundleError(f"{output} cannot be written: {error}. No bundle was written.") from error
     return output
-
-
-def bundle_size_bytes(checkpoint: Checkpoint) -> int:
-    """About how large the bundle will be: every weight in fp32."""
-    return 4 * checkpoint.parameters + _SPACE_BESIDE_WEIGHTS_BYTES
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises BundleError if the disk of `folder` has less room than that."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise BundleError(
-            f"The bundle takes about {needed_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has "
-            f"{free_bytes / 1e9:.1f} GB left. Make room, or name an --output on another disk. No bundle was written."
-        )
 
 
 def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
@@ -107,7 +103,9 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
             manifest.format_version == FORMAT_VERSION
             and manifest.model == checkpoint.spec
             and manifest.source == checkpoint.source
+            and manifest.safety_checker_left_out == checkpoint.safety_checker_left_out
             and manifest.versions == _versions()
+            and manifest.loras == checkpoint.fused_loras
             and manifest.source_sha256 == checkpoint.sha256
         ):
             verify(output, manifest)
@@ -124,20 +122,37 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, progress: Progress) -> None:
+def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, strict: bool) -> None:
+    """Stage by stage. A module's weights are given up as soon as its graph is written, so that never more than one stage
+    is in memory twice."""
     from diffuserve_export.modules import modules_from_model
 
     spec, tensors = checkpoint.spec, checkpoint.tensors
+    overflowing = stages_that_overflow_in_fp16(checkpoint.configs)
+    with progress("load"):
+        model = model_from_checkpoint(checkpoint)
+    with progress("draw reference"):
+        reference = reference_from_model(checkpoint, model, folder)
+    files_beside = (*write_files_beside(checkpoint, model, folder), reference.file)
+    texts = random_input_ids(tuple(model.tokenizers.values()), tensors[TEXT_ENCODER])
     modules = modules_from_model(model, spec)
-    prompts = Prompts(tuple(model.tokenizers.values()), modules[TEXT_ENCODER], tensors[TEXT_ENCODER])
+    del model
     components = {}
-    for stage in STAGES:
+    for stage in tensors:
         path = folder / stage / "model.onnx"
         path.parent.mkdir()
         with progress(f"export {stage}"):
             onnx_from_module(modules[stage], stage, tensors[stage], spec, path)
         with progress(f"compare {stage}"):
-            tolerance, parity = parity_of_onnx(path, modules[stage], stage, tensors[stage], spec, prompts)
+            references = references_of(modules[stage], stage, tensors[stage], spec, texts)
+            if stage == TEXT_ENCODER:
+                texts = references[-1].outputs
+            if stage == VAE_ENCODER:
+                preview = preview_from_vae_encoder(modules[stage], spec)
+            del modules[stage]
+            gc.collect()  # modules refer to themselves
+            what = f"{stage} of {spec.name}"
+            tolerance, parity = parity_of_onnx(path, references, what, tensors[stage], strict=strict)
         files = [path, *sorted(file for file in path.parent.iterdir() if file != path)]
         components[stage] = Component(
             engine="onnxruntime",
@@ -146,15 +161,26 @@ def _write_bundle(checkpoint: Checkpoint, model: LoadedModel, folder: Path, prog
             tensors=tensors[stage],
             tolerance=tolerance,
             parity=parity,
+            overflows_in_fp16=stage in overflowing,
         )
-    with progress("fit preview"):
-        preview = preview_from_vae_encoder(modules[VAE_ENCODER], spec)
-    files_beside = write_files_beside(checkpoint, model, folder)
-    write_manifest(folder, manifest_from_parts(checkpoint, components, files_beside, preview))
+    manifest = manifest_from_parts(checkpoint, components, files_beside, preview, reference)
+    write_manifest(folder, manifest)
+    with progress("compare images"):
+        image = image_parity(folder, manifest, components)
+    if strict and not image.passed:
+        raise CheckpointError(
+            f"{spec.name} draws another image than diffusers: {image}. No bundle was written; --allow-differences writes it "
+            "anyway."
+        )
+    write_manifest(folder, msgspec.structs.replace(manifest, images=(image,)))
 
 
 def manifest_from_parts(
-    checkpoint: Checkpoint, components: dict[str, Component], files: tuple[File, ...], preview: Preview
+    checkpoint: Checkpoint,
+    components: dict[str, Component],
+    files: tuple[File, ...],
+    preview: Preview,
+    reference: ReferenceImage,
 ) -> Manifest:
     """The manifest of a bundle that has just been made.
 
@@ -163,6 +189,7 @@ def manifest_from_parts(
         components: by stage.
         files: those beside the components'.
         preview: of its latents.
+        reference: what diffusers draws with it.
     """
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -171,6 +198,8 @@ def manifest_from_parts(
         components=components,
         files=files,
         preview=preview,
+        reference=reference,
+        images=(),
         unet_seconds={},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
@@ -179,6 +208,9 @@ def manifest_from_parts(
         ),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
+        image_processor=checkpoint.image_processor,
+        safety_checker_left_out=checkpoint.safety_checker_left_out,
+        loras=checkpoint.fused_loras,
     )
 
 

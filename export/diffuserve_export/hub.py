@@ -14,7 +14,7 @@ from diffuserve_export.weights import STEMS, choose_weights, is_shard_of
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX = "model_index.json"
 _FILES_BESIDE = (_INDEX, "diffuserve.json")
-_CONFIG_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", *STEMS)
+_CONFIG_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", *STEMS)
 _CONFIG_SUFFIXES = (".json", ".txt")
 
 

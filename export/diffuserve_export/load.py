@@ -13,6 +13,7 @@ from diffuserve_export.quiet import hide_progress_bars, quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -29,12 +30,36 @@ class LoadedModel:
     vae: AutoencoderKL
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
+    safety_checker: StableDiffusionSafetyChecker | None = None
 
     @property
     def tokenizers(self) -> dict[str, CLIPTokenizer]:
         """By component."""
         first = {"tokenizer": self.tokenizer}
         return first if self.tokenizer_2 is None else {**first, "tokenizer_2": self.tokenizer_2}
+
+    def pipeline(self) -> Any:
+        """diffusers' pipeline of these parts, without a scheduler.
+
+        Latent consistency models get StableDiffusionPipeline too: it conditions their UNet in the same way, and takes any
+        scheduler.
+        """
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "scheduler": None,
+        }
+        if self.text_encoder_2 is None:
+            return StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+        return StableDiffusionXLPipeline(
+            **parts, text_encoder_2=self.text_encoder_2, tokenizer_2=self.tokenizer_2, add_watermarker=False
+        )
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
@@ -57,12 +82,13 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
         if model.tokenizer_2 is not None:
             _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
         for lora in checkpoint.loras:
-            fuse_lora(model, checkpoint.pipeline, lora)
+            fuse_lora(model, lora)
     return model
 
 
 def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from diffuserve_export.single_file import parts_of_single_file
@@ -72,6 +98,7 @@ def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[st
         "text_encoder_2": CLIPTextModelWithProjection,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
+        "safety_checker": StableDiffusionSafetyChecker,
     }
     if checkpoint.single_file:
         (file,) = checkpoint.single_file.files
@@ -91,6 +118,12 @@ def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
         )
     except Exception as error:  # each library raises errors of its own, up to RuntimeError for wrong shapes
         raise CheckpointError(f"{folder} cannot be loaded: {error}. Download or save the checkpoint again.") from error
+    # A text encoder may be shortened by its config alone, and its file keep what is left out. Of others nothing may be.
+    if folder.name in ("unet", "vae") and (extra := sorted(map(str, info["unexpected_keys"]))):
+        raise CheckpointError(
+            f"{folder}: its config.json does not describe {len(extra)} of the weights in its file: {', '.join(extra[:3])} "
+            "... They do not belong together; save the checkpoint again."
+        )
     # transformers would fill these with random numbers.
     if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise CheckpointError(
@@ -101,6 +134,11 @@ def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    # Without either transformers would make a tokenizer that knows no words.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt. Download or save the checkpoint again."
+        )
     try:
         return tokenizer_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:

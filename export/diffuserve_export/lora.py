@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.weights import parameters_in
@@ -59,12 +59,11 @@ def lora_from_text(text: str) -> Lora:
     return Lora(path, number)
 
 
-def fuse_lora(model: LoadedModel, pipeline_class: str, lora: Lora) -> None:
+def fuse_lora(model: LoadedModel, lora: Lora) -> None:
     """Changes the model's weights as diffusers' load_lora_weights and fuse_lora do.
 
     Args:
         model: its UNet and text encoders are changed.
-        pipeline_class: of diffusers, which knows what of the file goes where.
         lora: in kohya's format, PEFT's or diffusers'.
 
     Raises:
@@ -72,11 +71,10 @@ def fuse_lora(model: LoadedModel, pipeline_class: str, lora: Lora) -> None:
     """
     if find_spec("peft") is None:
         raise CheckpointError("LoRAs are fused with peft, which is not installed: pip install 'diffuserve[export]'")
-    import diffusers
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = _layers_in(lora.path)
-    pipeline = _pipeline(getattr(diffusers, pipeline_class), model)
+    pipeline = model.pipeline()
     try:
         pipeline.load_lora_weights(
             str(lora.path.parent),
@@ -108,22 +106,6 @@ def _layers_in(path: Path) -> int:
             "(LoHa, LoKr, textual inversions) are not supported."
         )
     return layers
-
-
-def _pipeline(pipeline_class: Any, model: LoadedModel) -> Any:
-    """A pipeline of diffusers that cannot draw, but has every part that a LoRA may change."""
-    parts: dict[str, Any] = {
-        "vae": model.vae,
-        "unet": model.unet,
-        "text_encoder": model.text_encoder,
-        "tokenizer": model.tokenizer,
-        "scheduler": None,
-    }
-    if model.text_encoder_2 is None:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    else:
-        parts |= {"text_encoder_2": model.text_encoder_2, "tokenizer_2": model.tokenizer_2, "add_watermarker": False}
-    return pipeline_class(**parts)
 
 
 def _misfit(lora: Lora, model: LoadedModel) -> str:

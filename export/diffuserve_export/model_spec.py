@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle import ImageProcessor, ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import SAMPLERS, sampler_from_config
-from diffuserve.tensors import StageSpec, stage_specs
+from diffuserve.tensors import VAE_DECODER, VAE_ENCODER, StageSpec, stage_specs
 
 # The families, by whether there is a second text encoder.
 FAMILIES = {False: "stable-diffusion", True: "stable-diffusion-xl"}
@@ -83,15 +83,26 @@ def model_spec_from_configs(
     return spec
 
 
-def stage_specs_from_configs(spec: ModelSpec, configs: Mapping[str, dict[str, Any]]) -> dict[str, StageSpec]:
-    """The tensors of each stage: what the UNet is conditioned on depends on the family."""
+def stage_specs_from_configs(
+    spec: ModelSpec, configs: Mapping[str, dict[str, Any]], image_processor: ImageProcessor | None
+) -> dict[str, StageSpec]:
+    """The tensors of each stage: what the UNet is conditioned on depends on the family, and `image_processor` is the
+    safety checker's."""
     return stage_specs(
         max_tokens=spec.max_tokens,
         hidden_size=spec.hidden_size,
         latent_channels=spec.latent_channels,
         pooled_size=int(configs["text_encoder_2"]["projection_dim"]) if _is_xl(configs) else 0,
         guidance_size=int(configs["unet"].get("time_cond_proj_dim") or 0),
+        checked_px=image_processor.crop_px if image_processor else 0,
     )
+
+
+def stages_that_overflow_in_fp16(configs: Mapping[str, dict[str, Any]]) -> frozenset[str]:
+    """The VAE's, where diffusers would compute it in fp32 amid fp16: unless its config says otherwise, Stable Diffusion
+    XL's. (Others' configs say `force_upcast` too, since it is the default, and their pipelines do not look at it.)"""
+    overflows = _is_xl(configs) and configs["vae"].get("force_upcast", True)
+    return frozenset((VAE_DECODER, VAE_ENCODER) if overflows else ())
 
 
 def _is_xl(configs: Mapping[str, dict[str, Any]]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffuserve.bundle import ModelSpec
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_export.load import LoadedModel
 
 
@@ -112,9 +112,34 @@ class VaeEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`image`: (B, H, W, 3) uint8 RGB. Returns the posterior's mode, (B, C, h, w) float32, unit variance."""
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
+        # Cast first: all that TensorRT does with bytes is to cast them.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
         mode = self.vae.encode(pixels).latent_dist.mode()
         return (mode - self.shift_factor) * self.scaling_factor
+
+
+class SafetyChecker(nn.Module):
+    """What diffusers' StableDiffusionSafetyChecker decides by, without the decision."""
+
+    def __init__(self, safety_checker: Any) -> None:
+        super().__init__()
+        self.safety_checker: Any = safety_checker
+
+    def forward(self, clip_input: Tensor) -> Tensor:
+        """`clip_input`: (B, 3, S, S) float32, normalised. Returns a score for each concept, (B, N) float32: by how much
+        the image's cosine similarity to it exceeds its threshold, and 0.01 more where one of the concepts that call for
+        special care is found. diffusers rounds scores to three decimals and takes those above 0 for found."""
+        checker = self.safety_checker
+        image_embeds = checker.visual_projection(checker.vision_model(clip_input)[1])
+        special = _cosines(image_embeds, checker.special_care_embeds) - checker.special_care_embeds_weights
+        special_care = ((special * 1000).round() > 0).any(dim=1, keepdim=True)
+        scores = _cosines(image_embeds, checker.concept_embeds) - checker.concept_embeds_weights
+        return scores + 0.01 * special_care.to(scores.dtype)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of each of `a`, (A, D), with each of `b`, (B, D): (A, B)."""
+    return nn.functional.normalize(a) @ nn.functional.normalize(b).T
 
 
 def modules_from_model(model: LoadedModel, spec: ModelSpec) -> dict[str, nn.Module]:
@@ -124,10 +149,12 @@ def modules_from_model(model: LoadedModel, spec: ModelSpec) -> dict[str, nn.Modu
         text_encoder = TextEncoder(model.text_encoder, spec.clip_skip)
     else:
         text_encoder = TextEncoders(model.text_encoder, model.text_encoder_2, spec.clip_skip)
-    modules = {
+    modules: dict[str, nn.Module] = {
         TEXT_ENCODER: text_encoder,
         UNET: Unet(model.unet),
         VAE_DECODER: VaeDecoder(model.vae),
         VAE_ENCODER: VaeEncoder(model.vae),
     }
+    if model.safety_checker is not None:
+        modules[SAFETY_CHECKER] = SafetyChecker(model.safety_checker)
     return {stage: module.eval().requires_grad_(False) for stage, module in modules.items()}

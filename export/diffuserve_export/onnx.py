@@ -26,7 +26,7 @@ def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: Mo
 
     Args:
         module: the stage's, of `modules_from_model`.
-        stage: one of `diffuserve.tensors.STAGES`.
+        stage: a name of `diffuserve.tensors`.
         tensors: the stage's.
         spec: the model's.
         path: the .onnx file; its folder exists.
@@ -45,6 +45,7 @@ def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: Mo
             dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
+        _measure_numbers(program)
         _drop_traces(program)
         program.save(path)  # type: ignore[union-attr]  # it is None only without dynamo
 
@@ -77,6 +78,21 @@ def _example(stage: str, tensors: StageSpec, spec: ModelSpec) -> tuple[dict[str,
 def _times(factor: int, dim: Any) -> Any:
     """The multiples of `factor`; the exporter refuses 1 * dim."""
     return factor * dim if factor > 1 else dim
+
+
+def _measure_numbers(program: Any) -> None:
+    """Takes the shape of an image from its numbers and not its bytes: all that TensorRT does with bytes is to cast them."""
+    from onnxscript import ir
+
+    graph = program.model.graph
+    for value in graph.inputs:
+        uses = list(value.uses())
+        casts = [use.node for use in uses if use.node.op_type == "Cast"]
+        if value.dtype == ir.DataType.UINT8 and casts:
+            for use in uses:
+                if use.node is not casts[0]:
+                    use.node.replace_input_with(use.idx, casts[0].outputs[0])
+    graph.sort()
 
 
 def _drop_traces(program: Any) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec, Preview
+from diffuserve_export.sizes import native_units
 
 if TYPE_CHECKING:
     from torch import nn
 
-_IMAGES = 24
+_IMAGES = 8
 _IMAGES_PER_CALL = 4
 _SHAPES_PER_IMAGE = 4
 
@@ -22,19 +23,20 @@ def preview_from_vae_encoder(vae_encoder: nn.Module, spec: ModelSpec) -> Preview
 
     Args:
         vae_encoder: the module of the stage vae_encoder.
-        spec: the model's; images have its native size.
+        spec: the model's; images have its native size, or a smaller one where that is large.
     """
     import torch
 
     factor = spec.vae_scale_factor
+    height, width = (units * spec.size_multiple for units in native_units(spec))
     rng = np.random.default_rng(0)
     latents, colours = [], []
     for _ in range(_IMAGES // _IMAGES_PER_CALL):
-        images = np.stack([_synthetic_image(rng, spec.height, spec.width) for _ in range(_IMAGES_PER_CALL)])
+        images = np.stack([_synthetic_image(rng, height, width) for _ in range(_IMAGES_PER_CALL)])
         with torch.inference_mode():
             encoded = vae_encoder(torch.from_numpy(images)).numpy()
         latents.append(encoded.transpose(0, 2, 3, 1).reshape(-1, spec.latent_channels))
-        blocks = images.reshape(len(images), spec.height // factor, factor, spec.width // factor, factor, 3)
+        blocks = images.reshape(len(images), height // factor, factor, width // factor, factor, 3)
         colours.append(blocks.mean(axis=(2, 4)).reshape(-1, 3) / 255)
     x = np.concatenate(latents).astype(np.float64)
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)

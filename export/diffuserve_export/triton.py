@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffuserve.bundle import Manifest
-from diffuserve.pipeline import MAX_DECODE_BATCH
+from diffuserve.decoding import MAX_DECODE_BATCH
 from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
 from diffuserve.stages import CALL_TIMEOUT_S
 from diffuserve.tensors import (
     REQUEST,
     RESPONSE,
+    SAFETY_CHECKER,
     STABLE_DIFFUSION,
     TEXT_ENCODER,
     UNET,
@@ -45,12 +46,14 @@ class Serving:
 
     `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each. `call_timeout_s`:
     seconds after which a stage's call counts as hung; the loop gives it up, and the stage's process ends itself.
+    `require_safety_checker`: load no bundle without one.
     """
 
     batching: str = "inflight"
     policy: str = DEFAULT_POLICY
     unet_instances: int = 1
     call_timeout_s: float = CALL_TIMEOUT_S
+    require_safety_checker: bool = False
 
 
 def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, ba
         UNET: limits.max_rows,
         VAE_DECODER: MAX_DECODE_BATCH,
         VAE_ENCODER: MAX_DECODE_BATCH,
+        SAFETY_CHECKER: MAX_DECODE_BATCH,
     }
     configs = {
         name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffuserve.engines import ENGINES
 from diffuserve.errors import BundleError
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 PYTHON = "python"
 # The backends, and the engines whose components each runs.
 BACKENDS = {
-    PYTHON: ("onnxruntime", "openvino", "tensorrt"),
-    "onnxruntime": ("onnxruntime", "openvino"),
+    PYTHON: ENGINES,
+    "onnxruntime": ("onnxruntime", "onnxruntime-cuda", "openvino"),
     "openvino": ("onnxruntime", "openvino"),
     "tensorrt": ("tensorrt",),
 }

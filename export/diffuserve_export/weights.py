@@ -21,8 +21,11 @@ STEMS: Mapping[str, str] = {
     "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "safety_checker": "model",
 }
 _VARIANTS = (None, "fp16")
+# What 8 bits mean depends on numbers beside them; every other type holds the weights themselves.
+_QUANTISED = {"I8", "U8"}
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -78,15 +81,23 @@ def parameters_in(file: Path) -> int:
     """How many numbers a safetensors file holds, from its header.
 
     Raises:
-        CheckpointError: it is damaged; its length is compared with what the header says.
+        CheckpointError: it is damaged; its length is compared with what the header says. Or its weights are quantised.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+            parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+            dtypes = {part.get_dtype() for part in parts}
+            parameters = sum(math.prod(part.get_shape()) for part in parts)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short: {error}. Download it again.") from error
+    if quantised := sorted(dtypes & _QUANTISED):
+        raise CheckpointError(
+            f"{file} has weights in {' and '.join(quantised)}, so they are quantised in some way that the file does not "
+            "tell. Take the checkpoint in fp32, bf16 or fp16."
+        )
+    return parameters
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -60,6 +60,13 @@ def _numbers(value: str) -> tuple[float, ...]:
     return numbers
 
 
+def _size(value: str) -> tuple[int, int]:
+    width, _, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"{value!r}; it must be width and height in pixels, such as 512x512.")
+    return int(width), int(height)
+
+
 @click.group("bench", short_help="Measure, two things against each other in one run.")
 def command() -> None:
     """Benchmarks. Each compares two things in one run and says on what machine."""
@@ -92,6 +99,28 @@ def engine(bundle: Path, output: Path, rounds: int, padding_calls: int, save: bo
     from diffuserve_loadtest.report import publish
 
     publish(measure_engine(bundle, rounds=rounds, padding_calls=padding_calls, save=save), output)
+
+
+@command.command("unet")
+@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@_output
+@click.option("--checkpoint", type=_PATH, help="Folder in diffusers' format: measure PyTorch on its UNet too.")
+@click.option(
+    "--size",
+    metavar="WxH",
+    callback=lambda context, option, value: None if value is None else _size(value),
+    help="Of the images, in pixels [default: the native one]",
+)
+@_count("--rows", 2, "Of a call; 2 are a guided image.")
+@_count("--rounds", 5, "Timed calls of each engine.")
+def unet(
+    bundle: Path, output: Path, checkpoint: Path | None, size: tuple[int, int] | None, rows: int, rounds: int
+) -> None:
+    """One UNet call on each of the CPU's engines, against ONNX Runtime: time, arithmetic, operators."""
+    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.unet import measure_unet
+
+    publish(measure_unet(bundle, checkpoint=checkpoint, size=size, rows=rows, rounds=rounds), output)
 
 
 @command.command("efficiency")

@@ -10,11 +10,12 @@ from pathlib import Path
 _PACKAGES = (
     "diffuserve",
     "onnxruntime",
+    "openvino",
+    "torch",
+    "diffusers",
     "numpy",
     "tritonclient",
     "nvidia-pytriton",
-    "torch",
-    "diffusers",
     "torchserve",
 )
 
@@ -32,11 +33,12 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str | None:
+def _version(package: str) -> str:
+    """Empty if it is not installed."""
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # not every benchmark needs every package
-        return None
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec, read_manifest
 from diffuserve.samplers import SAMPLERS
+from diffuserve.similarity import psnr_db
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
@@ -84,24 +86,13 @@ def random_requests(model: ModelSpec, count: int, seed: int) -> list[dict[str, A
     return requests
 
 
-def psnr_db(one: bytes, other: bytes) -> float:
-    """Peak signal-to-noise ratio of two images of 8 bits a channel; infinite if they are the same.
-
-    Raises:
-        ValueError: they differ in size.
-    """
-    first, second = (np.frombuffer(image, np.uint8).astype(np.float64) for image in (one, other))
-    error = float(np.mean((first - second) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-async def _draw(server: TritonServer, requests: Sequence[dict[str, Any]], in_flight: int) -> list[bytes]:
-    """Raw pixels of every request, in the requests' order."""
+async def _draw(server: TritonServer, requests: Sequence[dict[str, Any]], in_flight: int) -> list[NDArray[np.uint8]]:
+    """Every request's pixels, flat, in the requests' order."""
     room = asyncio.Semaphore(in_flight)
     async with AsyncClient(server.address.grpc) as client:
 
-        async def one(fields: dict[str, Any]) -> bytes:
+        async def one(fields: dict[str, Any]) -> NDArray[np.uint8]:
             async with room:
-                return (await client.generate(**fields, format="raw")).encoded[0]
+                return np.frombuffer((await client.generate(**fields, format="raw")).encoded[0], np.uint8)
 
         return list(await asyncio.gather(*(one(fields) for fields in requests)))

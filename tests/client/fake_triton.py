@@ -142,6 +142,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             image=[
                 self._image(*args) for args in zip(seeds, [fields.get("format", "png")] * images, texts, strict=True)
             ],
+            flagged=[prompt == "unsafe"] * images,
             seed=seeds,
             width=[SIDE_PX],
             height=[SIDE_PX],

@@ -55,6 +55,12 @@ def test_generate(triton: FakeTriton, generate: Generate) -> None:
 
 
 @both
+def test_what_the_safety_checker_withheld_is_told(triton: FakeTriton, generate: Generate) -> None:
+    assert generate(triton.address, "unsafe", num_images=2).flagged == [True, True]
+    assert generate(triton.address, "a cat", num_images=2).flagged == [False, False]
+
+
+@both
 def test_formats(triton: FakeTriton, generate: Generate) -> None:
     for format in ("png", "jpeg", "webp", "raw"):
         result = generate(triton.address, "a cat", format=format)

@@ -103,6 +103,7 @@ def completed(**changes: Any) -> service_pb2.ModelInferResponse:
     values: dict[str, Any] = {
         "event": [b"completed"],
         "image": [b"\x01\x02\x03" * 6, b"\x00" * 18],
+        "flagged": [False, True],
         "seed": [2**32 - 1, 0],
         "width": [3],
         "height": [2],
@@ -120,6 +121,7 @@ def test_result() -> None:
     assert result == Result(
         encoded=[b"\x01\x02\x03" * 6, b"\x00" * 18],
         format="raw",
+        flagged=[False, True],
         seeds=[2**32 - 1, 0],
         width=3,
         height=2,

@@ -12,10 +12,22 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from diffuserve.bundle import Component, Manifest, ModelSpec, Preview, describe_file, sha256_of_files, write_manifest
+from diffuserve.bundle import (
+    FORMAT_VERSION,
+    Component,
+    ImageProcessor,
+    Manifest,
+    ModelSpec,
+    Preview,
+    ReferenceImage,
+    describe_file,
+    sha256_of_files,
+    write_manifest,
+)
 from diffuserve.stages import Conditioning, Float32
-from diffuserve.tensors import STAGES, stage_specs
+from diffuserve.tensors import stage_specs
 
 TOKENIZER = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji" / "tokenizer"
 
@@ -38,12 +50,23 @@ PREVIEW = Preview(
 )
 
 
-def make_bundle(folder: Path, **changes: Any) -> Manifest:
+IMAGE_PROCESSOR = ImageProcessor(
+    shortest_edge_px=20, crop_px=16, resample=3, rescale_factor=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+
+
+def make_bundle(folder: Path, *, safety_checker: bool = False, **changes: Any) -> Manifest:
     """Writes a bundle with a real tokenizer and a few bytes for each component; `changes` are the manifest's fields."""
     shutil.copytree(TOKENIZER, folder / "tokenizer")
-    specs = stage_specs(max_tokens=MODEL.max_tokens, hidden_size=MODEL.hidden_size, latent_channels=4)
+    processor = IMAGE_PROCESSOR if safety_checker else None
+    specs = stage_specs(
+        max_tokens=MODEL.max_tokens,
+        hidden_size=MODEL.hidden_size,
+        latent_channels=4,
+        checked_px=processor.crop_px if processor else 0,
+    )
     components = {}
-    for name in STAGES:
+    for name in specs:
         path = folder / name / "model.onnx"
         path.parent.mkdir()
         path.write_bytes(f"no real {name}".encode())
@@ -55,20 +78,27 @@ def make_bundle(folder: Path, **changes: Any) -> Manifest:
             tolerance=1e-4,
             parity=(),
         )
-    files = tuple(describe_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
+    Image.new("RGB", (MODEL.width, MODEL.height)).save(folder / "reference.png")
+    beside = [*sorted((folder / "tokenizer").iterdir()), folder / "reference.png"]
+    files = tuple(describe_file(folder, path) for path in beside)
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         model=MODEL,
         scheduler={"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         components=components,
         files=files,
         preview=PREVIEW,
+        reference=ReferenceImage(
+            files[-1], prompt="a", seed=1, steps=2, guidance_scale=3.5, sampler="euler", width=64, height=48
+        ),
+        images=(),
         unet_seconds={1: 0.01, 8: 0.05},
         source="fake",
         source_sha256="0123456789abcdef" * 4,
         bundle_sha256=sha256_of_files(files),
         created="2025-01-02T03:04:05+00:00",
         versions={"python": "3.11"},
+        image_processor=processor,
     )
     manifest = msgspec.structs.replace(manifest, **changes)
     write_manifest(folder, manifest)
@@ -79,10 +109,12 @@ def make_bundle(folder: Path, **changes: Any) -> Manifest:
 class FakeStages:
     """Implements `diffuserve.stages.Stages`; each row depends on that row alone.
 
+    `unsafe` says of an image as the safety checker sees it, (3, S, S), whether it is flagged.
     `on_call` may raise in a stage's place; a stage named in `held` waits for `release` and sets `entered` before.
     """
 
     on_call: Callable[[str, NDArray[Any]], None] = lambda stage, array: None
+    unsafe: Callable[[Float32], bool] = lambda clip_input: False
     held: str = ""
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -111,6 +143,12 @@ class FakeStages:
         await self._enter("decode", latent_sample)
         rgb = (latent_sample[:, :3].clip(-1, 1) * 127 + 128).astype(np.uint8).transpose(0, 2, 3, 1)
         return rgb.repeat(MODEL.vae_scale_factor, axis=1).repeat(MODEL.vae_scale_factor, axis=2)
+
+    async def score_concepts(self, clip_input: Float32) -> Float32:
+        await self._enter("score_concepts", clip_input)
+        scores = np.full((len(clip_input), 17), -0.1, np.float32)
+        scores[:, 3] = [0.001 if self.unsafe(image) else 0.0004 for image in clip_input]
+        return scores
 
     async def _enter(self, stage: str, array: NDArray[Any]) -> None:
         self.calls.append((stage, array.shape))

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from diffuserve import __version__
-from diffuserve.bundle import Preview
+from diffuserve.bundle import FusedLora, Preview
 from diffuserve.images import encode_image, preview_from_latents
 from diffuserve.infotext import infotext
 from diffuserve.request import Limits, request_from_fields
+from diffuserve.similarity import psnr_db
 from tests.core.fakes import MODEL, PREVIEW, make_bundle
-from tests.images import psnr_db
 
 TEXTS = ["plain ASCII", "Grüße", "日本語 😀 \u200b", "lines\nand \t tabs", "", "long " * 2900]
 
@@ -102,3 +102,14 @@ def test_infotext_without_negative_prompt(tmp_path: Path) -> None:
     text = infotext(request, make_bundle(tmp_path), 1)
     assert text.startswith("\nSteps: 7, Sampler: Euler, CFG scale: 3.5, Seed: 1, Size: 64x48, ")
     assert "Negative" not in text
+
+
+def test_infotext_names_the_loras_in_the_weights(tmp_path: Path) -> None:
+    request = request_from_fields({"prompt": "a cat"}, MODEL, Limits.for_model(MODEL))
+    loras = (FusedLora("style", 0.8, "ab" * 32), FusedLora('de"tail, fine', -1.0, "cd" * 32))
+    text = infotext(request, make_bundle(tmp_path, loras=loras), 1)
+    assert (
+        r', Model: fake, Fused LoRAs: "style: 0.8, de\"tail, fine: -1", '
+        r'Lora hashes: "style: ababababab, de\"tail, fine: cdcdcdcdcd", Engine: '
+    ) in text
+    assert text.startswith("a cat\nSteps")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,11 +15,11 @@ import pytest
 
 from diffuserve.bundle import Component, Manifest
 from diffuserve.engines import load_engine, processor
+from diffuserve.engines.compiled_cache import cache_folders
 from diffuserve.engines.example import Arrays, example_inputs
-from diffuserve.engines.openvino_cache import cache_folders
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, UNET, VAE_DECODER
-from tests.core.tiny_graphs import make_real_bundle
+from diffuserve.tensors import UNET, VAE_DECODER
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 RNG = np.random.default_rng(3)
 
@@ -123,25 +126,36 @@ def test_a_damaged_compiled_model_is_made_again(manifest: Manifest, folder: Path
     component, path = on_openvino(manifest.components[UNET]), folder / UNET / "model.onnx"
     inputs = unet_inputs(2)
     expected = load_engine(path, component, threads=1)(inputs)["noise_pred"]
-    [file] = cached(path.parent)
+    [entry] = cached(path.parent)
+    [file] = entry.iterdir()
     file.chmod(0o600)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     np.testing.assert_array_equal(load_engine(path, component, threads=1)(inputs)["noise_pred"], expected)
-    assert cached(path.parent) == [file]
+    assert cached(path.parent) == [entry]
     assert len(file.read_bytes()) == len(whole)
 
 
-def test_where_the_models_folder_cannot_be_written_the_users_is_taken(manifest: Manifest, folder: Path) -> None:
+def refuse_in(refused: Path, mkdtemp: Callable[..., str], *, dir: Path, **names: str) -> str:
+    """A folder that nothing can be written to; root, as which tests may run, could write to any."""
+    if dir == refused:
+        raise PermissionError(f"{dir} is read-only")
+    return mkdtemp(dir=dir, **names)
+
+
+def test_where_the_models_folder_cannot_be_written_the_users_is_taken(
+    manifest: Manifest, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     component, path = on_openvino(manifest.components[UNET]), folder / UNET / "model.onnx"
     load_engine(path, component, threads=1)
-    [file] = cached(path.parent)
-    file.unlink()
-    file.mkdir()  # nothing can be written there, by nobody
+    [entry] = cached(path.parent)
+    shutil.rmtree(entry)
+    monkeypatch.setattr(tempfile, "mkdtemp", partial(refuse_in, path.parent, tempfile.mkdtemp))
     load_engine(path, component, threads=1)
     beside, users = cache_folders(path)
     assert beside == path.parent
-    assert [found.name for found in cached(users)] == [file.name]
+    assert not cached(beside)
+    assert [found.name for found in cached(users)] == [entry.name]
     path.unlink()
     load_engine(path, component, threads=1)
 

@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 from diffuserve.bundle import read_manifest, write_manifest
+from diffuserve.decoding import MAX_DECODE_BATCH
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
 from diffuserve.images import encode_image
 from diffuserve.infotext import infotext
-from diffuserve.pipeline import MAX_DECODE_BATCH, Accepted, Completed, Event, Pipeline, Progress
+from diffuserve.pipeline import Accepted, Completed, Event, Pipeline, Progress
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
 from diffuserve.tensors import TensorSpec
 from diffuserve.tokenizer import Tokenizer

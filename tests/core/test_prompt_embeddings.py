@@ -18,11 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffuserve.engines.local import LocalStages
 from diffuserve.pipeline import Completed, Pipeline
 from diffuserve.request import request_from_fields
+from diffuserve.similarity import psnr_db
 from diffuserve.stages import Conditioning
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import Tokenizer
 from tests.core.fakes import TOKENIZER, FakeStages
-from tests.images import psnr_db
 
 LENGTH = 77
 APPLES = "a red apple on a blue table, " * 20

@@ -28,7 +28,7 @@ from diffuserve.samplers import (
     sampler_from_config,
     trajectory,
 )
-from tests.schedulers import SCHEDULERS, scheduler_of
+from diffuserve_export.schedulers import SCHEDULERS, scheduler_from_sampler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # EulerAncestralDiscreteScheduler lacks "sample"; test_prediction_types_agree covers it.
@@ -114,7 +114,7 @@ def _reference_latents(scheduler: Any, steps: int, seed: int = 5) -> NDArray[np.
 
 def _reference(sampler: str, config: dict[str, Any], source: Any = diffusers.DDIMScheduler) -> Any:
     """The sampler's class, made from a pipeline's scheduler of another class."""
-    return scheduler_of(sampler, source.from_config({"clip_sample": False, **config}).config)
+    return scheduler_from_sampler(sampler, source.from_config({"clip_sample": False, **config}).config)
 
 
 def _refusal(sampler: str, config: dict[str, Any], steps: int) -> str | None:
@@ -277,12 +277,14 @@ def test_defaults_are_those_of_the_class_that_runs(sampler: str) -> None:
 def test_a_checkpoints_own_scheduler_is_the_default(name: str) -> None:
     sampler, config = PUBLISHED[name]
     assert sampler_from_config(config) == sampler
-    _check(sampler, config, source=SCHEDULERS[sampler][0])
+    _check(sampler, config, source=getattr(diffusers, SCHEDULERS[sampler][0]))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_is_the_default_of_its_scheduler(sampler: str) -> None:
-    config = json.loads(scheduler_of(sampler, {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}).to_json_string())
+    config = json.loads(
+        scheduler_from_sampler(sampler, {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}).to_json_string()
+    )
     assert sampler_from_config(config) == sampler
     assert NoiseSchedule.from_config(config).timestep_spacing == "trailing"
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from diffuserve.bundle import Manifest, Trial, read_manifest, verify
-from diffuserve.engines import ENGINES, load_engine, processor, tolerance
-from diffuserve.engines.availability import availability
+from diffuserve.bundle import Component, Manifest, Trial, describe_file, read_manifest, verify, write_manifest
+from diffuserve.engines import ENGINES, image_parity, load_engine, processor, tolerance, trials
+from diffuserve.engines.availability import Availability, availability
 from diffuserve.engines.cli import command
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.local import LocalStages
-from diffuserve.engines.trials import fastest, select_engines, ways_to_try
+from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.engines.trials import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES, UNET
-from tests.core.tiny_graphs import make_real_bundle
+from diffuserve.stages import Engine
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
 @pytest.fixture
@@ -137,34 +139,115 @@ def test_what_cannot_run_here_is_refused_with_what_mends_it(monkeypatch: pytest.
     assert ("openvino", "bf16") not in ways_to_try("auto", None)
 
 
-def test_fp16_is_refused_without_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
+@pytest.mark.skipif(bool(gpu_architectures()), reason="this machine has a GPU")
+def test_without_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
     path = tmp_path / UNET / "model.onnx"
-    component = msgspec.structs.replace(manifest.components[UNET], precision="fp16")
-    if gpu_architectures():
-        pytest.skip("this machine has one")
-    with pytest.raises(BundleError, match="is in fp16, which ONNX Runtime runs on NVIDIA GPUs only"):
+    component = msgspec.structs.replace(manifest.components[UNET], engine="onnxruntime-cuda")
+    with pytest.raises(BundleError, match="is to run on an NVIDIA GPU, and ONNX Runtime found none here"):
         load_engine(path, component, threads=1)
-    with pytest.raises(BundleError, match="onnxruntime in fp16 cannot run here: no NVIDIA GPU can be seen"):
-        select_engines(tmp_path, "onnxruntime", "fp16")
+    for precision in ("fp16", "fp32"):
+        with pytest.raises(
+            BundleError, match=f"onnxruntime-cuda in {precision} cannot run here: no NVIDIA GPU can be seen"
+        ):
+            select_engines(tmp_path, "onnxruntime-cuda", precision)
+
+
+# As on a machine with a GPU.
+TENSORRT = [REFERENCE, ("tensorrt", "fp16"), ("tensorrt", "bf16"), ("tensorrt", "fp32")]
+
+
+def test_a_component_that_overflows_takes_the_next_precision(manifest: Manifest) -> None:
+    component = manifest.components[VAE_DECODER]
+    overflowing = msgspec.structs.replace(component, overflows_in_fp16=True)
+    assert first_allowed(TENSORRT, component) == [REFERENCE, ("tensorrt", "fp16")]
+    assert first_allowed(TENSORRT, overflowing) == [REFERENCE, ("tensorrt", "bf16")]
+    assert first_allowed([*TENSORRT[:2], TENSORRT[3]], overflowing) == [REFERENCE, ("tensorrt", "fp32")]
+    # Asked for by name it is refused and not replaced.
+    assert first_allowed(TENSORRT[:2], overflowing) == TENSORRT[:2]
+    assert first_allowed([REFERENCE], overflowing) == [REFERENCE]
+
+
+def test_a_component_that_overflows_is_not_run_in_fp16(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On engines that take fp16 in a world where this machine has a GPU: ONNX Runtime on the CPU stands for it."""
+    components = {
+        name: msgspec.structs.replace(component, overflows_in_fp16=name in (VAE_DECODER, VAE_ENCODER))
+        for name, component in manifest.components.items()
+    }
+    write_manifest(tmp_path, msgspec.structs.replace(manifest, components=components))
+    cuda = [Availability("onnxruntime-cuda", precision, "1", ()) for precision in ("fp16", "fp32")]
+    monkeypatch.setattr(trials, "availability", lambda: (Availability(*REFERENCE, "1", ()), *cuda))
+    loaded: list[tuple[str, str]] = []
+
+    def load(path: Path, component: Component, threads: int) -> Engine:
+        loaded.append((component.precision, path.name))
+        return OnnxRuntimeEngine(path, threads=threads)
+
+    monkeypatch.setattr(trials, "load_engine", load)
+    monkeypatch.setattr(image_parity, "load_engine", load)
+    selected = select_engines(tmp_path, "onnxruntime-cuda")
+    assert {name: component.precision for name, component in selected.components.items()} == {
+        TEXT_ENCODER: "fp16",
+        UNET: "fp16",
+        VAE_DECODER: "fp32",
+        VAE_ENCODER: "fp32",
+        SAFETY_CHECKER: "fp16",
+    }
+    assert {component.engine for component in selected.components.values()} == {"onnxruntime-cuda"}
+    assert set(loaded) >= {("fp16", "model.fp16.onnx"), ("fp32", "model.onnx")}
+    verify(tmp_path, selected)
+    with pytest.raises(
+        BundleError, match=r"vae_decoder of .* onnxruntime-cuda in fp16: it overflows in fp16, as the che"
+    ):
+        select_engines(tmp_path, "onnxruntime-cuda", "fp16")
+    selected = select_engines(tmp_path, "auto")
+    refused = {trial.component for trial in selected.trials if trial.rejected.startswith("it overflows in fp16")}
+    assert refused == {VAE_DECODER, VAE_ENCODER}
+    back = select_engines(tmp_path, "onnxruntime")
+    assert back.all_files() == manifest.all_files()
+    assert not list(tmp_path.rglob("*.fp16.onnx"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not gpu_architectures(), reason="needs an NVIDIA GPU")
-def test_fp16_on_a_gpu(manifest: Manifest, tmp_path: Path) -> None:
-    selected = select_engines(tmp_path, "onnxruntime", "fp16")
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_onnxruntime_on_a_gpu(manifest: Manifest, tmp_path: Path, precision: str) -> None:
+    if any(not way.usable for way in availability() if (way.engine, way.precision) == ("onnxruntime-cuda", precision)):
+        pytest.skip("see diffuserve engines for what is missing")
+    selected = select_engines(tmp_path, "onnxruntime-cuda", precision)
+    made = {"fp16": ["model.fp16.onnx"], "fp32": []}[precision]
     for component in selected.components.values():
-        assert [Path(file.path).name for file in component.files] == ["model.fp16.onnx", "model.onnx"]
+        assert [Path(file.path).name for file in component.files] == [*made, "model.onnx"]
     verify(tmp_path, selected)
     back = select_engines(tmp_path, "onnxruntime")
     assert back.all_files() == manifest.all_files()
     assert not list(tmp_path.rglob("*.fp16.onnx"))
 
 
-def test_manifests_from_before_there_were_trials(manifest: Manifest, tmp_path: Path) -> None:
-    content = json.loads((tmp_path / "manifest.json").read_text())
-    assert content.pop("trials") == []
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
-    assert read_manifest(tmp_path) == manifest
+def test_an_image_is_drawn_by_each_engine(manifest: Manifest, tmp_path: Path) -> None:
+    selected = select_engines(tmp_path, "openvino")
+    assert [set(image.engines.values()) for image in selected.images] == [{"onnxruntime fp32"}, {"openvino fp32"}]
+    reference, other = selected.images
+    assert (reference.psnr_db, reference.ssim) == (None, 1.0)  # here it was drawn by the same graphs
+    assert other.psnr_db is None or other.psnr_db > 50
+    assert other.ssim > 0.999
+    assert all(image.passed for image in selected.images)
+
+
+def test_an_engine_that_draws_another_image_is_not_taken(manifest: Manifest, tmp_path: Path) -> None:
+    image = Image.open(tmp_path / manifest.reference.file.path)
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / manifest.reference.file.path)
+    drawn = describe_file(tmp_path, tmp_path / manifest.reference.file.path)
+    files = tuple(drawn if file == manifest.reference.file else file for file in manifest.files)
+    reference = msgspec.structs.replace(manifest.reference, file=drawn)
+    spoilt = msgspec.structs.replace(manifest, files=files, reference=reference)
+    write_manifest(tmp_path, spoilt)
+    with pytest.raises(
+        BundleError, match=r"does not run on openvino in fp32: it draws another image: PSNR \d+\.\d dB of 50 "
+    ):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == spoilt
 
 
 def test_the_list_of_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,9 +256,9 @@ def test_the_list_of_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     result = CliRunner().invoke(command, [], catch_exceptions=False)
     lines = result.output.splitlines()
     assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(ENGINES)
-    at = lines.index("openvino     bf16  cannot run")
+    at = lines.index("openvino         bf16  cannot run")
     assert "this processor (Abacus 3000) has no bf16 arithmetic: use fp32" in lines[at + 1]
-    assert any(line.startswith("onnxruntime  fp32  can run, version ") for line in lines)
+    assert any(line.startswith("onnxruntime      fp32  can run, version ") for line in lines)
 
 
 def test_a_bundles_engines(manifest: Manifest, tmp_path: Path) -> None:
@@ -184,7 +267,7 @@ def test_a_bundles_engines(manifest: Manifest, tmp_path: Path) -> None:
     assert before.splitlines() == [f"{stage} runs on onnxruntime in fp32" for stage in STAGES]
     after = runner.invoke(command, [str(tmp_path), "--select", "openvino"], catch_exceptions=False).output
     assert "trying unet ..." in after
-    assert "unet runs on openvino in fp32\n  onnxruntime  fp32  " in after
+    assert "unet runs on openvino in fp32\n  onnxruntime      fp32  " in after
     assert runner.invoke(command, [str(tmp_path)], catch_exceptions=False).output in after
     assert runner.invoke(command, ["--select", "auto"]).exit_code == 2
     assert runner.invoke(command, [str(tmp_path), "--precision", "fp32"]).exit_code == 2

@@ -1,4 +1,4 @@
-"""The fake model of `tests.core.fakes` as real ONNX graphs: small, of any batch and size, with random weights."""
+"""The fake model of `tests.core.fakes`, with a safety checker, as real ONNX graphs: small, of any batch and size, with random weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import onnx.parser
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffuserve.bundle import Manifest, describe_file, write_manifest
-from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.engines.image_parity import draw_reference
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from tests.core.fakes import make_bundle
 
 _GRAPHS = {
@@ -51,13 +53,21 @@ _GRAPHS = {
         small = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (unit)
         latent_sample = Conv (small, latents)
     }""",
+    SAFETY_CHECKER: """safety_checker (float[B, 3, 16, 16] clip_input) => (float[B, 17] concept_scores) {
+        scale = Constant <value = float[1] {0.05}> ()
+        unit = Mul (clip_input, scale)
+        flat = Flatten (unit)
+        concept_scores = MatMul (flat, concepts)
+    }""",
 }
 _WEIGHTS = {
-    TEXT_ENCODER: {"embedding": (256, 5)},
+    TEXT_ENCODER: {"embedding": (4096, 5)},
     UNET: {"conv": (4, 4, 3, 3)},
     VAE_DECODER: {"rgb": (4, 3, 8, 8)},
     VAE_ENCODER: {"latents": (4, 3, 1, 1)},
+    SAFETY_CHECKER: {"concepts": (768, 17)},
 }
+STAGES = tuple(_GRAPHS)
 
 
 def write_graph(stage: str, path: Path) -> None:
@@ -73,12 +83,21 @@ def write_graph(stage: str, path: Path) -> None:
 
 def make_real_bundle(folder: Path) -> Manifest:
     """Like `make_bundle`, but its components can be run."""
-    manifest = make_bundle(folder)
+    manifest = make_bundle(folder, safety_checker=True)
     components = {}
     for stage, component in manifest.components.items():
         path = folder / stage / "model.onnx"
         write_graph(stage, path)
         components[stage] = msgspec.structs.replace(component, files=(describe_file(folder, path),))
     manifest = msgspec.structs.replace(manifest, components=components)
+    write_manifest(folder, manifest)
+    reference = manifest.reference.file
+    Image.fromarray(draw_reference(folder, manifest, components)).save(folder / reference.path)
+    drawn = describe_file(folder, folder / reference.path)
+    manifest = msgspec.structs.replace(
+        manifest,
+        reference=msgspec.structs.replace(manifest.reference, file=drawn),
+        files=(*(each for each in manifest.files if each != reference), drawn),
+    )
     write_manifest(folder, manifest)
     return manifest

@@ -13,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from diffuserve.bundle import read_manifest, verify
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.tokenizer import Tokenizer
+from diffuserve_export import room
 from diffuserve_export.checkpoint import open_checkpoint
 from diffuserve_export.cli import command
-from diffuserve_export.export import bundle_from_checkpoint, bundle_size_bytes, unchanged_manifest
+from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
 from diffuserve_export.lora import Lora
+from diffuserve_export.room import available_memory_bytes, bundle_size_bytes, export_memory_bytes
 from diffuserve_export.staging import staged
 from diffuserve_export.weights import Weights
 from tests.export.conftest import KilledExport
@@ -36,11 +39,22 @@ def test_manifest(tiny_bundle: Path, shared_checkpoint: Path) -> None:
     manifest = read_manifest(tiny_bundle)
     verify(tiny_bundle, manifest)
     assert manifest.source == "tiny"
+    [image] = manifest.images
+    assert set(image.engines.values()) == {"onnxruntime fp32"}
+    assert image.passed
+    assert image.psnr_db is None or image.psnr_db > 50
+    assert image.ssim > 0.999
+    with Image.open(tiny_bundle / manifest.reference.file.path) as drawn:
+        assert drawn.size == (manifest.reference.width, manifest.reference.height) == (96, 64)
     assert manifest.source_sha256 == open_checkpoint(shared_checkpoint).sha256
     assert {"python", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "diffuserve"} <= set(
         manifest.versions
     )
-    on_disk = {file.relative_to(tiny_bundle).as_posix() for file in tiny_bundle.rglob("*") if file.is_file()}
+    on_disk = {
+        file.relative_to(tiny_bundle).as_posix()
+        for file in tiny_bundle.rglob("*")
+        if file.is_file() and file.parent.suffix != ".onnxruntime"  # what the engine has stored
+    }
     assert on_disk == {file.path for file in manifest.all_files()} | {"manifest.json"}
     assert str(shared_checkpoint.parent) not in (tiny_bundle / "manifest.json").read_text()
 
@@ -85,7 +99,7 @@ def test_what_counts_as_a_change(tiny_bundle: Path, checkpoint: Path, tmp_path: 
 
 def test_killed_export_leaves_no_bundle(killed_export: KilledExport) -> None:
     assert killed_export.beside == (f".tiny.partial-{killed_export.pid}",)
-    assert killed_export.written == ("text_encoder", "unet")
+    assert killed_export.written == ("reference.png", "scheduler", "text_encoder", "tokenizer", "unet")
 
 
 def test_the_export_after_a_killed_one_cleans_up_and_succeeds(tiny_bundle: Path) -> None:
@@ -108,9 +122,29 @@ def test_too_little_disk_is_noticed_before_anything_is_written(shared_checkpoint
     assert bundle_size_bytes(opened) > 4 * opened.parameters
     exabyte = Weights(files=(), variant=None, parameters=10**18)
     larger = dataclasses.replace(opened, weights={**opened.weights, "unet": exabyte})
-    with pytest.raises(BundleError, match=r"takes about 40000\d*\.\d GB, and the disk of .* has .* GB left"):
+    with pytest.raises(BundleError, match=r"takes about 80000\d*\.\d GB, and the disk of .* has .* GB left"):
         bundle_from_checkpoint(larger, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_noticed_before_anything_is_written(
+    shared_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container whose limit is far below the machine's memory."""
+    opened = open_checkpoint(shared_checkpoint)
+    assert export_memory_bytes(opened) < available_memory_bytes()
+    cgroup = tmp_path / "cgroup"
+    cgroup.mkdir()
+    monkeypatch.setattr(room, "_CGROUP", cgroup)
+    (cgroup / "memory.current").write_text("700000000\n")
+    (cgroup / "memory.stat").write_text("anon 400000000\ninactive_file 100000000\n")
+    (cgroup / "memory.max").write_text("max\n")
+    assert available_memory_bytes() > 10**9
+    (cgroup / "memory.max").write_text("1000000000\n")
+    assert available_memory_bytes() == 400_000_000
+    with pytest.raises(BundleError, match=r"takes about 2\.\d GB of memory, and 0\.4 GB are free"):
+        bundle_from_checkpoint(opened, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [cgroup]
 
 
 def test_the_bundle_is_about_as_large_as_expected(tiny_bundle: Path, shared_checkpoint: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint, sha256_of_checkpoint
+from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import model_from_checkpoint
 from diffuserve_export.weights import choose_weights
 from tests.export.tiny import write_sdxl_checkpoint
@@ -22,6 +25,19 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def edit(file: Path, **values: Any) -> None:
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, **values}))
+
+
+def rewrite(file: Path, change: Callable[[str, NDArray[Any]], NDArray[Any]], **added: NDArray[Any]) -> None:
+    """Saves each tensor as `change` makes it of its name and values, and those `added`."""
+    from safetensors.numpy import load_file, save_file
+
+    changed = {name: change(name, array) for name, array in load_file(file).items()}
+    save_file({**changed, **added}, file, metadata={"format": "pt"})
+
+
+def replace_by_folder(path: Path) -> None:
+    (path / "unet/config.json").unlink()
+    (path / "unet/config.json").mkdir()
 
 
 def editing(name: str, **values: Any) -> Callable[[Path], None]:
@@ -49,6 +65,10 @@ def garble_unet(path: Path) -> None:
     (path / UNET_WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
 
 
+def quantise_unet(path: Path) -> None:
+    rewrite(path / UNET_WEIGHTS, lambda name, array: array.astype(np.int8))
+
+
 def point_outside(path: Path) -> None:
     (path / UNET_WEIGHTS).unlink()
     index = {"weight_map": {"conv_in.weight": "../../elsewhere.safetensors"}}
@@ -62,6 +82,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         editing("model_index.json", _class_name="FluxPipeline"),
         "is a FluxPipeline, which is not supported. Supported: StableDiffusionPipeline, .*StableDiffusionXLPipeline",
     ),
+    "no pipeline": (
+        editing("model_index.json", _class_name=["X"]),
+        r"is a \['X'\], which is not supported. Supported:",
+    ),
+    "half an entry": (
+        editing("model_index.json", unet=["diffusers"]),
+        "the unet is of the class diffusers. Supported:",
+    ),
     "no second text encoder": (
         editing("model_index.json", _class_name="StableDiffusionXLPipeline"),
         "lacks the component text_encoder_2",
@@ -74,6 +102,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no vae": (remove_vae, "lacks the component vae"),
     "no config": (lambda path: (path / "unet/config.json").unlink(), "config.json is missing"),
+    "folder for config": (replace_by_folder, "config.json cannot be read: Is a directory"),
+    "quantised": (quantise_unet, "weights in I8, so they are quantised.*fp32, bf16 or fp16"),
     "pickle": (pickle_unet, "as a pickle.*only safetensors are read.*convert it"),
     "variant": (rename_unet_to_variant, "Found: diffusion_pytorch_model.non_ema.safetensors; rename"),
     "no weights": (lambda path: (path / UNET_WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors"),
@@ -102,11 +132,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case: str, checkpoint: Path) -> None:
+def test_refuses(case: str, checkpoint: Path, tmp_path: Path) -> None:
     spoil, message = REFUSED[case]
     spoil(checkpoint)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(checkpoint)
+        bundle_from_checkpoint(checkpoint, tmp_path / "bundles" / "tiny")
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_refuses_what_is_no_folder(tmp_path: Path) -> None:
@@ -118,17 +149,52 @@ def test_refuses_what_is_no_folder(tmp_path: Path) -> None:
         open_checkpoint(single)
 
 
-def test_weights_must_be_those_of_the_config(checkpoint: Path) -> None:
-    """transformers would fill a missing layer with random numbers."""
-    edit(checkpoint / "text_encoder/config.json", num_hidden_layers=2)
-    with pytest.raises(CheckpointError, match=r"text_encoder.*missing or of another shape"):
-        model_from_checkpoint(open_checkpoint(checkpoint))
+def swap_weights(path: Path) -> None:
+    shutil.copyfile(path / "vae/diffusion_pytorch_model.safetensors", path / "text_encoder/model.safetensors")
 
 
-def test_weights_of_another_shape(checkpoint: Path) -> None:
-    edit(checkpoint / "unet/config.json", block_out_channels=[32, 96])
-    with pytest.raises(CheckpointError, match="unet"):
-        model_from_checkpoint(open_checkpoint(checkpoint))
+def empty_tokenizer(path: Path) -> None:
+    (path / "tokenizer/vocab.json").unlink()
+    (path / "tokenizer/merges.txt").unlink()
+
+
+# What is known only once the weights are read, by when there is a folder to write to.
+REFUSED_LATE: dict[str, tuple[Callable[[Path], object], str]] = {
+    # transformers would fill a missing layer with random numbers.
+    "more layers": (
+        editing("text_encoder/config.json", num_hidden_layers=2),
+        "text_encoder.*missing or of another shape",
+    ),
+    "wider layers": (editing("unet/config.json", block_out_channels=[32, 96]), "unet cannot be loaded: .*shape"),
+    "more blocks": (editing("unet/config.json", layers_per_block=2), "unet cannot be loaded: .*shape"),
+    "less attention": (
+        editing("vae/config.json", mid_block_add_attention=False),
+        "vae: its config.json does not describe 20 of the weights in its file: decoder.mid_block.attentions",
+    ),
+    "weights of another component": (swap_weights, "text_encoder: .* of the weights .* are missing"),
+    "unknown block": (editing("unet/config.json", down_block_types=["X", "DownBlock2D"]), "unet cannot be loaded: X"),
+    "broken vocabulary": (
+        lambda path: (path / "tokenizer/vocab.json").write_text("{"),
+        "tokenizer cannot be loaded: .*EOF while parsing",
+    ),
+    "no vocabulary": (empty_tokenizer, "has neither tokenizer.json nor vocab.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_LATE)
+def test_refuses_weights_that_are_not_those_of_the_configs(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    spoil, message = REFUSED_LATE[case]
+    spoil(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        bundle_from_checkpoint(checkpoint, tmp_path / "bundles" / "tiny")
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+def test_a_text_encoder_may_be_shortened_by_its_config(checkpoint: Path) -> None:
+    """As some skip its last layers; the file keeps them."""
+    layer = {"encoder.layers.1.layer_norm1.weight": np.ones(32, np.float32)}
+    rewrite(checkpoint / "text_encoder/model.safetensors", lambda name, array: array, **layer)
+    assert model_from_checkpoint(open_checkpoint(checkpoint)).text_encoder.config.num_hidden_layers == 1
 
 
 def test_spec_comes_from_the_configs(shared_checkpoint: Path) -> None:

@@ -6,19 +6,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto
 
 from diffuserve.bundle import read_manifest
 from diffuserve.engines.example import example_inputs
-from diffuserve.engines.half import half_from_onnx
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.tolerance import RELATIVE_TOLERANCE, TOLERANCE_LEVELS
+from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
+from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import BundleError
 from diffuserve.tensors import STAGES
 from diffuserve_export.cli import command
+from tests.graphs import run_bf16
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_exported(tmp_path: Path) -> None:
@@ -29,29 +28,20 @@ def test_an_unknown_engine_is_refused_before_anything_is_exported(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_exported_graphs_in_fp16(tiny_bundle: Path, tmp_path: Path, stage: str) -> None:
-    manifest = read_manifest(tiny_bundle)
-    component, path = manifest.components[stage], tiny_bundle / stage / "model.onnx"
-    half_from_onnx(path, tmp_path / "half.onnx")
-    model = onnx.load(tmp_path / "half.onnx")
-    graph = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
-    types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    assert TensorProto.DOUBLE not in types
-    multiplied = {name for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul") for name in node.input}
-    # The frequencies of the timestep's sines are multiplied in fp32.
-    in_fp32 = [
-        tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT and tensor.name in multiplied
-    ]
-    assert sum(int(np.prod(tensor.dims)) for tensor in in_fp32) < 100
+def test_exported_graphs_in_16_bits(bundle: Path, tmp_path: Path, stage: str, precision: str) -> None:
+    manifest = read_manifest(bundle)
+    component, path = manifest.components[stage], bundle / stage / "model.onnx"
+    narrow = tmp_path / "narrow.onnx"
+    sixteen_bit_from_onnx(path, narrow, precision)
     inputs = example_inputs(component.tensors, manifest.model, 2, {})
-    [expected], [actual] = (OnnxRuntimeEngine(each)(inputs).values() for each in (path, tmp_path / "half.onnx"))
-    error = np.abs(actual.astype(np.float64) - expected).max()
-    assert (
-        0
-        < error
-        <= (TOLERANCE_LEVELS["fp16"] if expected.dtype == np.uint8 else RELATIVE_TOLERANCE["fp16"] * expected.std())
-    )
+    expected = OnnxRuntimeEngine(path)(inputs)
+    (exact,) = expected.values()
+    [actual] = run_bf16(narrow, inputs) if precision == "bf16" else OnnxRuntimeEngine(narrow)(inputs).values()
+    error = np.abs(actual.astype(np.float64) - exact).max()
+    print(f"{stage} in {precision}: {error:.3g} of {tolerance_of(component.tensors, precision, expected):.3g}")
+    assert 0 < error <= tolerance_of(component.tensors, precision, expected)
 
 
 def test_a_bundle_that_is_up_to_date_changes_its_engine_only(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,92 +10,50 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Manifest, read_manifest, verify
+from diffuserve.bundle import verify
 from diffuserve.conditioning import guidance_embedding, time_ids
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.pipeline import Completed, Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, TensorSpec
+from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER, TensorSpec
 from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.model_spec import stages_that_overflow_in_fp16
 from diffuserve_export.modules import modules_from_model
 from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.parity import Prompts, parity_of_onnx
+from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.quiet import quiet
 from tests.export.tiny import WRITERS
+from tests.families import Family
 
 PROMPTS = ["a cat, blue", "", "Grüße 😀 " * 40]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A checkpoint, its bundle, and diffusers' own pipeline on the checkpoint."""
-
-    family: str
-    checkpoint: Path
-    bundle: Path
-    pipeline: Any
-
-    @property
-    def manifest(self) -> Manifest:
-        return read_manifest(self.bundle)
-
-    def run(self, stage: str, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return OnnxRuntimeEngine(self.bundle / stage / "model.onnx")(inputs)
-
-    def input_ids(self) -> dict[str, NDArray[np.int32]]:
-        """`PROMPTS` by the bundle's own tokenizers, by the text encoder's input name."""
-        from transformers import CLIPTokenizer
-
-        folders = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}
-        ids = {}
-        for tensor in self.manifest.components[TEXT_ENCODER].tensors.inputs:
-            tokenizer = CLIPTokenizer.from_pretrained(self.bundle / folders[tensor.name], local_files_only=True)
-            encoded = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="np")
-            ids[tensor.name] = encoded.input_ids.astype(np.int32)
-        return ids
+def run(family: Family, stage: str, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    return OnnxRuntimeEngine(family.bundle / stage / "model.onnx")(inputs)
 
 
-@pytest.fixture(
-    scope="module",
-    # Each is a whole export.
-    params=[
-        pytest.param(family, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for family in ("sd2", "sdxl", "lcm")
-    ],
-)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    family = request.param
-    folder = tmp_path_factory.mktemp(family)
-    checkpoint = WRITERS[family](folder / f"tiny-{family}")
-    bundle = bundle_from_checkpoint(checkpoint, folder / "bundle")
-    return Exported(family, checkpoint, bundle, reference_pipeline(checkpoint))
+def input_ids(family: Family) -> dict[str, NDArray[np.int32]]:
+    """`PROMPTS` by the bundle's own tokenizers, by the text encoder's input name."""
+    from transformers import CLIPTokenizer
 
-
-def reference_pipeline(checkpoint: Path) -> Any:
-    """diffusers' pipeline with the scheduler that our "ddim" is."""
-    with quiet():
-        import diffusers
-
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(checkpoint, local_files_only=True)
-        if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
-            # It samples with LCMScheduler only; this one conditions its UNet in the same way and takes any scheduler.
-            scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-            pipeline = diffusers.StableDiffusionPipeline(
-                **{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False
-            )
-        pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    folders = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}
+    ids = {}
+    for tensor in family.manifest.components[TEXT_ENCODER].tensors.inputs:
+        tokenizer = CLIPTokenizer.from_pretrained(family.bundle / folders[tensor.name], local_files_only=True)
+        encoded = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="np")
+        ids[tensor.name] = encoded.input_ids.astype(np.int32)
+    return ids
 
 
 def normal(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def test_every_component_agrees_with_pytorch(exported: Exported) -> None:
-    manifest = exported.manifest
-    verify(exported.bundle, manifest)
+def test_every_component_agrees_with_pytorch(family: Family) -> None:
+    manifest = family.manifest
+    verify(family.bundle, manifest)
     assert set(manifest.components) == set(STAGES)
     for component in manifest.components.values():
         assert len(component.parity) >= 3
@@ -105,8 +62,8 @@ def test_every_component_agrees_with_pytorch(exported: Exported) -> None:
             assert record.output_std > 0
 
 
-def test_tensors_and_settings(exported: Exported) -> None:
-    manifest = exported.manifest
+def test_tensors_and_settings(family: Family) -> None:
+    manifest = family.manifest
     unet = {tensor.name: tensor.dims for tensor in manifest.components[UNET].tensors.inputs}
     settings = (
         manifest.model.family,
@@ -114,11 +71,13 @@ def test_tensors_and_settings(exported: Exported) -> None:
         manifest.model.zero_empty_negative,
         manifest.model.guidance_embedded,
     )
-    if exported.family == "sd2":
+    overflowing = {stage for stage, component in manifest.components.items() if component.overflows_in_fp16}
+    assert overflowing == ({VAE_DECODER, VAE_ENCODER} if family.name == "sdxl" else set())
+    if family.name == "sd2":
         assert set(unet) == {"sample", "timestep", "encoder_hidden_states"}
         assert settings == ("stable-diffusion", 32, False, False)
         assert manifest.scheduler["prediction_type"] == "v_prediction"
-    elif exported.family == "sdxl":
+    elif family.name == "sdxl":
         assert (unet["text_embeds"], unet["time_ids"]) == ((20,), (6,))
         text_encoder = manifest.components[TEXT_ENCODER].tensors
         assert text_encoder.inputs == (
@@ -133,24 +92,24 @@ def test_tensors_and_settings(exported: Exported) -> None:
         assert settings == ("stable-diffusion", 32, False, True)
 
 
-def test_text_is_encoded_as_diffusers_encodes_it(exported: Exported) -> None:
+def test_text_is_encoded_as_diffusers_encodes_it(family: Family) -> None:
     import torch
 
     with quiet(), torch.inference_mode():
-        if exported.family == "sdxl":
-            hidden, _, pooled, _ = exported.pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        if family.name == "sdxl":
+            hidden, _, pooled, _ = family.pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
             expected = {"encoder_hidden_states": hidden, "text_embeds": pooled}
         else:
-            expected = {"encoder_hidden_states": exported.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]}
-    actual = exported.run(TEXT_ENCODER, **exported.input_ids())
+            expected = {"encoder_hidden_states": family.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]}
+    actual = run(family, TEXT_ENCODER, **input_ids(family))
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_allclose(actual[name], tensor.numpy(), atol=1e-4, err_msg=name)
 
 
-def test_prompts_are_padded_as_the_family_pads_them(exported: Exported) -> None:
+def test_prompts_are_padded_as_the_family_pads_them(family: Family) -> None:
     """Stable Diffusion 2 and XL's second tokenizer pad with "!", which is token 0."""
-    ids = exported.input_ids()
+    ids = input_ids(family)
     padding = {name: int(array[1, -1]) for name, array in ids.items()}
     end = int(ids["input_ids"][1, 1])  # the empty prompt: start, end, padding
     assert (
@@ -159,30 +118,28 @@ def test_prompts_are_padded_as_the_family_pads_them(exported: Exported) -> None:
             "sd2": {"input_ids": 0},
             "sdxl": {"input_ids": end, "input_ids_2": 0},
             "lcm": {"input_ids": end},
-        }[exported.family]
+        }[family.name]
     )
 
 
 @pytest.mark.parametrize(("batch", "height", "width", "tokens"), [(1, 8, 8, 77), (3, 6, 10, 154)])
-def test_unet_is_conditioned_as_in_diffusers(
-    exported: Exported, batch: int, height: int, width: int, tokens: int
-) -> None:
+def test_unet_is_conditioned_as_in_diffusers(family: Family, batch: int, height: int, width: int, tokens: int) -> None:
     import torch
 
-    model = exported.manifest.model
+    model = family.manifest.model
     sample, hidden = normal(batch, 4, height, width), normal(batch, tokens, model.hidden_size)
     timestep = np.linspace(999, 1, batch, dtype=np.float32)
     added: dict[str, NDArray[np.float32]] = {}
-    if exported.family == "sdxl":
+    if family.name == "sdxl":
         sizes = [(model.vae_scale_factor * width + row, model.vae_scale_factor * height) for row in range(batch)]
         added = {"text_embeds": normal(batch, 20), "time_ids": np.stack([time_ids(*size) for size in sizes])}
-    elif exported.family == "lcm":
+    elif family.name == "lcm":
         added = {"timestep_cond": np.stack([guidance_embedding(scale, 16) for scale in range(1, batch + 1)])}
     with torch.inference_mode():
         expected = []
         for row in range(batch):  # each alone, with a scalar timestep, as the pipelines call it
             tensors = {name: torch.from_numpy(array[row : row + 1]) for name, array in added.items()}
-            output = exported.pipeline.unet(
+            output = family.pipeline.unet(
                 torch.from_numpy(sample[row : row + 1]),
                 float(timestep[row]),
                 torch.from_numpy(hidden[row : row + 1]),
@@ -191,10 +148,10 @@ def test_unet_is_conditioned_as_in_diffusers(
             )
             expected.append(output.sample.numpy())
     inputs = {"sample": sample, "timestep": timestep[:, None], "encoder_hidden_states": hidden, **added}
-    actual = exported.run(UNET, **inputs)["noise_pred"]
+    actual = run(family, UNET, **inputs)["noise_pred"]
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-4)
     for name in added:  # it is not ignored
-        other = exported.run(UNET, **{**inputs, name: inputs[name] * 0.5 + 1})["noise_pred"]
+        other = run(family, UNET, **{**inputs, name: inputs[name] * 0.5 + 1})["noise_pred"]
         assert np.abs(other - actual).max() > 1e-3, name
 
 
@@ -219,14 +176,14 @@ def draw(bundle: Path, **fields: Any) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     ("guidance_scale", "negative_prompt"), [(5.0, ""), (5.0, "dog"), (1.0, "")], ids=["guided", "negative", "unguided"]
 )
-def test_whole_images_are_those_of_diffusers(exported: Exported, guidance_scale: float, negative_prompt: str) -> None:
+def test_whole_images_are_those_of_diffusers(family: Family, guidance_scale: float, negative_prompt: str) -> None:
     import torch
 
-    if exported.family == "lcm" and negative_prompt:
+    if family.name == "lcm" and negative_prompt:
         negative_prompt = ""  # such a model knows none
     width, height, steps = 24, 16, 3
     with quiet():
-        reference = exported.pipeline(
+        reference = family.pipeline(
             "a cat, blue",
             negative_prompt=negative_prompt or None,
             num_inference_steps=steps,
@@ -236,7 +193,7 @@ def test_whole_images_are_those_of_diffusers(exported: Exported, guidance_scale:
             generator=torch.Generator().manual_seed(7),
         ).images[0]
     actual = draw(
-        exported.bundle,
+        family.bundle,
         prompt="a cat, blue",
         negative_prompt=negative_prompt,
         sampler="ddim",
@@ -277,15 +234,16 @@ def test_clip_skip_of_one_encoder(models: dict[str, tuple[Path, LoadedModel]], t
 
     tensors = checkpoint.tensors[TEXT_ENCODER]
     onnx_from_module(module, TEXT_ENCODER, tensors, checkpoint.spec, tmp_path / "model.onnx")
-    prompts = Prompts((model.tokenizer,), module, tensors)
-    parity_of_onnx(tmp_path / "model.onnx", module, TEXT_ENCODER, tensors, checkpoint.spec, prompts)
+    texts = random_input_ids((model.tokenizer,), tensors)
+    references = references_of(module, TEXT_ENCODER, tensors, checkpoint.spec, texts)
+    parity_of_onnx(tmp_path / "model.onnx", references, "text_encoder", tensors)
 
 
 def test_clip_skip_of_two_encoders(models: dict[str, tuple[Path, LoadedModel]]) -> None:
     import torch
 
     path, model = models["sdxl"]
-    pipeline = reference_pipeline(path)
+    pipeline = Family("sdxl", path, path).pipeline
     module = modules_from_model(model, open_checkpoint(path, clip_skip=1).spec)[TEXT_ENCODER]
     with quiet(), torch.inference_mode():
         hidden, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, clip_skip=1)
@@ -295,3 +253,14 @@ def test_clip_skip_of_two_encoders(models: dict[str, tuple[Path, LoadedModel]]) 
         ]
         actual = module(*ids)
     torch.testing.assert_close(actual, (hidden, pooled))
+
+
+@pytest.mark.parametrize(
+    ("vae", "overflows"), [({}, True), ({"force_upcast": True}, True), ({"force_upcast": False}, False)]
+)
+def test_the_vae_of_xl_overflows_in_fp16_unless_its_config_says_otherwise(
+    vae: dict[str, bool], overflows: bool
+) -> None:
+    expected = {VAE_DECODER, VAE_ENCODER} if overflows else set()
+    assert stages_that_overflow_in_fp16({"vae": vae, "text_encoder_2": {}}) == expected
+    assert not stages_that_overflow_in_fp16({"vae": vae})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.lora import Lora, lora_from_text
 from tests.export.tiny import write_sdxl_checkpoint
@@ -130,6 +132,8 @@ def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) ->
     assert_fused(load(shared_checkpoint, *loras), plain, [(first, {}, 1.0), (second, {}, -0.25)])
     opened = open_checkpoint(shared_checkpoint, loras=loras)
     assert opened.source == "tiny + a.safetensors:1 + b.safetensors:-0.25"
+    assert [(lora.name, lora.scale) for lora in opened.fused_loras] == [("a", 1.0), ("b", -0.25)]
+    assert opened.fused_loras[0].sha256 == hashlib.sha256(opened.loras[0].path.read_bytes()).hexdigest()
 
 
 def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
@@ -184,7 +188,8 @@ def second_text_encoder(path: Path) -> Path:
 def test_of_another_base_model(write: Any, shared_checkpoint: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "style.safetensors")
     with pytest.raises(CheckpointError, match=r"style.safetensors does not fit this checkpoint.*text width of 32"):
-        load(shared_checkpoint, Lora(path, 1.0))
+        bundle_from_checkpoint(open_checkpoint(shared_checkpoint, loras=(Lora(path, 1.0),)), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_lora_at_all(shared_checkpoint: Path) -> None:

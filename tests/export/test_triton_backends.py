@@ -15,18 +15,19 @@ from diffuserve.bundle import Manifest, describe_file, read_manifest, write_mani
 from diffuserve.engines.example import native_dims
 from diffuserve.engines.tensorrt_plan import profiles
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STABLE_DIFFUSION, STAGES, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.triton.placement import read_placement
 from diffuserve_export.assemble import repository_from_bundle
 from diffuserve_export.assemble_cli import command
 from diffuserve_export.triton import Serving
 from diffuserve_export.triton_backends import BACKENDS
 from tests.core.fakes import make_bundle
+from tests.core.tiny_graphs import STAGES
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    make_bundle(tmp_path / "bundle")
+    make_bundle(tmp_path / "bundle", safety_checker=True)
     return tmp_path / "bundle"
 
 
@@ -132,6 +133,7 @@ def test_warm_up_calls_have_the_native_size(bundle: Path, tmp_path: Path) -> Non
         UNET: {"sample": [4, 6, 8], "timestep": [1], "encoder_hidden_states": [12, 5]},
         VAE_DECODER: {"latent_sample": [4, 6, 8]},
         VAE_ENCODER: {"image": [48, 64, 3]},
+        SAFETY_CHECKER: {"clip_input": [3, 16, 16]},
     }
     for stage, dims in expected.items():
         config = configs[stage]
@@ -157,7 +159,7 @@ def test_changing_the_backend_leaves_nothing_of_the_other(bundle: Path, tmp_path
 def test_an_engine_that_the_backend_does_not_run_is_refused(bundle: Path, tmp_path: Path) -> None:
     with_precision(bundle, "abacus", "fp32")
     with pytest.raises(
-        BundleError, match="runs on abacus, and Triton's backend onnxruntime runs onnxruntime and openvino"
+        BundleError, match="runs on abacus, and Triton's backend onnxruntime runs onnxruntime and onnxruntime-cuda and"
     ):
         repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
     assert not (tmp_path / "repository").exists()

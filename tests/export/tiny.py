@@ -8,9 +8,12 @@ tokenizer.json. The others have what sets their families apart, and a VAE of 2x.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
@@ -145,6 +148,55 @@ def write_lcm_checkpoint(path: Path) -> Path:
             **_NO_SAFETY_CHECKER,
         ).save_pretrained(path)
     return path
+
+
+def add_safety_checker(checkpoint: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
+    """Gives a checkpoint a safety checker with random weights, whose thresholds lie among the scores of `images`: it
+    flags some of them and not others, and finds a concept that calls for special care in some.
+
+    Args:
+        checkpoint: its folder, with a model_index.json.
+        images: (H, W, 3) uint8 each, of any sizes; at least 4 that differ.
+    """
+    with quiet():
+        import torch
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
+        from transformers import CLIPConfig, CLIPImageProcessorPil
+
+        hide_progress_bars()
+        torch.manual_seed(0)
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+        with torch.no_grad():
+            pixels = processor([*images], return_tensors="pt").pixel_values
+            embeds = checker.visual_projection(checker.vision_model(pixels)[1])
+            # The directions in which the images differ most: each concept is one, and the first of each kind is found.
+            _, _, directions = torch.linalg.svd(embeds - embeds.mean(dim=0))
+            for concepts, weights, first in (
+                (checker.concept_embeds, checker.concept_embeds_weights, 0),
+                (checker.special_care_embeds, checker.special_care_embeds_weights, 1),
+            ):
+                concepts.copy_(torch.randn(concepts.shape))
+                concepts[0] = directions[first]
+                cosines = cosine_distance(embeds, concepts)
+                weights.copy_(cosines.amax(dim=0) + 0.02)
+                weights[0] = cosines[:, 0].sort().values[len(images) // 2 - 1 :][:2].mean()
+        checker.save_pretrained(checkpoint / "safety_checker")
+        processor.save_pretrained(checkpoint / "feature_extractor")
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["requires_safety_checker"] = True
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    return checkpoint
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 from diffuserve_loadtest.memory import resident_bytes
 from diffuserve_loadtest.report import Plot, Report, Table, publish
-from diffuserve_loadtest.same import psnr_db
 
 
 def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,11 +28,6 @@ def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureF
     assert written["ratio"] == 1.5
     assert {"processor", "cores", "numpy"} <= set(written["machine"])
     assert (tmp_path / "results" / "try-lines.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_psnr() -> None:
-    assert math.isinf(psnr_db(b"\x00\x80\xff", b"\x00\x80\xff"))
-    assert psnr_db(bytes(100), bytes([1] * 100)) == pytest.approx(48.13, abs=0.01)
 
 
 def test_resident_memory_of_a_process() -> None:

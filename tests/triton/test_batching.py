@@ -12,9 +12,9 @@ from typing import Any
 
 from diffuserve.bundle import read_manifest
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, trajectory
+from diffuserve.similarity import psnr_db
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
-from tests.images import psnr_db
 from tests.metrics import read_metrics
 
 

@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from diffuserve.bundle import read_manifest
+from diffuserve.decoding import MAX_DECODE_BATCH
+from diffuserve.engines import load_engine
 from diffuserve.errors import BundleError
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
 from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.assemble_cli import command
 from diffuserve_export.triton import configs_from_manifest, model_py, text_from_config
+from tests.core.fakes import make_bundle
 
 COMMITTED = Path(__file__).parents[2] / "triton_repo"
 MODELS = {"text_encoder", "unet", "vae_decoder", "vae_encoder", "stable_diffusion"}
@@ -69,3 +74,56 @@ def test_assembling_again_repairs_and_leaves_nothing_aside(bundle: Path, tmp_pat
     read_placement(tmp_path / "unet" / "1")
     assert "spoiled" not in (tmp_path / "unet" / "config.pbtxt").read_text()
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_the_engine_has_stored_is_placed_too(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    component = read_manifest(copy).components["unet"]
+    load_engine(copy / component.files[0].path, component, threads=1)
+    [entry] = (copy / "unet").glob("*.onnxruntime")
+    placed = tmp_path / "repository" / "unet" / "1"
+    (placed / "another.onnxruntime").mkdir(parents=True)
+    repository_from_bundle(copy, tmp_path / "repository")
+    assert [each.name for each in placed.glob("*.onnxruntime")] == [entry.name]
+    (placed / "model.onnx").unlink()
+    load_engine(placed / "model.onnx", component, threads=1)
+
+
+def test_a_safety_checker_is_assembled_required_and_removed_again(tmp_path: Path) -> None:
+    checked, plain, repository = tmp_path / "checked", tmp_path / "plain", tmp_path / "repository"
+    make_bundle(checked, safety_checker=True)
+    make_bundle(plain, safety_checker_left_out=True)
+    arguments = ["--require-safety-checker", "--output", str(repository)]
+    refused = CliRunner().invoke(command, [str(plain), *arguments])
+    assert isinstance(refused.exception, BundleError)
+    assert "export the checkpoint again without --no-safety-checker" in str(refused.exception)
+    assert not repository.exists()
+
+    assert CliRunner().invoke(command, [str(checked), *arguments]).exit_code == 0
+    assert {folder.name for folder in repository.iterdir()} == MODELS | {"safety_checker"}
+    assert (
+        'key: "require_safety_checker"\n  value {\n    string_value: "True"'
+        in (repository / "stable_diffusion" / "config.pbtxt").read_text()
+    )
+    assert configs_from_manifest(read_manifest(checked))["safety_checker"].max_batch_size == MAX_DECODE_BATCH
+
+    (repository / "mine").mkdir()
+    assert CliRunner().invoke(command, [str(plain), "--output", str(repository)]).exit_code == 0
+    # Triton would load the one that the earlier bundle had.
+    assert {folder.name for folder in repository.iterdir()} == MODELS | {"mine"}
+
+
+def test_a_folder_that_was_not_assembled_is_left_alone(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "plain")
+    mine = tmp_path / "repository" / "safety_checker"
+    mine.mkdir(parents=True)
+    repository_from_bundle(tmp_path / "plain", tmp_path / "repository")
+    assert mine.is_dir()
+
+
+def test_a_bundle_of_a_newer_version_is_not_assembled(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle", format_version=99)
+    result = CliRunner().invoke(command, [str(tmp_path / "bundle"), "--output", str(tmp_path / "repository")])
+    assert isinstance(result.exception, BundleError)
+    assert "has format version 99, and this diffuserve reads up to" in str(result.exception)
+    assert not (tmp_path / "repository").exists()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from diffuserve.samplers import SAMPLERS
+from diffuserve.similarity import psnr_db
 from diffuserve_client import Client
-from tests.images import psnr_db
-from tests.schedulers import scheduler_of
+from diffuserve_export.schedulers import scheduler_from_sampler
 
 PROMPTS = ("a slice of pizza, glossy, on a blue background", "a red heart, flat")
 SEEDS = (7, 4_000_000_000)
@@ -24,7 +24,7 @@ def test_served_images_are_those_of_diffusers(sampler: str, client: Client, refe
     import torch
 
     pipe = reference_pipeline
-    pipe.scheduler = scheduler_of(sampler, pipe.scheduler.config)
+    pipe.scheduler = scheduler_from_sampler(sampler, pipe.scheduler.config)
     subjects = list(zip(PROMPTS, SEEDS, strict=True))
     settings = [
         {"guidance_scale": guidance_scale, "steps": steps, "width": width, "height": height}

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import QueueFull
+from diffuserve.similarity import psnr_db
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_export.assemble import repository_from_bundle
 from diffuserve_export.triton import Serving
-from tests.images import psnr_db
 from tests.metrics import read_metrics
 
 

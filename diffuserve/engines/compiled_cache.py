@@ -1,0 +1,115 @@
+"""What engines have compiled of a component, kept on disk so that the next start does not compile it again.
+
+An entry is a folder beside the model, named after everything that decides what is in it and after the engine, written
+aside and renamed.
+(OpenVINO has a cache of its own, but it writes each file in place: a process that starts while another writes would
+read half of one.) A cache that cannot be written or read costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffuserve.bundle import Component
+from diffuserve.engines.processor import processor_flags, processor_name
+
+log = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+
+
+class CompiledCache:
+    """The entry of one component on one engine, with certain settings, on this processor.
+
+    Args:
+        path: the component's first file.
+        component: its checksums name the entry.
+        version: of the engine.
+        settings: all else that decides what is compiled.
+    """
+
+    def __init__(self, path: Path, component: Component, version: str, settings: Mapping[str, Any]) -> None:
+        decides = {
+            "files": [file.sha256 for file in component.files],
+            "version": version,
+            "processor": [processor_name(), *sorted(processor_flags())],
+            "settings": dict(settings),
+        }
+        hashed = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        self._path, self._component = path, component
+        self._name = f"{_prefix(component)}{hashed[:16]}.{component.engine}"
+        self._folders = cache_folders(path)
+
+    def entries(self) -> Iterator[Path]:
+        """The folders that hold it; one, unless a model's folder has become writable since."""
+        for folder in self._folders:
+            if (folder / self._name).is_dir():
+                yield folder / self._name
+
+    def discard(self, entry: Path, reason: Exception) -> None:
+        """Removes an entry that cannot be read."""
+        log.warning("%s cannot be read (%s); compiling %s again", entry, reason, self._path)
+        shutil.rmtree(entry, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path | None]:
+        """Yields a folder that becomes the entry, and replaces what other versions or settings have left; None where
+        nothing can be written. An OSError within is not raised: there is no entry then."""
+        for folder in self._folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = Path(tempfile.mkdtemp(suffix=_PARTIAL, prefix=f".{self._name}-", dir=folder))
+            except OSError:
+                continue
+            try:
+                yield partial
+                partial.chmod(0o755)  # as its files are, and not for this user alone
+                partial.rename(folder / self._name)
+            except OSError as error:
+                log.warning("%s cannot be written: %s", folder / self._name, error)
+            else:
+                remove_compiled(self._path, self._component, self._component.engine, keep=self._name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return
+        yield None
+
+
+def cache_folders(path: Path) -> list[Path]:
+    """Where a model's compiled form may lie: beside it, or where that cannot be written in the user's cache folder."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # the XDG specification says to ignore relative names
+        return [path.parent, named / "diffuserve"]
+    try:
+        return [path.parent, Path.home() / ".cache" / "diffuserve"]
+    except RuntimeError:  # a user without a home, as containers may have
+        return [path.parent]
+
+
+def compiled_beside(path: Path, component: Component) -> list[Path]:
+    """The entries that lie beside a component's first file, for the engine that it is on."""
+    return sorted(path.parent.glob(f"{_prefix(component)}*.{component.engine}"))
+
+
+def remove_compiled(path: Path, component: Component, engine: str, keep: str = "") -> None:
+    """Removes what an engine has compiled of a component's files, for any version, processor and settings, but for
+    `keep`."""
+    for folder in cache_folders(path):
+        for entry in folder.glob(f"{_prefix(component)}*.{engine}"):
+            if entry.name != keep:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _prefix(component: Component) -> str:
+    """The files' own part of the name, since models share the user's cache folder."""
+    files = "".join(file.sha256 for file in component.files)
+    return hashlib.sha256(files.encode()).hexdigest()[:16] + "-"
