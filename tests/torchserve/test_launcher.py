@@ -22,14 +22,14 @@ import pytest
 
 from diffuserve.bundle import read_manifest
 from diffuserve.errors import BundleError, Draining, LaunchError
+from diffuserve.similarity import psnr_db
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve_client import Client, TorchServe
 from diffuserve_export.archive import archive_from_bundle, archive_from_checkpoint
+from diffuserve_export.schedulers import scheduler_from_sampler
 from tests.conftest import CHECKPOINT
-from tests.images import psnr_db
-from tests.schedulers import scheduler_of
 from tests.triton.test_launcher import still_running
 
 DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
@@ -193,7 +193,7 @@ def test_a_checkpoint_is_served_without_an_export(tmp_path: Path, reference_pipe
     archive = tmp_path / "eager.mar"
     archive_from_checkpoint(CHECKPOINT, archive)
     pipe = reference_pipeline
-    pipe.scheduler = scheduler_of("dpmpp_2m", pipe.scheduler.config)
+    pipe.scheduler = scheduler_from_sampler("dpmpp_2m", pipe.scheduler.config)
     settings: dict[str, Any] = {"guidance_scale": 5.0, "width": 64, "height": 96}
     prompt = "a red heart, flat"
     expected = pipe(prompt, generator=torch.Generator().manual_seed(7), num_inference_steps=8, **settings).images[0]

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from diffuserve.errors import DiffuserveError, InvalidRequest, ServerUnavailable
+from diffuserve.similarity import psnr_db
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve_client import AsyncClient, Client, Progress, Result, TorchServe
-from tests.images import psnr_db
 from tests.metrics import read_metrics
 
 SMALL = {"steps": 2, "width": 64, "height": 64}
