@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import ModelSpec, Parity
+from diffuserve.bundle import Component, ModelSpec, Parity
 from diffuserve.conditioning import guidance_embedding, time_ids
-from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.engines import load_engine
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import (
@@ -91,15 +91,16 @@ def references_of(
 
 
 def parity_of_onnx(
-    path: Path, references: Sequence[Reference], what: str, tensors: StageSpec, *, strict: bool = True
+    path: Path, component: Component, references: Sequence[Reference], what: str, *, strict: bool = True
 ) -> tuple[float, tuple[Parity, ...]]:
-    """Compares an exported graph with what its module made of the same inputs.
+    """Compares an exported graph with what its module made of the same inputs. What ONNX Runtime makes of the graph stays
+    stored beside it.
 
     Args:
         path: the .onnx file.
+        component: its own, whose tolerance and parity are not known yet.
         references: `references_of` its module.
         what: to call it in messages.
-        tensors: its own.
         strict: whether an error beyond the tolerance raises; it is in the records in either case.
 
     Returns:
@@ -108,8 +109,8 @@ def parity_of_onnx(
     Raises:
         CheckpointError: an output's shape differs, its error exceeds the tolerance, or the module's is not finite.
     """
-    engine = OnnxRuntimeEngine(path)
-    tolerance = tolerance_of(tensors, "fp32", references[0].outputs)
+    engine = load_engine(path, component, threads=0)
+    tolerance = tolerance_of(component.tensors, component.precision, references[0].outputs)
     return tolerance, tuple(
         _compare(what, each.inputs, engine(each.inputs), each.outputs, tolerance, strict) for each in references
     )

@@ -24,7 +24,7 @@ from diffuserve_export.modules import modules_from_model
 from diffuserve_export.onnx import onnx_from_module
 from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.quiet import quiet
-from tests.export.tiny import WRITERS
+from tests.export.tiny import WRITERS, component_of
 from tests.families import Family
 
 PROMPTS = ["a cat, blue", "", "Grüße 😀 " * 40]
@@ -236,7 +236,8 @@ def test_clip_skip_of_one_encoder(models: dict[str, tuple[Path, LoadedModel]], t
     onnx_from_module(module, TEXT_ENCODER, tensors, checkpoint.spec, tmp_path / "model.onnx")
     texts = random_input_ids((model.tokenizer,), tensors)
     references = references_of(module, TEXT_ENCODER, tensors, checkpoint.spec, texts)
-    parity_of_onnx(tmp_path / "model.onnx", references, "text_encoder", tensors)
+    path = tmp_path / "model.onnx"
+    parity_of_onnx(path, component_of(path, tensors), references, "text_encoder")
 
 
 def test_clip_skip_of_two_encoders(models: dict[str, tuple[Path, LoadedModel]]) -> None:

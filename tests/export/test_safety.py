@@ -31,7 +31,7 @@ from diffuserve_export.parity import parity_of_onnx, references_of
 from diffuserve_export.quiet import quiet
 from diffuserve_export.safety import image_processor_from_configs
 from tests.export.test_checkpoint import edit
-from tests.export.tiny import add_safety_checker
+from tests.export.tiny import add_safety_checker, component_of
 
 CONFIG = "feature_extractor/preprocessor_config.json"
 Images = list[NDArray[np.uint8]]
@@ -73,7 +73,9 @@ def graph(opened: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     modules, tensors = modules_from_model(model, opened.spec), opened.tensors
     onnx_from_module(modules["safety_checker"], "safety_checker", tensors["safety_checker"], opened.spec, path)
     references = references_of(modules["safety_checker"], "safety_checker", tensors["safety_checker"], opened.spec, {})
-    tolerance, parity = parity_of_onnx(path, references, "safety_checker", tensors["safety_checker"])
+    tolerance, parity = parity_of_onnx(
+        path, component_of(path, tensors["safety_checker"]), references, "safety_checker"
+    )
     assert {record.shapes["clip_input"] for record in parity} == {(batch, 3, 32, 32) for batch in (1, 2, 5)}
     assert max(record.max_abs_error for record in parity) < tolerance / 10
     return path

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.bundle import Component, describe_file
+from diffuserve.tensors import StageSpec
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
 _NO_SAFETY_CHECKER: dict[str, Any] = {
@@ -216,6 +218,11 @@ def load_tokenizer(path: Path, padding: str = "<|endoftext|>") -> Any:
     torch.manual_seed(0)
     folder = _write_tokenizer(path.parent / f"{path.name}-tokenizer")
     return CLIPTokenizer.from_pretrained(folder, pad_token=padding)
+
+
+def component_of(path: Path, tensors: StageSpec) -> Component:
+    """Of a graph that was just exported and not compared yet."""
+    return Component("onnxruntime", "fp32", (describe_file(path.parent, path),), tensors, tolerance=0.0, parity=())
 
 
 def _text_config(
