@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import Manifest, read_manifest, verify
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import WARM_BATCHES, example_inputs
+from diffuserve.engines.warm import warm
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
 from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
@@ -87,15 +87,13 @@ class LocalStages(EngineStages):
             )
 
     def warm(self) -> None:
-        """Runs every engine at the sizes that requests mostly have, so that the first one does not wait for it.
+        """Runs every engine, so that the first request finds that it can.
 
         Raises:
             StageFailed: an engine cannot run.
         """
         for name, engine in self._engines.items():
-            tensors = self._manifest.components[name].tensors
             try:
-                for batch in WARM_BATCHES:
-                    engine(example_inputs(tensors, self._manifest.model, batch))
+                warm(engine, self._manifest.components[name], self._manifest.model)
             except Exception as error:
                 raise StageFailed(f"The stage {name} failed on its first call: {error}") from error

@@ -19,12 +19,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from diffuserve.bundle import ModelSpec
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import WARM_BATCHES, example_inputs
+from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed, to_wire
-from diffuserve.stages import Engine
-from diffuserve.tensors import StageSpec
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
@@ -48,7 +45,9 @@ class StageModel:
             self._tensors = placement.component.tensors
             self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
-            _warm(self._engine, self._tensors, placement.model, args["model_name"])
+            started_s = time.monotonic()
+            warm(self._engine, placement.component, placement.model)
+            log.info("%s is warm, %.1f s", args["model_name"], time.monotonic() - started_s)
         except BundleError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
 
@@ -81,10 +80,3 @@ class StageModel:
             )
             for count, end in zip(rows, ends, strict=True)
         ]
-
-
-def _warm(engine: Engine, tensors: StageSpec, model: ModelSpec, name: str) -> None:
-    started_s = time.monotonic()
-    for batch in WARM_BATCHES:
-        engine(example_inputs(tensors, model, batch))
-    log.info("%s is warm, %.1f s", name, time.monotonic() - started_s)
