@@ -39,7 +39,7 @@ def request(**changes: object) -> TextToImageRequest:
 def completed(images: int) -> Completed:
     pixels = np.zeros((images, 32, 64, 3), np.uint8)
     seeds = tuple(range(7, 7 + images))
-    return Completed((b"\x89PNG",) * images, pixels, seeds, ("ä",) * images, (), 0.25, 0.5, 1.0)
+    return Completed((b"\x89PNG",) * images, pixels, (False,) * images, seeds, ("ä",) * images, (), 0.25, 0.5, 1.0)
 
 
 def test_one_image_is_its_file() -> None:
