@@ -22,6 +22,7 @@ from diffuserve.bundle import MANIFEST_NAME, Manifest, read_manifest, verify
 from diffuserve.errors import BundleError
 from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
+from diffuserve.safety import refuse_without_safety_checker
 from diffuserve_export.eager import ENGINE, eager_bundle_from_checkpoint
 
 CONFIG_NAME = "model-config.yaml"
@@ -53,7 +54,8 @@ class TorchServing:
     `batch_size`: requests that it hands to a worker together, at most; `max_batch_delay_ms`: how long it waits for them;
     `min_workers`, `max_workers`: processes, each with the whole model; `response_timeout_s`: after so long without an
     answer a worker counts as hung and is started again, so a whole batch must fit in; `startup_timeout_s`: the same for
-    loading; `device`: cpu or gpu.
+    loading; `device`: cpu or gpu; `require_safety_checker`: archive no bundle without one, and an archive serves no other
+    bundle than its own.
     """
 
     batch_size: int = 8
@@ -64,6 +66,7 @@ class TorchServing:
     startup_timeout_s: int = 600
     device: str = "cpu"
     policy: str = DEFAULT_POLICY
+    require_safety_checker: bool = False
 
 
 def archive_from_bundle(
@@ -79,19 +82,22 @@ def archive_from_bundle(
             now nor unpacked by every TorchServe that loads it.
 
     Raises:
-        BundleError: the bundle is damaged, `output` has another ending or cannot be written, or torch-model-archiver
+        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, `output` has another ending or cannot be written, or torch-model-archiver
             failed.
     """
     if output.suffix != ".mar":
         raise BundleError(f"{output} is no name for a model archive. Give it the ending .mar.")
+    serving = serving or TorchServing()
     manifest = read_manifest(bundle)
+    if serving.require_safety_checker:
+        refuse_without_safety_checker(manifest)
     verify(bundle, manifest)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # On the disk of the archive, since a bundle may not fit on that of temporary files.
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             staging = Path(folder)
-            _write_parts(staging, bundle, manifest, serving or TorchServing(), by_reference)
+            _write_parts(staging, bundle, manifest, serving, by_reference)
             _run_archiver(staging, output.stem, with_bundle=not by_reference)
             (staging / output.name).replace(output)
     except OSError as error:

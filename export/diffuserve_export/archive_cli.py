@@ -46,6 +46,7 @@ _ARCHIVES = Path("model_store/mar")
 @click.option(
     "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT_POLICY, show_default=True, help="Whose step is next."
 )
+@click.option("--require-safety-checker", is_flag=True, help="Refuse a bundle without one.")
 @click.option(
     "--by-reference", is_flag=True, help="Name the bundle's path in the archive instead of copying it, for large ones."
 )
@@ -59,6 +60,7 @@ def command(
     response_timeout_s: int,
     device: str,
     policy: str,
+    require_safety_checker: bool,
     by_reference: bool,
 ) -> None:
     """Packs BUNDLE into a .mar that TorchServe serves with the same core, so that the same seed gives the same image.
@@ -80,6 +82,7 @@ def command(
         response_timeout_s=response_timeout_s,
         device=device,
         policy=policy,
+        require_safety_checker=require_safety_checker,
     )
     if (bundle / "model_index.json").is_file() and not (bundle / MANIFEST_NAME).is_file():
         if by_reference:

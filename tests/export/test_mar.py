@@ -87,3 +87,10 @@ def test_wrong_names_and_settings(bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(command, [str(bundle), "--min-workers", "2", "--output", str(tmp_path / "x.mar")])
     assert result.exit_code == 2
     assert "--max-workers is 1" in result.output
+
+
+def test_a_required_safety_checker_that_is_not_there(bundle: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(bundle), "-o", str(tmp_path / "a.mar"), "--require-safety-checker"])
+    assert isinstance(result.exception, BundleError)
+    assert "safety checker" in str(result.exception)
+    assert not list(tmp_path.iterdir())
