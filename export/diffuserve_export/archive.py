@@ -82,8 +82,8 @@ def archive_from_bundle(
             now nor unpacked by every TorchServe that loads it.
 
     Raises:
-        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, `output` has another ending or cannot be written, or torch-model-archiver
-            failed.
+        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, `output` has another ending
+            or cannot be written, or torch-model-archiver failed.
     """
     if output.suffix != ".mar":
         raise BundleError(f"{output} is no name for a model archive. Give it the ending .mar.")
