@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffuserve.engines.half import half_from_onnx
 from numpy.typing import NDArray
 
 from diffuserve.bundle import ImageProcessor, read_manifest
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.engines.sixteen_bit import sixteen_bit_from_onnx
 from diffuserve.errors import CheckpointError
 from diffuserve.pipeline import Completed, Pipeline
 from diffuserve.request import request_from_fields
@@ -136,7 +136,7 @@ def test_special_care_begins_where_diffusers_rounds(opened: Checkpoint) -> None:
 
 def test_the_graph_converts_to_fp16(graph: Path, tmp_path: Path) -> None:
     half = tmp_path / "half.onnx"
-    half_from_onnx(graph, half)
+    sixteen_bit_from_onnx(graph, half, "fp16")
     clip_input = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
     expected = OnnxRuntimeEngine(graph)({"clip_input": clip_input})["concept_scores"]
     import onnxruntime
