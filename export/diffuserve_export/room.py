@@ -11,8 +11,8 @@ from diffuserve_export.checkpoint import Checkpoint
 # Every weight in fp32, once as exported and once as the engine stores it; graphs, tokenizers and manifest beside.
 _DISK_BYTES_PER_PARAMETER = 2 * 4
 _DISK_BESIDE_WEIGHTS_BYTES = 100 << 20
-# The most is taken while ONNX Runtime optimises the largest component, the others waiting in PyTorch: measured at 4.2
-# bytes a parameter for Stable Diffusion XL. Libraries and activations beside.
+# Every weight in PyTorch in fp32, and what is copied for a moment: 4.0 bytes a parameter were measured at Stable Diffusion
+# 1.5's size, libraries and activations included. More is counted, since a smaller machine would swap for hours.
 _MEMORY_BYTES_PER_PARAMETER = 5
 _MEMORY_BESIDE_WEIGHTS_BYTES = 2 << 30
 _CGROUP = Path("/sys/fs/cgroup")

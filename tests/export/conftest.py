@@ -55,13 +55,14 @@ def killed_export(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(killed_export: KilledExport, shared_checkpoint: Path) -> Path:
-    """The checkpoint's bundle, exported where an export was killed before; no test may change it."""
-    arguments = [str(shared_checkpoint), "--output", str(killed_export.output)]
+def tiny_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's bundle; no test may change it."""
+    output = tmp_path_factory.mktemp("bundles") / "tiny"
+    arguments = [str(shared_checkpoint), "--output", str(output)]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "worst error" in result.output
-    return killed_export.output
+    return output
 
 
 @pytest.fixture

@@ -97,14 +97,15 @@ def test_what_counts_as_a_change(tiny_bundle: Path, checkpoint: Path, tmp_path: 
     assert unchanged_manifest(open_checkpoint(checkpoint), bundle) is None
 
 
-def test_killed_export_leaves_no_bundle(killed_export: KilledExport) -> None:
+@pytest.mark.slow
+def test_after_a_killed_export_there_is_no_bundle_and_the_next_one_cleans_up(
+    killed_export: KilledExport, shared_checkpoint: Path
+) -> None:
     assert killed_export.beside == (f".tiny.partial-{killed_export.pid}",)
     assert killed_export.written == ("reference.png", "scheduler", "text_encoder", "tokenizer", "unet")
-
-
-def test_the_export_after_a_killed_one_cleans_up_and_succeeds(tiny_bundle: Path) -> None:
-    assert list(tiny_bundle.parent.iterdir()) == [tiny_bundle]
-    verify(tiny_bundle, read_manifest(tiny_bundle))
+    bundle = bundle_from_checkpoint(shared_checkpoint, killed_export.output)
+    assert list(bundle.parent.iterdir()) == [bundle]
+    verify(bundle, read_manifest(bundle))
 
 
 def test_failed_export_keeps_the_older_bundle(tiny_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository:
     folder = spoiled / "unet" / "1"
     placement = read_placement(folder)
     (folder / "model.onnx").write_bytes(b"not a model")
+    for stored in folder.glob("*.onnxruntime"):  # from which the engine would start
+        shutil.rmtree(stored)
     replaced = type(placement)(
         placement.model, placement.bundle_sha256, placement.component, (place_file(folder, folder / "model.onnx"),)
     )

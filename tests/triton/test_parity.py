@@ -28,7 +28,7 @@ def test_served_images_are_those_of_diffusers(sampler: str, client: Client, refe
     subjects = list(zip(PROMPTS, SEEDS, strict=True))
     settings = [
         {"guidance_scale": guidance_scale, "steps": steps, "width": width, "height": height}
-        for guidance_scale, (steps, (width, height)) in itertools.product((1.0, 5.0), zip((7, 20), SIZES, strict=True))
+        for guidance_scale, (steps, (width, height)) in itertools.product((1.0, 5.0), zip((6, 12), SIZES, strict=True))
     ]
 
     def served(subject: tuple[str, int], setting: dict[str, Any]) -> Any:

@@ -19,6 +19,8 @@ from diffuserve_export.assemble import repository_from_bundle
 from diffuserve_export.triton import Serving
 from tests.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # four servers
+
 
 @contextmanager
 def serving(bundle: Path, folder: Path, options: Serving, **limits: int) -> Iterator[tuple[TritonServer, Client]]:
