@@ -36,7 +36,7 @@ test-all: repository  ## everything, the slow tests too, but for those of test-r
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest --ignore tests/export/test_real_size.py
 
-test-real: install  ## export Stable Diffusion 1.5 and XL at their real size, random weights: 20 GB of memory, half an hour
+test-real: install  ## export Stable Diffusion 1.5 and XL at their real size, random weights: 24 GB of memory, 40 minutes
 	$(BIN)/pytest -s tests/export/test_real_size.py
 
 lint: install

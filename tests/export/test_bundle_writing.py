@@ -143,7 +143,7 @@ def test_too_little_memory_is_noticed_before_anything_is_written(
     assert available_memory_bytes() > 10**9
     (cgroup / "memory.max").write_text("1000000000\n")
     assert available_memory_bytes() == 400_000_000
-    with pytest.raises(BundleError, match=r"takes about 2\.\d GB of memory, and 0\.4 GB are free"):
+    with pytest.raises(BundleError, match=r"takes about 1\.\d GB of memory, and 0\.4 GB are free"):
         bundle_from_checkpoint(opened, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [cgroup]
 
