@@ -1,0 +1,40 @@
+"""Where a server listens, whichever it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from diffuserve.serving.process import free_ports
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """A host, and after it nothing but ports, for which each server has its own defaults."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    @property
+    def http(self) -> str:
+        return f"http://{self.host}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
+    @classmethod
+    def on_free_ports(cls) -> Self:
+        """Loopback, at ports that nothing listens on now."""
+        _, *ports = fields(cls)
+        host = "127.0.0.1"
+        return cls(host, *free_ports(host, len(ports)))
