@@ -1,1 +1,1 @@
-"""Benchmarks of diffuserve: two things compared in one run, with machine, versions and settings."""
+"""Load tests of diffuserve and of what it is compared with; its benchmarks are in `diffuserve_loadtest.bench`."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve_loadtest.cancel import quarters
+from diffuserve_loadtest.bench.cancel import quarters
 from diffuserve_loadtest.summary import summarise, throughput
 
 

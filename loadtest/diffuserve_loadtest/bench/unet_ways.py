@@ -18,7 +18,7 @@ from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.errors import CheckpointError
 from diffuserve.stages import Engine
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, TIME_IDS, TIMESTEP_COND
-from diffuserve_loadtest.onnxruntime_profile import node_calls
+from diffuserve_loadtest.bench.onnxruntime_profile import node_calls
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.mixture import Arrival
+from diffuserve_loadtest.bench.mixture import Arrival
 
 LATE_S = 0.05
 

@@ -13,9 +13,9 @@ from typing import Any
 from diffuserve.bundle import ModelSpec
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient, Progress
-from diffuserve_loadtest.closed_loop import standing_load
+from diffuserve_loadtest.bench.closed_loop import standing_load
+from diffuserve_loadtest.bench.mixture import Kind, sizes_of
 from diffuserve_loadtest.metrics import read_metrics
-from diffuserve_loadtest.mixture import Kind, sizes_of
 
 _IMAGES = 4
 _STEPS = 20

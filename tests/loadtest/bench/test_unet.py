@@ -16,9 +16,9 @@ from diffuserve.engines import processor
 from diffuserve.engines.example import example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.arithmetic import flops_of_onnx
-from diffuserve_loadtest.bench_cli import command
-from diffuserve_loadtest.unet import measure_unet
+from diffuserve_loadtest.bench.arithmetic import flops_of_onnx
+from diffuserve_loadtest.bench.cli import command
+from diffuserve_loadtest.bench.unet import measure_unet
 from tests.conftest import CHECKPOINT
 from tests.core.tiny_graphs import make_real_bundle
 

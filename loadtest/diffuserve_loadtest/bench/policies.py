@@ -23,11 +23,11 @@ from diffuserve.request import Limits
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection, Selection
 from diffuserve.stages import Conditioning, Float32
-from diffuserve_loadtest.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_loadtest.mixture import SAMPLER, Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
+from diffuserve_loadtest.bench.mixture import SAMPLER, Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.summary import HEADER, Summary, summarise
-from diffuserve_loadtest.virtual_time import run_in_virtual_time
 
 _TEXT = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
 

@@ -17,7 +17,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
-from diffuserve_loadtest.mixture import Kind
+from diffuserve_loadtest.bench.mixture import Kind
 
 BATCHES = (1, 2, 4, 8, 16)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

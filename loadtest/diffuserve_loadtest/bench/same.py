@@ -18,7 +18,7 @@ from diffuserve.similarity import psnr_db
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.mixture import PROMPT, sizes_of
+from diffuserve_loadtest.bench.mixture import PROMPT, sizes_of
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.summary import summarise
 

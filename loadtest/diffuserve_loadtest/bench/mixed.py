@@ -15,12 +15,20 @@ from diffuserve.bundle import read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
 from diffuserve_client import Client
-from diffuserve_loadtest.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_loadtest.mixture import STEPS, Arrival, Kind, kinds_of, poisson_arrivals, shuffled_forever, sizes_of
-from diffuserve_loadtest.open_loop import Answered, answer_all
+from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
+from diffuserve_loadtest.bench.mixture import (
+    STEPS,
+    Arrival,
+    Kind,
+    kinds_of,
+    poisson_arrivals,
+    shuffled_forever,
+    sizes_of,
+)
+from diffuserve_loadtest.bench.open_loop import Answered, answer_all
+from diffuserve_loadtest.bench.stage_seconds import best_mixture_per_s, mean_of, measure_stages
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.repositories import repository_with
-from diffuserve_loadtest.stage_seconds import best_mixture_per_s, mean_of, measure_stages
 from diffuserve_loadtest.summary import HEADER, Summary, summarise
 
 _SEED = 1

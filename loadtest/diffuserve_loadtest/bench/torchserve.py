@@ -27,8 +27,8 @@ from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
+from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_loadtest.memory import proportional_bytes
-from diffuserve_loadtest.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_loadtest.report import Report, Table
 
 _HANDLER = Path(__file__).with_name("diffusers_handler.py")

@@ -14,7 +14,7 @@ from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_client.local import LocalClient
-from diffuserve_loadtest.mixture import PROMPT, SAMPLER
+from diffuserve_loadtest.bench.mixture import PROMPT, SAMPLER
 from diffuserve_loadtest.report import Report, Table
 
 

@@ -81,7 +81,7 @@ def command() -> None:
 @_count("--runs", 30, "Of each kind.")
 def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_scale: float, runs: int) -> None:
     """One request alone: served by Triton, against the same stages in this process."""
-    from diffuserve_loadtest.overhead import measure_overhead
+    from diffuserve_loadtest.bench.overhead import measure_overhead
     from diffuserve_loadtest.report import publish
 
     publish(measure_overhead(bundle, repository, steps=steps, guidance_scale=guidance_scale, runs=runs), output)
@@ -95,7 +95,7 @@ def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_
 @click.option("--save", is_flag=True, help="Write the UNet's figures into the bundle's manifest.")
 def engine(bundle: Path, output: Path, rounds: int, padding_calls: int, save: bool) -> None:
     """Seconds of a call by batch size, and whether padding pays."""
-    from diffuserve_loadtest.engine import measure_engine
+    from diffuserve_loadtest.bench.engine import measure_engine
     from diffuserve_loadtest.report import publish
 
     publish(measure_engine(bundle, rounds=rounds, padding_calls=padding_calls, save=save), output)
@@ -117,8 +117,8 @@ def unet(
     bundle: Path, output: Path, checkpoint: Path | None, size: tuple[int, int] | None, rows: int, rounds: int
 ) -> None:
     """One UNet call on each of the CPU's engines, against ONNX Runtime: time, arithmetic, operators."""
+    from diffuserve_loadtest.bench.unet import measure_unet
     from diffuserve_loadtest.report import publish
-    from diffuserve_loadtest.unet import measure_unet
 
     publish(measure_unet(bundle, checkpoint=checkpoint, size=size, rows=rows, rounds=rounds), output)
 
@@ -132,7 +132,7 @@ def unet(
 @_count("--rounds", 3, "Times that the server, and then the engines, are measured.")
 def efficiency(bundle: Path, repository: Path, output: Path, steps: int, in_flight: int | None, rounds: int) -> None:
     """Images a second of a full server, against the best its engines do in this process."""
-    from diffuserve_loadtest.efficiency import measure_efficiency
+    from diffuserve_loadtest.bench.efficiency import measure_efficiency
     from diffuserve_loadtest.report import publish
 
     publish(measure_efficiency(bundle, repository, steps=steps, in_flight=in_flight, rounds=rounds), output)
@@ -156,7 +156,7 @@ def mixed(
     saturation_requests: int,
 ) -> None:
     """A mixture under Poisson arrivals: in-flight batching against whole requests and none."""
-    from diffuserve_loadtest.mixed import measure_mixed
+    from diffuserve_loadtest.bench.mixed import measure_mixed
     from diffuserve_loadtest.report import publish
 
     report = measure_mixed(
@@ -182,8 +182,8 @@ def short(
     bundle: Path, repository: Path, output: Path, requests: int, steps: int, long_steps: int, in_flight: int | None
 ) -> None:
     """Short requests amid long ones, against the steps they need."""
+    from diffuserve_loadtest.bench.short import measure_short
     from diffuserve_loadtest.report import publish
-    from diffuserve_loadtest.short import measure_short
 
     report = measure_short(
         bundle, repository, requests=requests, steps=steps, long_steps=long_steps, in_flight=in_flight
@@ -200,7 +200,7 @@ def short(
 @click.option("--in-flight", type=click.IntRange(1), help="Requests that fill the server [default: max_rows / 2]")
 def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests: int, in_flight: int | None) -> None:
     """Cancelling under load: rows freed, tasks left, memory."""
-    from diffuserve_loadtest.cancel import measure_cancel
+    from diffuserve_loadtest.bench.cancel import measure_cancel
     from diffuserve_loadtest.report import publish
 
     publish(measure_cancel(bundle, repository, cancels=cancels, requests=requests, in_flight=in_flight), output)
@@ -214,8 +214,8 @@ def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests:
 @_count("--in-flight", 32, "Requests in company.", least=2)
 def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight: int) -> None:
     """Images drawn in company, against the same drawn alone."""
+    from diffuserve_loadtest.bench.same import measure_same
     from diffuserve_loadtest.report import publish
-    from diffuserve_loadtest.same import measure_same
 
     publish(measure_same(bundle, repository, requests=requests, in_flight=in_flight), output)
 
@@ -231,7 +231,7 @@ def policies(
     bundle: Path, output: Path, policies: tuple[str, ...], loads: tuple[float, ...], requests: int, seeds: int
 ) -> None:
     """Latency under each policy, in virtual time."""
-    from diffuserve_loadtest.policies import measure_policies
+    from diffuserve_loadtest.bench.policies import measure_policies
     from diffuserve_loadtest.report import publish
 
     publish(measure_policies(bundle, policies=policies, utilisations=loads, requests=requests, seeds=seeds), output)
@@ -249,8 +249,8 @@ def torchserve(
     archive: Path, checkpoint: Path, repository: Path, output: Path, steps: int, in_flight: int, rounds: int
 ) -> None:
     """Our handler on TorchServe, against one that calls diffusers for the whole batch."""
+    from diffuserve_loadtest.bench.torchserve import measure_torchserve
     from diffuserve_loadtest.report import publish
-    from diffuserve_loadtest.torchserve import measure_torchserve
 
     report = measure_torchserve(archive, checkpoint, repository, steps=steps, in_flight=in_flight, rounds=rounds)
     publish(report, output)

@@ -1,0 +1,26 @@
+"""Where a load goes, and in which protocol."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+Protocol = Literal["triton-grpc", "triton-http", "triton-stream", "torchserve-grpc", "torchserve-http", "image-http"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+"""triton-grpc is diffuserve_client; triton-http Triton's /generate; triton-stream its /generate_stream with an event a step;
+image-http what other servers speak: the request's fields as JSON in, an image file out."""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """One server.
+
+    Attributes:
+        protocol: one of `PROTOCOLS`.
+        url: HOST:PORT for gRPC, http://HOST:PORT for HTTP, with the whole path for image-http.
+        token: TorchServe's inference key; None if the server asks for none.
+    """
+
+    protocol: Protocol
+    url: str
+    token: str | None = None

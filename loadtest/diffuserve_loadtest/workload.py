@@ -1,0 +1,204 @@
+"""A workload: which requests, and when they arrive. Small YAML files; those in `workloads/` are shipped.
+
+    description: Requests of many kinds, as strangers send them.
+    duration_s: 60
+    arrivals:
+      process: poisson
+      load: 0.8
+    requests:
+      - steps: [8, 20, 50]
+        guidance_scale: [1, 5]
+
+Where a field of a request takes a list, each value is as likely as the others. The same seed gives the same requests at the
+same times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from diffuserve.errors import InvalidRequest
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_SHIPPED = resources.files("diffuserve_loadtest") / "workloads"
+
+
+class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="closed"):
+    """A fixed number of users, each of whom sends the next request when the last has been answered."""
+
+    users: Count
+
+
+class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests a second, or as a share of the server's capacity, of which 1 is all; two numbers rise or fall linearly from the
+    first to the second over the run. Exactly one of the two is given.
+
+    The tags stand on the subclasses, since msgspec 0.22 crashes on an untagged base with a `tag_field`."""
+
+    rate_per_s: Positive | tuple[Positive, Positive] | None = None
+    load: Positive | tuple[Positive, Positive] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rate_per_s is None) == (self.load is None):
+            raise ValueError("give exactly one of rate_per_s and load")
+
+
+class Poisson(Rate, frozen=True, tag_field="process", tag="poisson"):
+    """Strangers: exponential gaps."""
+
+
+class Constant(Rate, frozen=True, tag_field="process", tag="constant"):
+    """A clock: equal gaps."""
+
+
+class Bursts(Rate, frozen=True, tag_field="process", tag="bursts"):
+    """`size` requests at once, as often as the mean rate asks for."""
+
+    size: Count = msgspec.field(default=10)
+
+
+class Replay(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="replay"):
+    """The times, in seconds from the start, that are the first column of a CSV file; `speed` 2 takes half as long.
+
+    A relative path is relative to the workload's file.
+    """
+
+    file: str
+    speed: Positive = 1.0
+
+
+Arrivals = Closed | Poisson | Constant | Bursts | Replay
+
+
+class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One part of the mixture; what is None is left to the server's defaults.
+
+    Attributes:
+        weight: its share, over the sum of all.
+        prompt: `{number}` becomes the request's number, so that no two prompts are alike.
+        cancel_share: share of the requests that are cancelled, `cancel_after_s` (from, to) seconds after they were sent.
+    """
+
+    weight: Positive = 1.0
+    prompt: str | Sequence[str] = "a slice of pizza, glossy, number {number}"
+    negative_prompt: str | None = None
+    steps: Count | Sequence[Count] = 20
+    sampler: str | Sequence[str] | None = None
+    guidance_scale: float | Sequence[float] = 5.0
+    width: Count | None = None
+    height: Count | None = None
+    num_images: Count | Sequence[Count] = 1
+    priority: int | Sequence[int] | None = None
+    timeout_ms: int | None = None
+    format: str | None = None
+    cancel_share: Share = 0.0
+    cancel_after_s: tuple[float, float] = (0.0, 2.0)
+
+
+class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run does.
+
+    Attributes:
+        description: one line for people.
+        arrivals: when requests are sent.
+        requests: the mixture.
+        duration_s: seconds in which requests are sent, the warm-up included; the run ends when the last one has been answered.
+        warm_up_s: requests due before this are sent and not counted.
+        seed: of everything that is drawn.
+        max_in_flight: of an open loop; what is due beyond it is not sent, and counted.
+        patience_s: a request without an answer for so long counts as hung.
+    """
+
+    description: str
+    arrivals: Arrivals
+    requests: Annotated[Sequence[Requests], msgspec.Meta(min_length=1)] = (Requests(),)
+    duration_s: Positive = 60.0
+    warm_up_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    seed: int = 1
+    max_in_flight: Count = 1000
+    patience_s: Positive = 120.0
+
+    @property
+    def needs_capacity(self) -> bool:
+        """Whether a rate is a share of the server's capacity."""
+        return isinstance(self.arrivals, Rate) and self.arrivals.load is not None
+
+    def at_capacity(self, capacity_per_s: float) -> Workload:
+        """The same with rates in requests a second.
+
+        Args:
+            capacity_per_s: requests of this mixture that the server answers in a second when there is always one more.
+        """
+        if not isinstance(self.arrivals, Rate) or self.arrivals.load is None:
+            return self
+        load = self.arrivals.load
+        rate = (
+            (load[0] * capacity_per_s, load[1] * capacity_per_s) if isinstance(load, tuple) else load * capacity_per_s
+        )
+        return msgspec.structs.replace(
+            self, arrivals=msgspec.structs.replace(self.arrivals, rate_per_s=rate, load=None)
+        )
+
+
+def shipped_workloads() -> list[str]:
+    """Names of those that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_workload(name: str) -> Workload:
+    """A shipped workload by its name, or one from a file by its path.
+
+    Raises:
+        InvalidRequest: there is no such workload, or its file does not say what it must.
+    """
+    import yaml
+
+    try:
+        if name in shipped_workloads():
+            text, folder = (_SHIPPED / f"{name}.yaml").read_text(), Path()
+        else:
+            text, folder = Path(name).read_text(), Path(name).parent
+    except OSError as error:
+        raise InvalidRequest(
+            f"There is no workload {name!r} ({error.strerror}); give a YAML file, or one of {', '.join(shipped_workloads())}."
+        ) from None
+    try:
+        workload = msgspec.convert(yaml.safe_load(text), Workload)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise InvalidRequest(f"The workload {name} cannot be read: {error}.") from None
+    _check(name, workload)
+    if isinstance(workload.arrivals, Replay):
+        file = str(folder / workload.arrivals.file)
+        workload = msgspec.structs.replace(workload, arrivals=msgspec.structs.replace(workload.arrivals, file=file))
+    return workload
+
+
+def to_yaml(workload: Workload) -> str:
+    """What `read_workload` reads back."""
+    import yaml
+
+    text: str = yaml.safe_dump(_without_none(msgspec.to_builtins(workload)), sort_keys=False)
+    return text
+
+
+def _check(name: str, workload: Workload) -> None:
+    if not workload.warm_up_s < workload.duration_s < math.inf:
+        raise InvalidRequest(
+            f"The workload {name} warms up for {workload.warm_up_s} s of {workload.duration_s} s; leave some time to measure."
+        )
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(item) for item in value]
+    return value
