@@ -39,16 +39,19 @@ class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests a second, or as a share of the server's capacity, of which 1 is all; two numbers rise or fall linearly from the
-    first to the second over the run. Exactly one of the two is given.
+    first to the second over the run. Exactly one of the two is given."""
 
-    The tags stand on the subclasses, since msgspec 0.22 crashes on an untagged base with a `tag_field`."""
-
-    rate_per_s: Positive | tuple[Positive, Positive] | None = None
-    load: Positive | tuple[Positive, Positive] | None = None
+    rate_per_s: float | tuple[float, float] | None = None
+    load: float | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if (self.rate_per_s is None) == (self.load is None):
+        given = [value for value in (self.rate_per_s, self.load) if value is not None]
+        if len(given) != 1:
             raise ValueError("give exactly one of rate_per_s and load")
+        # Not as a constraint: msgspec 0.22 crashes on a constrained number or a tuple.
+        ends = given[0] if isinstance(given[0], tuple) else (given[0],)
+        if not all(0 < end < math.inf for end in ends):
+            raise ValueError("rate_per_s and load must be positive")
 
 
 class Poisson(Rate, frozen=True, tag_field="process", tag="poisson"):
