@@ -16,7 +16,6 @@ same times.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,19 +90,28 @@ class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     weight: Positive = 1.0
-    prompt: str | Sequence[str] = "a slice of pizza, glossy, number {number}"
+    prompt: str | tuple[str, ...] = "a slice of pizza, glossy, number {number}"
     negative_prompt: str | None = None
-    steps: Count | Sequence[Count] = 20
-    sampler: str | Sequence[str] | None = None
-    guidance_scale: float | Sequence[float] = 5.0
+    steps: int | tuple[int, ...] = 20
+    sampler: str | tuple[str, ...] | None = None
+    guidance_scale: float | tuple[float, ...] = 5.0
     width: Count | None = None
     height: Count | None = None
-    num_images: Count | Sequence[Count] = 1
-    priority: int | Sequence[int] | None = None
+    num_images: int | tuple[int, ...] = 1
+    priority: int | tuple[int, ...] | None = None
     timeout_ms: int | None = None
     format: str | None = None
     cancel_share: Share = 0.0
     cancel_after_s: tuple[float, float] = (0.0, 2.0)
+
+    def __post_init__(self) -> None:
+        # Not as constraints: msgspec 0.22 crashes on a constrained number or a tuple.
+        for name in ("steps", "num_images"):
+            values = getattr(self, name)
+            if min(values if isinstance(values, tuple) else (values,), default=0) < 1:
+                raise ValueError(f"{name} must be 1 or more")
+        if not 0 <= self.cancel_after_s[0] <= self.cancel_after_s[1] < math.inf:
+            raise ValueError("cancel_after_s must be two times, the earlier one first")
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,7 +130,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     description: str
     arrivals: Arrivals
-    requests: Annotated[Sequence[Requests], msgspec.Meta(min_length=1)] = (Requests(),)
+    requests: Annotated[tuple[Requests, ...], msgspec.Meta(min_length=1)] = (Requests(),)
     duration_s: Positive = 60.0
     warm_up_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     seed: int = 1

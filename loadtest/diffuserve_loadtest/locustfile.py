@@ -1,0 +1,71 @@
+"""What Locust runs: `locust -f loadtest/locustfile.py`, with the options of a workload beside Locust's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from locust import User, constant, events, task
+from locust.exception import StopUser
+
+from diffuserve.errors import DiffuserveError
+from diffuserve_loadtest.generation import Generation
+from diffuserve_loadtest.target import PROTOCOLS, Target
+from diffuserve_loadtest.workload import Closed, read_workload
+
+_DEFAULT_HOST = {
+    "triton-grpc": "localhost:8001",
+    "triton-http": "http://localhost:8000",
+    "triton-stream": "http://localhost:8000",
+    "torchserve-grpc": "localhost:7070",
+    "torchserve-http": "http://localhost:8080",
+}
+
+
+class WorkloadUser(User):
+    """One user of a closed loop. In an open loop users only stand for the run: requests are sent when they are due."""
+
+    wait_time = constant(0)
+
+    @task
+    def turn(self) -> None:
+        if not self.environment.generation.turn(self):
+            raise StopUser
+
+
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
+def _add_options(parser: Any) -> None:
+    group = parser.add_argument_group("diffuserve")
+    group.add_argument("--workload", default="single", help="A shipped workload's name, or a YAML file [single]")
+    group.add_argument(
+        "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=f"How requests travel [{PROTOCOLS[0]}]"
+    )
+    group.add_argument("--capacity-per-s", type=float, help="Requests a second that make a load of 1")
+    group.add_argument("--recording", help="File for a record of every request, JSON")
+    group.add_argument("--token-file", help="File with TorchServe's inference key")
+
+
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _prepare(environment: Any, **_: Any) -> None:
+    options = environment.parsed_options
+    try:
+        workload = read_workload(options.workload)
+        if options.capacity_per_s:
+            workload = workload.at_capacity(options.capacity_per_s)
+        elif workload.needs_capacity:
+            raise SystemExit(
+                f"The rate of {options.workload} is a share of the server's capacity. Say how many requests it answers in a "
+                "second, --capacity-per-s, or let `diffuserve loadtest` measure it."
+            )
+    except DiffuserveError as error:
+        raise SystemExit(str(error)) from None
+    if isinstance(workload.arrivals, Closed):
+        options.num_users = options.num_users or workload.arrivals.users
+        options.spawn_rate = options.spawn_rate or workload.arrivals.users
+    host = environment.host or _DEFAULT_HOST.get(options.protocol)
+    if host is None:
+        raise SystemExit(f"Say where the server is: --host, as {options.protocol} has no usual address.")
+    environment.host = host
+    token = Path(options.token_file).read_text().strip() if options.token_file else None
+    recording = Path(options.recording) if options.recording else None
+    environment.generation = Generation(environment, workload, Target(options.protocol, host, token), recording)

@@ -1,0 +1,24 @@
+"""Triton and TorchServe over gRPC, through the same client that everybody uses."""
+
+from __future__ import annotations
+
+from diffuserve_client import Client, TorchServe, Triton
+from diffuserve_loadtest.plan import PlannedRequest
+from diffuserve_loadtest.target import Target
+from diffuserve_loadtest.transports import Answer
+
+
+class GrpcTransport:
+    """gRPC waits in threads of its own, which would stop all greenlets, unless it is told about gevent first."""
+
+    def __init__(self, target: Target) -> None:
+        from grpc.experimental.gevent import init_gevent
+
+        init_gevent()
+        server = Triton() if target.protocol == "triton-grpc" else TorchServe(target.token)
+        # The generator has a patience of its own, for all protocols the same, and retries nothing: it is to see errors.
+        self._client = Client(target.url, server=server, idle_timeout_s=None)
+
+    def send(self, request: PlannedRequest) -> Answer:
+        result = self._client.generate(**request.fields)
+        return Answer(result.encoded, sum(map(len, result.encoded)))

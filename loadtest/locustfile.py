@@ -1,0 +1,5 @@
+"""For `locust -f loadtest/locustfile.py`; what it runs is in the package."""
+
+from diffuserve_loadtest.locustfile import WorkloadUser
+
+__all__ = ["WorkloadUser"]
