@@ -22,6 +22,7 @@ _VERBS = {
     "engines": ("diffuserve.engines.cli", "What this machine can run, and what a bundle runs on.", "serve"),
     "serve": ("diffuserve.serving.cli", "Starts Triton or TorchServe.", "serve"),
     "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),
+    "loadtest": ("diffuserve_loadtest.cli", "Loads a server with a workload, and reports.", "loadtest"),
     "bench": ("diffuserve_loadtest.bench.cli", "Measures, two things against each other in one run.", "loadtest"),
 }
 

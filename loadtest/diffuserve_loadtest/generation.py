@@ -7,7 +7,7 @@ and the master ends the run when all workers have.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ import msgspec
 from gevent.event import AsyncResult
 from locust.runners import MasterRunner, WorkerRunner
 
+from diffuserve_loadtest.generator import CANNOT_KEEP_UP
 from diffuserve_loadtest.load import Load, Share
-from diffuserve_loadtest.records import LATE_S, Record, Recording, write_recording
+from diffuserve_loadtest.records import LATE_S, Record, Recording, counted_of, write_recording
 from diffuserve_loadtest.sender import Sender
 from diffuserve_loadtest.target import Target
 from diffuserve_loadtest.transports import open_transport
 from diffuserve_loadtest.workload import Closed, Workload
 
-CANNOT_KEEP_UP = 3
-"""Exit code of a generator that was late with too many requests, or could not send them."""
 LATE_SHARE = 0.01
 _SHARE, _ENDED = "diffuserve-share", "diffuserve-ended"
 
@@ -150,7 +149,7 @@ class Generation:
 
 def shortfall(recording: Recording) -> str:
     """In words, what the generator did not manage; empty if it sent everything in time, but for a hundredth."""
-    counted = _counted(recording.records, recording.workload.warm_up_s)
+    counted = counted_of(recording)
     late = sum(record.late for record in counted)
     if recording.unsent:
         return (
@@ -163,7 +162,3 @@ def shortfall(recording: Recording) -> str:
             "processes (--processes), or a machine with nothing else on it"
         )
     return ""
-
-
-def _counted(records: Sequence[Record], warm_up_s: float) -> list[Record]:
-    return [record for record in records if record.due_s >= warm_up_s]

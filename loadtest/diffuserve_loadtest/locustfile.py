@@ -9,6 +9,7 @@ from locust import User, constant, events, task
 from locust.exception import StopUser
 
 from diffuserve.errors import DiffuserveError
+from diffuserve.torchserve.keys import read_inference_token
 from diffuserve_loadtest.generation import Generation
 from diffuserve_loadtest.target import PROTOCOLS, Target
 from diffuserve_loadtest.workload import Closed, read_workload
@@ -42,7 +43,7 @@ def _add_options(parser: Any) -> None:
     )
     group.add_argument("--capacity-per-s", type=float, help="Requests a second that make a load of 1")
     group.add_argument("--recording", help="File for a record of every request, JSON")
-    group.add_argument("--token-file", help="File with TorchServe's inference key")
+    group.add_argument("--key-file", help="TorchServe's file of keys")
 
 
 @events.init.add_listener  # type: ignore[untyped-decorator]
@@ -66,6 +67,6 @@ def _prepare(environment: Any, **_: Any) -> None:
     if host is None:
         raise SystemExit(f"Say where the server is: --host, as {options.protocol} has no usual address.")
     environment.host = host
-    token = Path(options.token_file).read_text().strip() if options.token_file else None
+    token = read_inference_token(Path(options.key_file)) if options.key_file else None
     recording = Path(options.recording) if options.recording else None
     environment.generation = Generation(environment, workload, Target(options.protocol, host, token), recording)

@@ -77,3 +77,8 @@ def write_recording(recording: Recording, path: Path) -> None:
 def read_recording(path: Path) -> Recording:
     """Raises `OSError` or `msgspec.DecodeError`."""
     return msgspec.json.decode(path.read_bytes(), type=Recording)
+
+
+def counted_of(recording: Recording) -> list[Record]:
+    """The requests that were due after the warm-up."""
+    return [record for record in recording.records if record.due_s >= recording.workload.warm_up_s]

@@ -1,0 +1,112 @@
+"""Starts the generator, which is Locust in processes of its own, and waits for its recording.
+
+It is apart from this process because gevent changes the standard library for all that runs beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from diffuserve.errors import DiffuserveError
+from diffuserve.serving.process import free_ports
+from diffuserve_loadtest.records import Recording, read_recording
+from diffuserve_loadtest.target import Target
+from diffuserve_loadtest.workload import Workload, to_yaml
+
+_LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+CANNOT_KEEP_UP = 3
+"""Its exit code when requests were sent late, or not at all."""
+_MARGIN_S = 60.0
+_HOST = "127.0.0.1"
+
+
+class GeneratorFailed(DiffuserveError):
+    """It could not start, or did not end."""
+
+    code = "generator_failed"
+
+
+def generate(
+    workload: Workload, target: Target, *, key_file: Path | None = None, workers: int = 1
+) -> tuple[Recording, bool]:
+    """Sends a workload to a target.
+
+    Args:
+        workload: with rates in requests a second.
+        target: where to.
+        key_file: TorchServe's keys.
+        workers: processes that send; with several, one more directs them.
+
+    Returns:
+        What happened to each request, and whether the generator kept up.
+
+    Raises:
+        GeneratorFailed: it ended otherwise; its own words are in the message.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffuserve-loadtest-") as name:
+        folder = Path(name)
+        (folder / "workload.yaml").write_text(to_yaml(workload))
+        options = ["--workload", str(folder / "workload.yaml"), "--protocol", target.protocol, "--host", target.url]
+        options += ["--recording", str(folder / "recording.json")]
+        options += ["--key-file", str(key_file)] if key_file else []
+        limit_s = workload.duration_s + workload.patience_s + _MARGIN_S
+        with contextlib.ExitStack() as stack:
+            directing: list[str] = []
+            if workers > 1:
+                [port] = free_ports(_HOST, 1)
+                directing = ["--master", f"--expect-workers={workers}", f"--master-bind-host={_HOST}"]
+                directing += [f"--master-bind-port={port}", "--users", str(workers), "--spawn-rate", str(workers)]
+                for _ in range(workers):
+                    stack.enter_context(
+                        _process([*options, "--worker", f"--master-host={_HOST}", f"--master-port={port}"])
+                    )
+            with _process([*options, "--headless", "--only-summary", *directing]) as process:
+                code, log = _wait(process, limit_s)
+        if code not in (0, CANNOT_KEEP_UP):
+            raise GeneratorFailed(f"The generator ended with {code}. {_last_words(log)}")
+        if code == CANNOT_KEEP_UP:
+            click.echo(_last_words(log, "could not keep up"), err=True)
+        return read_recording(folder / "recording.json"), code == 0
+
+
+@contextlib.contextmanager
+def _process(options: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Locust in a group of its own, which is killed at the end whatever happens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if "--worker" not in options else subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
+
+
+def _wait(process: subprocess.Popen[str], limit_s: float) -> tuple[int, str]:
+    try:
+        _, log = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise GeneratorFailed(f"The generator has not ended after {limit_s:.0f} s and was stopped.") from None
+    return process.returncode, log
+
+
+def _last_words(log: str, wanted: str = "") -> str:
+    lines = [line for line in log.splitlines() if line.strip() and wanted in line]
+    return "\n".join(lines[-5:])

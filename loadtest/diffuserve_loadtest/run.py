@@ -1,0 +1,118 @@
+"""One run of a workload against a server: generate, watch, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from diffuserve.files import write_whole
+from diffuserve_loadtest.generator import generate
+from diffuserve_loadtest.machine import describe_machine
+from diffuserve_loadtest.measures import Measures, measure, values_for
+from diffuserve_loadtest.records import Recording
+from diffuserve_loadtest.servers import UnderTest
+from diffuserve_loadtest.slo import Slo, Verdict
+from diffuserve_loadtest.watch import Sample, Watch
+from diffuserve_loadtest.workload import Closed, Workload
+
+FORMAT_VERSION = 1
+_CAPACITY_S, _CAPACITY_WARM_UP_S = 30.0, 10.0
+_USERS = 32  # where the server does not say how many rows a call may have
+_SETTLE_S = 1.0
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Everything about one run; what the report shows and `compare` reads.
+
+    Attributes:
+        format_version: of this file.
+        name: the workload's.
+        machine: as of `describe_machine`.
+        server: the protocol and address.
+        kept_up: whether the generator did.
+        capacity_per_s: what a load of 1 is; None if it was not needed.
+        recording, samples: the raw material.
+        measures, slo, verdicts: what they come to.
+    """
+
+    format_version: int
+    name: str
+    machine: Mapping[str, str]
+    server: str
+    kept_up: bool
+    capacity_per_s: float | None
+    recording: Recording
+    samples: Sequence[Sample]
+    measures: Measures
+    slo: Slo
+    verdicts: Sequence[Verdict]
+
+    @property
+    def slo_kept(self) -> bool:
+        return all(verdict.kept for verdict in self.verdicts)
+
+
+def run_workload(
+    name: str,
+    workload: Workload,
+    server: UnderTest,
+    *,
+    slo: Slo = Slo(),  # noqa: B008 - it cannot be changed
+    capacity_per_s: float | None = None,
+    workers: int = 1,
+) -> Run:
+    """Raises `GeneratorFailed`; `ValueError` if nothing was measured."""
+    workload = workload if capacity_per_s is None else workload.at_capacity(capacity_per_s)
+    with Watch(server.metrics_url, server.pid) as watch:
+        recording, kept_up = generate(workload, server.target, key_file=server.key_file, workers=workers)
+        time.sleep(_SETTLE_S)  # metrics are brought up to date at intervals
+    measures = measure(recording, watch.samples, slo)
+    return Run(
+        FORMAT_VERSION,
+        name,
+        describe_machine(),
+        f"{server.target.protocol} {server.target.url}",
+        kept_up,
+        capacity_per_s,
+        recording,
+        watch.samples,
+        measures,
+        slo,
+        slo.judge(values_for(slo, measures, recording)),
+    )
+
+
+def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float = _CAPACITY_S) -> float:
+    """Requests of a workload's mixture that the server answers in a second when there is always one more.
+
+    As many users as a UNet call has rows, each of whom sends a request when the last one has been answered.
+    """
+    users = server.max_rows or _USERS
+    closed = msgspec.structs.replace(
+        workload,
+        arrivals=Closed(users),
+        requests=tuple(msgspec.structs.replace(part, timeout_ms=None, cancel_share=0.0) for part in workload.requests),
+        duration_s=_CAPACITY_WARM_UP_S + duration_s,
+        warm_up_s=_CAPACITY_WARM_UP_S,
+    )
+    recording, _ = generate(closed, server.target, key_file=server.key_file)
+    capacity_per_s = measure(recording, [], Slo()).throughput_per_s
+    click.echo(f"Capacity: {capacity_per_s:.3g} requests/s ({users} users, {duration_s:.0f} s)", err=True)
+    return capacity_per_s
+
+
+def write_run(run: Run, path: Path) -> None:
+    """JSON, whole or not at all."""
+    write_whole(path, msgspec.json.encode(run))
+
+
+def read_run(path: Path) -> Run:
+    """Raises `OSError`, or `msgspec.DecodeError` if it is no run or of another version."""
+    run = msgspec.json.decode(path.read_bytes(), type=Run)
+    if run.format_version != FORMAT_VERSION:
+        raise msgspec.DecodeError(f"{path} has the format {run.format_version}; this version reads {FORMAT_VERSION}")
+    return run

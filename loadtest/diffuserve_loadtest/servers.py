@@ -1,0 +1,57 @@
+"""The server under test: one that runs already, or one that is started for the run."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffuserve.errors import LaunchError
+from diffuserve_loadtest.target import Protocol, Target
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """`pid` and `metrics_url`: as `Watch` takes them; `key_file`: TorchServe's; `max_rows`: of a UNet call, None if unknown."""
+
+    target: Target
+    metrics_url: str | None = None
+    pid: int | None = None
+    key_file: Path | None = None
+    max_rows: int | None = None
+
+
+@contextlib.contextmanager
+def started_triton(repository: Path, protocol: Protocol) -> Iterator[UnderTest]:
+    """Triton on free ports of loopback; raises as `TritonServer`."""
+    from diffuserve.triton.address import Address
+    from diffuserve.triton.launcher import TritonServer, read_parameters
+
+    with TritonServer(repository, Address.on_free_ports()) as server:
+        url = server.address.grpc if protocol == "triton-grpc" else server.address.http
+        max_rows = int(read_parameters(repository)["max_rows"])
+        yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, max_rows=max_rows)
+
+
+@contextlib.contextmanager
+def started_torchserve(archive: Path, protocol: Protocol) -> Iterator[UnderTest]:
+    """TorchServe on free ports of loopback; raises as `TorchServeServer`."""
+    from diffuserve.torchserve.address import TorchServeAddress
+    from diffuserve.torchserve.launcher import TorchServeServer
+
+    with tempfile.TemporaryDirectory(prefix="diffuserve-keys-") as name:
+        key_file = Path(name) / "keys.json"
+        with TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=key_file) as server:
+            url = server.address.grpc if protocol == "torchserve-grpc" else server.address.http
+            yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, key_file)
+
+
+def only_archive(folder: Path = Path("model_store/mar")) -> Path:
+    """The one archive in a folder; raises `LaunchError` if there is none, or more than one."""
+    found = sorted(folder.glob("*.mar"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise LaunchError(f"{folder} holds {names}. Name one archive, or make one: diffuserve archive BUNDLE")
+    return found[0]
