@@ -89,7 +89,7 @@ def _latency_over_time(axes: Any, run: Run) -> bool:
     if not answered:
         return False
     due_s, latency_s = np.array([(record.due_s, record.latency_s) for record in answered]).T
-    axes.scatter(due_s, latency_s, s=4, alpha=0.35, linewidths=0, color=_COLOURS[0])
+    axes.scatter(due_s, latency_s, s=min(30, 4 + 2000 / len(due_s)), alpha=0.4, linewidths=0, color=_COLOURS[0])
     groups = np.array_split(np.arange(len(due_s)), max(1, min(_BINS, len(due_s) // 20)))
     middle = [due_s[group].mean() for group in groups]
     for percent, colour in ((50, _COLOURS[2]), (95, _COLOURS[1])):
@@ -117,7 +117,7 @@ def _distribution(axes: Any, run: Run) -> bool:
     for name, values in shown.items():
         ordered = np.sort(values)
         share = np.arange(1, len(ordered) + 1) / len(ordered)
-        axes.plot(ordered, 100 * share, label=name, linewidth=2 if name == "all" else 1)
+        axes.step(ordered, 100 * share, where="post", label=name, linewidth=2 if name == "all" else 1)
     axes.set(xlabel="latency, s", ylabel="answered within, %", ylim=(0, 101))
     axes.set_xlim(left=0)
     return True

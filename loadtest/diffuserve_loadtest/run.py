@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffuserve.files import write_whole
 from diffuserve_loadtest.generator import generate
 from diffuserve_loadtest.machine import describe_machine
 from diffuserve_loadtest.measures import Measures, measure, values_for
+from diffuserve_loadtest.plan import plan
 from diffuserve_loadtest.records import Recording
 from diffuserve_loadtest.servers import UnderTest
 from diffuserve_loadtest.slo import Slo, Verdict
@@ -23,6 +25,7 @@ FORMAT_VERSION = 1
 _CAPACITY_S, _CAPACITY_WARM_UP_S = 30.0, 10.0
 _USERS = 32  # where the server does not say how many rows a call may have
 _SETTLE_S = 1.0
+_PLANNED = 1000
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -89,7 +92,9 @@ def run_workload(
 def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float = _CAPACITY_S) -> float:
     """Requests of a workload's mixture that the server answers in a second when there is always one more.
 
-    As many users as a UNet call has rows, each of whom sends a request when the last one has been answered.
+    As many users as a UNet call has rows, each of whom sends a request when the last one has been answered. Where the server
+    has metrics, its UNet rows a second are divided by those of a mean request, since requests that are answered in bunches
+    say little about half a minute; elsewhere answers are counted.
     """
     users = server.max_rows or _USERS
     closed = msgspec.structs.replace(
@@ -99,10 +104,26 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
         duration_s=_CAPACITY_WARM_UP_S + duration_s,
         warm_up_s=_CAPACITY_WARM_UP_S,
     )
-    recording, _ = generate(closed, server.target, key_file=server.key_file)
-    capacity_per_s = measure(recording, [], Slo()).throughput_per_s
-    click.echo(f"Capacity: {capacity_per_s:.3g} requests/s ({users} users, {duration_s:.0f} s)", err=True)
+    with Watch(server.metrics_url, server.pid) as watch:
+        recording, _ = generate(closed, server.target, key_file=server.key_file)
+    rows_per_s = _rows_per_s(watch.samples, recording)
+    if rows_per_s is None:
+        capacity_per_s = measure(recording, [], Slo()).throughput_per_s
+    else:
+        capacity_per_s = rows_per_s / statistics.fmean(plan(workload, number).unet_rows for number in range(_PLANNED))
+    click.echo(f"Capacity: {capacity_per_s:.3g} requests/s, with {users} in flight for {duration_s:.0f} s", err=True)
     return capacity_per_s
+
+
+def _rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
+    """UNet rows a second between the warm-up and the end of sending."""
+    begin = recording.started_at + recording.workload.warm_up_s
+    end = recording.started_at + recording.workload.duration_s
+    points = [(sample.at_s, sample.metrics["unet_rows"]) for sample in samples if "unet_rows" in sample.metrics]
+    within = [point for point in points if begin <= point[0] <= end]
+    if len(within) < 2:
+        return None
+    return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
 
 
 def write_run(run: Run, path: Path) -> None:
