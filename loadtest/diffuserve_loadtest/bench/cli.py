@@ -240,17 +240,33 @@ def policies(
 @command.command("torchserve")
 @click.option("--archive", type=_PATH, default=Path("model_store/mar/tiny-emoji.mar"), show_default=True)
 @click.option("--checkpoint", type=_PATH, default=Path("model_store/checkpoints/tiny-emoji"), show_default=True)
+@click.option(
+    "--handler",
+    type=_PATH,
+    default=Path("loadtest/peers/torchserve_diffusers/handler.py"),
+    show_default=True,
+    help="The opponent.",
+)
 @_repository
 @_output
 @_count("--steps", 20, "Denoising steps.")
 @_count("--in-flight", 8, "Requests at once.")
 @_count("--rounds", 5, "Times that each is measured.")
 def torchserve(
-    archive: Path, checkpoint: Path, repository: Path, output: Path, steps: int, in_flight: int, rounds: int
+    archive: Path,
+    checkpoint: Path,
+    handler: Path,
+    repository: Path,
+    output: Path,
+    steps: int,
+    in_flight: int,
+    rounds: int,
 ) -> None:
     """Our handler on TorchServe, against one that calls diffusers for the whole batch."""
     from diffuserve_loadtest.bench.torchserve import measure_torchserve
     from diffuserve_loadtest.report import publish
 
-    report = measure_torchserve(archive, checkpoint, repository, steps=steps, in_flight=in_flight, rounds=rounds)
+    report = measure_torchserve(
+        archive, checkpoint, handler, repository, steps=steps, in_flight=in_flight, rounds=rounds
+    )
     publish(report, output)

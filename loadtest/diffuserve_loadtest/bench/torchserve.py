@@ -7,15 +7,11 @@ Both TorchServes run all the time and take turns, so that the machine's slow spe
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
 import urllib.request
-import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +25,28 @@ from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_loadtest.memory import proportional_bytes
+from diffuserve_loadtest.peers.archive import archive_with_handler
 from diffuserve_loadtest.report import Report, Table
-
-_HANDLER = Path(__file__).with_name("diffusers_handler.py")
-_CONFIG = "model-config.yaml"
 
 
 def measure_torchserve(
-    archive: Path, checkpoint: Path, repository: Path, *, steps: int, in_flight: int, rounds: int
+    archive: Path, checkpoint: Path, handler: Path, repository: Path, *, steps: int, in_flight: int, rounds: int
 ) -> Report:
-    """Guided images of the native size, all requests alike, since the opponent has one setting for all.
+    """Guided images of the native size, all requests alike, which is what the opponent can draw in one batch.
 
     Args:
         archive: ours, made by `diffuserve archive`; the opponent's has the same batch size and delays.
         checkpoint: what the archived bundle was exported from, in diffusers' format.
+        handler: the opponent's.
         repository: the same bundle for Triton, of which memory is measured.
         steps: of every image.
         in_flight: requests sent at once; the next ones follow when all have been answered.
         rounds: how often each is measured, after one round that is not.
     """
     seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    with tempfile.TemporaryDirectory() as name, _environment(steps):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        opponent = _opponent(archive, checkpoint, folder)
+        opponent = archive_with_handler(archive, checkpoint, handler, folder / "diffusers.mar")
         started_s = time.perf_counter()
         with _server(archive, folder / "ours.json") as ours:
             ready_s = time.perf_counter() - started_s
@@ -102,34 +97,8 @@ def measure_torchserve(
     )
 
 
-@contextmanager
-def _environment(steps: int) -> Iterator[None]:
-    """What the opponent's handler reads."""
-    os.environ.update(BENCH_STEPS=str(steps), BENCH_GUIDANCE_SCALE=str(GUIDANCE_SCALE))
-    try:
-        yield
-    finally:
-        del os.environ["BENCH_STEPS"], os.environ["BENCH_GUIDANCE_SCALE"]
-
-
 def _server(archive: Path, key_file: Path) -> TorchServeServer:
     return TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=key_file)
-
-
-def _opponent(archive: Path, checkpoint: Path, folder: Path) -> Path:
-    """An archive with the same settings, another handler, and the checkpoint."""
-    path = folder / "diffusers.mar"
-    with zipfile.ZipFile(archive) as ours, zipfile.ZipFile(path, "w") as opponent:
-        for name in (_CONFIG, "manifest.json"):
-            opponent.writestr(name, ours.read(name))
-        manifest = json.loads(ours.read("MAR-INF/MANIFEST.json"))
-        manifest["model"].update(modelName="diffusers", handler=_HANDLER.name)
-        opponent.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
-        opponent.write(_HANDLER, _HANDLER.name)
-        for file in sorted(checkpoint.rglob("*")):
-            if file.is_file():
-                opponent.write(file, Path("checkpoint") / file.relative_to(checkpoint))
-    return path
 
 
 def _round_s(server: TorchServeServer, steps: int, in_flight: int) -> float:
@@ -137,9 +106,14 @@ def _round_s(server: TorchServeServer, steps: int, in_flight: int) -> float:
     token = read_inference_token(server.key_file)
 
     def draw(number: int) -> None:
-        fields: dict[str, Any] = {"prompt": f"{PROMPT}, number {number}"}
-        if server.archive.path.stem != "diffusers":
-            fields |= {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": SAMPLER, "seed": number}
+        fields: dict[str, Any] = {
+            "prompt": f"{PROMPT}, number {number}",
+            "steps": steps,
+            "guidance_scale": GUIDANCE_SCALE,
+            "seed": number,
+        }
+        if server.archive.path.stem != "diffusers":  # which has one sampler, the same
+            fields["sampler"] = SAMPLER
         request = urllib.request.Request(  # noqa: S310 - the benchmark's own server
             f"{server.address.http}/predictions/{STABLE_DIFFUSION}",
             json.dumps(fields).encode(),
