@@ -237,6 +237,21 @@ def policies(
     publish(measure_policies(bundle, policies=policies, utilisations=loads, requests=requests, seeds=seeds), output)
 
 
+@command.command("generator")
+@_output
+@click.option(
+    "--rate", "rate_per_s", type=click.FloatRange(1), default=200.0, show_default=True, help="Requests a second."
+)
+@click.option("--seconds", type=click.FloatRange(1), default=30.0, show_default=True, help="Of each protocol.")
+@_count("--workers", 1, "Processes that send.")
+def generator(output: Path, rate_per_s: float, seconds: float, workers: int) -> None:
+    """The load generator alone, against a stub: what it can send."""
+    from diffuserve_loadtest.bench.generator import measure_generator
+    from diffuserve_loadtest.report import publish
+
+    publish(measure_generator(rate_per_s=rate_per_s, seconds=seconds, workers=workers), output)
+
+
 @command.command("torchserve")
 @click.option("--archive", type=_PATH, default=Path("model_store/mar/tiny-emoji.mar"), show_default=True)
 @click.option("--checkpoint", type=_PATH, default=Path("model_store/checkpoints/tiny-emoji"), show_default=True)

@@ -1,0 +1,109 @@
+"""The load generator alone, against a stub that answers at once: whatever it measures later, it is not itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+from diffuserve_loadtest.generator import generate
+from diffuserve_loadtest.records import OK, counted_of
+from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.summary import HEADER, summarise
+from diffuserve_loadtest.target import Protocol, Target
+from diffuserve_loadtest.workload import Constant, Requests, Workload
+
+_PROTOCOLS: tuple[Protocol, ...] = ("triton-grpc", "triton-http", "triton-stream")
+_WARM_UP_S = 5.0
+
+
+def measure_generator(*, rate_per_s: float, seconds: float, workers: int) -> Report:
+    """Constant arrivals of requests that are answered with a picture of noise of about 49 KB, which is decoded.
+
+    Args:
+        rate_per_s: requests a second.
+        seconds: after the warm-up, of each protocol.
+        workers: processes that send.
+    """
+    rows: list[tuple[str, ...]] = []
+    measured: dict[str, Any] = {}
+    for protocol in _PROTOCOLS:
+        workload = Workload(
+            "The generator alone.",
+            Constant(rate_per_s=rate_per_s),
+            (Requests(steps=1),),
+            duration_s=_WARM_UP_S + seconds,
+            warm_up_s=_WARM_UP_S,
+            patience_s=10.0,
+        )
+        with stub() as (grpc, http):
+            before_s = _children_cpu_s()
+            recording, kept_up = generate(
+                workload, Target(protocol, grpc if protocol == "triton-grpc" else http), workers=workers
+            )
+            cpu_s = _children_cpu_s() - before_s
+        counted = counted_of(recording)
+        answered = [record for record in counted if record.outcome == OK]
+        rate = len(answered) / seconds
+        late = sum(record.late for record in counted) / len(counted)
+        latency_ms = summarise([1000 * record.latency_s for record in answered])
+        size = sum(record.size_bytes for record in answered) / len(answered)
+        measured[protocol] = {
+            "answered_per_s": rate,
+            "late": late,
+            "unsent": recording.unsent,
+            "errors": len(counted) - len(answered),
+            "answer_bytes": size,
+            "latency_ms": asdict(latency_ms),
+            "cpu_s": cpu_s,
+            "kept_up": kept_up,
+        }
+        rows.append(
+            (
+                protocol,
+                f"{rate:.1f}",
+                f"{late:.2%}",
+                str(len(counted) - len(answered)),
+                f"{size / 1000:.0f}",
+                *latency_ms.cells(),
+                f"{1000 * cpu_s / len(recording.records):.1f}",
+                "yes" if kept_up else "no",
+            )
+        )
+    header = (
+        "protocol",
+        "answered/s",
+        "late",
+        "errors",
+        "KB",
+        *(f"{name} ms" for name in HEADER),
+        "CPU ms a request",
+        "kept up",
+    )
+    title = f"{rate_per_s:g} requests/s for {seconds:g} s from {workers} process(es), stub on the same machine"
+    settings = {"rate_per_s": rate_per_s, "seconds": seconds, "workers": workers}
+    return Report("generator", settings, measured, [Table(title, header, rows)])
+
+
+@contextmanager
+def stub(*options: str) -> Iterator[tuple[str, str]]:
+    """A stub in a process of its own: its address for gRPC, and that for HTTP."""
+    arguments = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None  # noqa: S101 - for the type checker
+        try:
+            grpc, http = process.stdout.readline().split()
+            yield grpc, http
+        finally:
+            process.kill()
+
+
+def _children_cpu_s() -> float:
+    """Processor time of this process's children that have ended: of the generator, since the stub runs on."""
+    times: Any = psutil.Process().cpu_times()
+    return float(times.children_user + times.children_system)
