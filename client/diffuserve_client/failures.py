@@ -43,10 +43,17 @@ def error_from_status(code: str, details: str, *, server: Server, address: str, 
     ours = from_wire(details)
     if ours is not None:
         return ours
-    if not heard and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution")):
+    # A call that is not told to wait for a connection fails with these while there is none, and is never sent: gRPC calls a
+    # connection one when the server's first HTTP/2 frame has come. One that breaks later has other words.
+    if (
+        code == "UNAVAILABLE"
+        and not heard
+        and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution"))
+    ):
         reason = details.rpartition(": ")[2].rstrip("]")  # the last link of gRPC's chain, such as "Connection refused"
         return ServerUnavailable(
-            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve"
+            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve",
+            never_sent=True,
         )
     if code == "CANCELLED":
         return Cancelled(f"The request was cancelled: the client was closed, or the server at {address} stopped.")
