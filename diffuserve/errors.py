@@ -65,13 +65,13 @@ class StageFailed(DiffuserveError):
 
 
 class ServerUnavailable(DiffuserveError):
-    """`never_sent`: whether it is certain that no server has seen the request."""
+    """`never_begun`: whether it is certain that no server has begun the request."""
 
     code = "server_unavailable"
 
-    def __init__(self, message: str, *, never_sent: bool = False) -> None:
+    def __init__(self, message: str, *, never_begun: bool = False) -> None:
         super().__init__(message)
-        self.never_sent = never_sent
+        self.never_begun = never_begun
 
 
 class CheckpointError(DiffuserveError):

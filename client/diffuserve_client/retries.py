@@ -86,7 +86,7 @@ def retrying(
 def is_safe(error: BaseException | None) -> bool:
     """Whether it is certain that no server has begun the request."""
     if isinstance(error, ServerUnavailable):
-        return error.never_sent
+        return error.never_begun
     return isinstance(error, (QueueFull, Draining))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from diffuserve.triton.address import Address
+from diffuserve_client import Client
 from diffuserve_loadtest.faults import connections, garbage, killed, large, overload, silence
 from diffuserve_loadtest.faults.background import Background, draw_known_answers
 from diffuserve_loadtest.faults.case import Cases, Tally, Trial, merged
@@ -68,7 +69,10 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
 
 
 def _warm_up(trial: Trial) -> None:
-    """Full batches, until every process has what it needs for them."""
+    """The largest batch, and many small requests, until every process has what it needs for them."""
+    with Client(trial.address.grpc) as client:
+        for side_px in (64, 128):
+            client.generate("a rocket", steps=2, num_images=16, width=side_px, height=side_px)
     tally = Tally()
     with Background(trial.address.grpc, trial.answers, tally, users=_WARM_UP_USERS) as background:
         background.wait_for_answers(trial.times(_WARM_UP_ANSWERS))
