@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from diffuserve.selection import LatentShape
 
 # Of what the forecast says, for what it cannot know: other programs, and the requests that come without a timeout.
-_MARGIN = 1.25
-# Weight of all earlier calls against the newest: the last fifty or so count.
-_MEMORY = 0.98
+_MARGIN = 1.5
+# Weight of all earlier calls against the newest: the last twenty or so count.
+_MEMORY = 0.95
 
 
 @dataclass(eq=False)
