@@ -75,6 +75,7 @@ class Trial:
 
     Attributes:
         server: the server now.
+        warm: the server that has been warmed up, by the runner.
         answers: requests whose images are known, once the runner has drawn them.
         tally: of the case that runs.
         notes: what the case measured, by name.
@@ -86,6 +87,7 @@ class Trial:
         self.address = address
         self.scale = scale
         self.server = TritonServer(repository, address)
+        self.warm: TritonServer | None = None
         self.answers: list[KnownAnswer] = []
         self.begin()
 

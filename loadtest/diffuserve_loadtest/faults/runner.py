@@ -18,6 +18,7 @@ from diffuserve_loadtest.faults.checks import differences, shared_memory_left, t
 from diffuserve_loadtest.report import Report, Table
 
 CASES: Cases = merged(killed.CASES, connections.CASES, silence.CASES, large.CASES, garbage.CASES, overload.CASES)
+_WARM_UP_IMAGES = 16
 _WARM_UP_ANSWERS = 100
 _WARM_UP_USERS = 24
 
@@ -43,12 +44,11 @@ def run_cases(names: Sequence[str], repository: Path, *, scale: float = 1.0) -> 
 def _run_case(name: str, trial: Trial) -> dict[str, Any]:
     trial.begin()
     _warm_up(trial)
-    server = trial.server
-    before = take_snapshot(server)
+    before = take_snapshot(trial.server)
     started_s = time.monotonic()
     CASES[name][1](trial)
     duration_s = time.monotonic() - started_s
-    if trial.server is not server:  # a new one has yet to become as warm as the last one was
+    if trial.server.running:  # a new one has yet to become as warm as the last one was
         _warm_up(trial)
     problems = trial.problems + differences(trial.server, before, trial.answers)
     tally = trial.tally
@@ -69,10 +69,13 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
 
 
 def _warm_up(trial: Trial) -> None:
-    """The largest batch, and many small requests, until every process has what it needs for them."""
+    """The largest batch, and many small requests, until every process has what it needs for them; once for each server."""
+    if trial.server is trial.warm:
+        return
+    trial.warm = trial.server
     with Client(trial.address.grpc) as client:
         for side_px in (64, 128):
-            client.generate("a rocket", steps=2, num_images=16, width=side_px, height=side_px)
+            client.generate("a rocket", steps=2, num_images=trial.times(_WARM_UP_IMAGES), width=side_px, height=side_px)
     tally = Tally()
     with Background(trial.address.grpc, trial.answers, tally, users=_WARM_UP_USERS) as background:
         background.wait_for_answers(trial.times(_WARM_UP_ANSWERS))
