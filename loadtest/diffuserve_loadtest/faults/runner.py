@@ -75,7 +75,7 @@ def _warm_up(trial: Trial) -> None:
     trial.warm = trial.server
     with Client(trial.address.grpc) as client:
         for side_px in (64, 128):
-            client.generate("a rocket", steps=2, num_images=trial.times(_WARM_UP_IMAGES), width=side_px, height=side_px)
+            client.generate("a rocket", steps=1, num_images=_WARM_UP_IMAGES, width=side_px, height=side_px)
     tally = Tally()
     with Background(trial.address.grpc, trial.answers, tally, users=_WARM_UP_USERS) as background:
         background.wait_for_answers(trial.times(_WARM_UP_ANSWERS))
