@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
@@ -107,7 +107,6 @@ class StableDiffusionModel:
         sender = request.get_response_sender()
         request_id = request.request_id() or "-"
         task = asyncio.create_task(self._serve(request, sender))
-        self._housekeeping.watch(sender, task)
         try:
             final = await task
         except asyncio.CancelledError:
@@ -138,8 +137,12 @@ class StableDiffusionModel:
         """Sends the events in between; returns the final response."""
         request = self._parse(triton_request)
         events = self._pipeline.generate(request)
+        watched = False
         try:
             async for event in events:
+                if not watched:  # before it is accepted there is nothing to take back, and a refusal is quicker
+                    self._housekeeping.watch(sender, cast("asyncio.Task[Any]", asyncio.current_task()))
+                    watched = True
                 response = pb_utils.InferenceResponse(_to_triton(event, request))
                 if isinstance(event, Completed):
                     log.info(
