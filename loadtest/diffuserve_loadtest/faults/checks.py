@@ -59,13 +59,18 @@ def take_snapshot(server: TritonServer) -> Snapshot:
     return Snapshot(
         {name: process.num_fds() for name, process in processes.items()},
         {name: _resident_bytes(process.pid) for name, process in processes.items()},
-        sum(path.stat().st_blocks * 512 for path in shared_memory_left()),
+        pools_bytes(),
     )
 
 
 def shared_memory_left() -> list[Path]:
     """Files in shared memory of servers that this process has started."""
     return list(SHARED_MEMORY.glob(f"diffuserve_{os.getpid()}_*"))
+
+
+def pools_bytes() -> int:
+    """What those take."""
+    return sum(path.stat().st_blocks * 512 for path in shared_memory_left())
 
 
 def _resident_bytes(pid: int) -> int:

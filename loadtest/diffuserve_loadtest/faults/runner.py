@@ -14,7 +14,7 @@ from diffuserve_client import Client
 from diffuserve_loadtest.faults import connections, garbage, killed, large, overload, silence
 from diffuserve_loadtest.faults.background import Background, draw_known_answers
 from diffuserve_loadtest.faults.case import Cases, Tally, Trial, merged
-from diffuserve_loadtest.faults.checks import differences, shared_memory_left, take_snapshot
+from diffuserve_loadtest.faults.checks import differences, pools_bytes, shared_memory_left, take_snapshot
 from diffuserve_loadtest.report import Report, Table
 
 CASES: Cases = merged(killed.CASES, connections.CASES, silence.CASES, large.CASES, garbage.CASES, overload.CASES)
@@ -46,11 +46,17 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
     _warm_up(trial)
     before = take_snapshot(trial.server)
     started_s = time.monotonic()
-    CASES[name][1](trial)
+    try:
+        CASES[name][1](trial)
+    except Exception as error:  # one case's failure is a finding, and leaves the others to be tried
+        trial.problems.append(f"the case ended with {error!r}")
     duration_s = time.monotonic() - started_s
     if trial.server.running:  # a new one has yet to become as warm as the last one was
         _warm_up(trial)
     problems = trial.problems + differences(trial.server, before, trial.answers)
+    pools_grew_bytes = pools_bytes() - before.pools_bytes
+    if not trial.server.running:
+        trial.succeed()
     tally = trial.tally
     return {
         "case": name,
@@ -62,7 +68,7 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
         "cut": tally.cut,
         "losses": tally.lost[:20],
         "problems": problems,
-        "pools_grew_bytes": take_snapshot(trial.server).pools_bytes - before.pools_bytes,
+        "pools_grew_bytes": pools_grew_bytes,
         "duration_s": round(duration_s, 1),
         **trial.notes,
     }

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffuserve_loadtest.faults import cli, runner
+from diffuserve_loadtest.faults.case import Trial
 from diffuserve_loadtest.faults.runner import CASES, run_cases
 
 QUICK = ("cut-http", "cut-grpc", "garbage")
@@ -30,7 +31,8 @@ def test_the_command_line_knows_every_case() -> None:
     assert list(CASES) == list(cli.NAMES)
 
 
-def test_quick_cases_lose_nothing(repository: Path) -> None:
+def test_quick_cases_lose_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_WARM_UP_IMAGES", 2)  # memory that has grown is for longer runs to find
     assert_nothing_lost(repository, *QUICK, scale=0.02)
 
 
@@ -71,3 +73,18 @@ def test_what_is_lost_or_not_as_before_sets_the_exit_code(
 
 def test_what_is_left_in_shared_memory_fails_the_run() -> None:
     assert runner._report([], ["diffuserve_1_x"], {}).measured["passed"] is False
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_and_leaves_no_server_is_a_finding(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(trial: Trial) -> None:
+        trial.server.stop()
+        raise ValueError("broken")
+
+    monkeypatch.setitem(runner.CASES, "garbage", ("nothing", break_off))
+    report = run_cases(["garbage", "cut-http"], repository, scale=0.02)
+    assert report.remarks == [
+        "garbage: the case ended with ValueError('broken')",
+        "garbage: the server is not running",
+    ]
+    assert [case["lost"] for case in report.measured["cases"]] == [0, 0]
