@@ -70,6 +70,7 @@ def _background(trial: Trial) -> Background:
 
 def _kill_model(trial: Trial, model: str) -> None:
     processes_of(trial.server)[model].kill()
+    trial.warm = None  # the process that takes its place is cold
 
 
 def _expect_no_error(trial: Trial) -> None:
