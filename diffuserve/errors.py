@@ -25,9 +25,13 @@ from typing import ClassVar
 
 
 class DiffuserveError(Exception):
-    """Base of the tree. The message says what came, what is allowed and how to mend it."""
+    """Base of the tree. The message says what came, what is allowed and how to mend it.
+
+    `tries`: how often a client sent the request before it gave up.
+    """
 
     code: ClassVar[str] = "error"
+    tries: int = 1
 
 
 class InvalidRequest(DiffuserveError):
@@ -61,7 +65,13 @@ class StageFailed(DiffuserveError):
 
 
 class ServerUnavailable(DiffuserveError):
+    """`never_begun`: whether it is certain that no server has begun the request."""
+
     code = "server_unavailable"
+
+    def __init__(self, message: str, *, never_begun: bool = False) -> None:
+        super().__init__(message)
+        self.never_begun = never_begun
 
 
 class CheckpointError(DiffuserveError):

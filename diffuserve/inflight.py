@@ -150,6 +150,7 @@ class InflightLoop:
         instances: UNet calls in flight at once, one for each instance of the model.
         call_timeout_s: seconds after which a UNet call counts as hung; its jobs fail and the loop goes on.
         stats: where calls and their rows are counted.
+        on_call: called after each UNet call that gave something, with the number of latent values in it and its seconds.
         clock: seconds, monotonic.
     """
 
@@ -162,6 +163,7 @@ class InflightLoop:
         instances: int = 1,
         call_timeout_s: float = CALL_TIMEOUT_S,
         stats: Stats | None = None,
+        on_call: Callable[[int, float], None] = lambda size, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._denoise = denoise
@@ -176,6 +178,7 @@ class InflightLoop:
         self._calls: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._stats = stats or Stats()
+        self._on_call = on_call
         self._rows_per_s = 0.0
 
     # -- for requests ------------------------------------------------------------------------------------------------
@@ -274,6 +277,7 @@ class InflightLoop:
         try:
             output = await checked(UNET, self._denoise(*_unet_inputs(batch)), self._call_timeout_s)
             self._advance(batch, output)
+            self._on_call(output.size, self._clock() - started_s)
         except StageFailed as error:
             self._fail_all(batch, error)
         except Exception as error:

@@ -8,6 +8,7 @@ overlap with the loop, and one request's failure is an exception in its own coro
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.admission import Admission, Promise
 from diffuserve.bundle import read_manifest
 from diffuserve.conditioning import conditioning_from_request
 from diffuserve.costs import CallCosts
@@ -29,7 +31,7 @@ from diffuserve.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.request import Limits, TextToImageRequest
 from diffuserve.safety import refuse_without_safety_checker
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.selection import InflightSelection, RequestSelection, Selection
+from diffuserve.selection import InflightSelection, LatentShape, RequestSelection, Selection
 from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
@@ -139,13 +141,16 @@ class Pipeline:
             zero_empty_negative=self.manifest.model.zero_empty_negative,
             call_timeout_s=call_timeout_s,
         )
+        selection = _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
+        self._admission = Admission(selection.max_rows, unet_instances)
         self._loop = InflightLoop(
             stages.denoise,
-            _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds)),
+            selection,
             max_active_images=self.limits.max_active_images,
             instances=unet_instances,
             call_timeout_s=call_timeout_s,
             stats=self.stats,
+            on_call=self._admission.calls.observe,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
@@ -184,14 +189,16 @@ class Pipeline:
 
         Raises:
             Draining: the server is shutting down.
-            QueueFull: too many requests wait already.
+            QueueFull: too many requests wait already, or it could not be finished within its `timeout_ms` beside them.
             DeadlineExceeded: the request's `timeout_ms` passed.
             StageFailed: an engine failed.
         """
         self._refuse_if_full(request)
+        promise = self._promise(request)
         steps: _Steps = asyncio.Queue()
         self._waiting[steps] = request
-        drawing = asyncio.create_task(self._draw_in_time(request, steps))
+        self._admission.accepted.add(promise)
+        drawing = asyncio.create_task(self._draw_in_time(request, steps, promise))
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
             yield Accepted(request.steps, self._position(steps))
@@ -216,6 +223,7 @@ class Pipeline:
             await asyncio.gather(drawing, return_exceptions=True)
             self._waiting.pop(steps, None)
             self._running.pop(steps, None)
+            self._admission.accepted.discard(promise)
 
     async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progress]:
         while True:
@@ -258,17 +266,46 @@ class Pipeline:
                 retry_after_s,
             )
 
-    async def _draw_in_time(self, request: TextToImageRequest, steps: _Steps) -> Completed:
+    def _promise(self, request: TextToImageRequest) -> Promise:
+        """Raises QueueFull if it, or one that has been accepted, would be late."""
+        now_s = time.monotonic()
+        promise = Promise(
+            shape=self._latent_shape(request),
+            rows=request.rows,
+            evaluations_left=trajectory(self._schedule, request.sampler, request.steps).evaluations,
+            priority=request.priority,
+            end_s=now_s + request.timeout_ms / 1000 if request.timeout_ms else math.inf,
+        )
+        excess_s = self._admission.excess_s(promise, now_s)
+        if excess_s > 0:
+            self.stats.count("requests_refused")
+            retry_after_s = min(60.0, max(0.1, excess_s))
+            raise QueueFull(
+                f"{len(self._admission.accepted)} requests are being drawn, so that this one or one of them would not be "
+                f"finished within its timeout_ms. Try again in {retry_after_s:.1f} s.",
+                retry_after_s,
+            )
+        return promise
+
+    def _latent_shape(self, request: TextToImageRequest) -> LatentShape:
+        model = self.manifest.model
+        return (
+            model.latent_channels,
+            request.height // model.vae_scale_factor,
+            request.width // model.vae_scale_factor,
+        )
+
+    async def _draw_in_time(self, request: TextToImageRequest, steps: _Steps, promise: Promise) -> Completed:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
-            return await asyncio.wait_for(self._draw(request, steps), timeout_s)
+            return await asyncio.wait_for(self._draw(request, steps, promise), timeout_s)
         except asyncio.TimeoutError:
             raise DeadlineExceeded(
                 f"The request was not finished within its timeout_ms of {request.timeout_ms}. "
                 "Allow more time, fewer steps or fewer images."
             ) from None
 
-    async def _draw(self, request: TextToImageRequest, steps: _Steps) -> Completed:
+    async def _draw(self, request: TextToImageRequest, steps: _Steps, promise: Promise) -> Completed:
         arrival_s = time.monotonic()
         conditional, unconditional = await self._embeddings.get_pair(
             request.prompt, request.negative_prompt if request.guided else None
@@ -280,16 +317,12 @@ class Pipeline:
             first_s = job.first_step_s or arrival_s
             per_step_s = (time.monotonic() - (first_s if step > 1 else arrival_s)) / max(step - 1, 1)
             steps.put_nowait(_Step(step, per_step_s * (request.steps - step), denoised))
+            promise.evaluations_left = math.ceil(job.rows_left / request.rows)
 
-        model = self.manifest.model
         added = conditioning_from_request(request, self.manifest.components[UNET].tensors)
         job = Job(
             trajectory=trajectory(self._schedule, request.sampler, request.steps),
-            shape=(
-                model.latent_channels,
-                request.height // model.vae_scale_factor,
-                request.width // model.vae_scale_factor,
-            ),
+            shape=promise.shape,
             seeds=request.seeds,
             conditioning={**conditional, **added},
             unconditional=None if unconditional is None else {**unconditional, **added},
@@ -301,6 +334,7 @@ class Pipeline:
             preview_every=0 if self.manifest.has_safety_checker else request.preview,
             on_step=on_step,
         )
+        joined_s = time.monotonic()
         latents = await self._loop.denoise(job)
         pixels, flags = await self._decoder.decode(latents, request.width, request.height)
         flagged = tuple(flags.tolist())
@@ -312,6 +346,8 @@ class Pipeline:
             )
         )
         first_step_s = job.first_step_s or arrival_s
+        done_s = time.monotonic()
+        self._admission.observe_outside(joined_s - arrival_s + done_s - job.last_step_s)
         return Completed(
             images=tuple(images),
             pixels=pixels,
@@ -321,7 +357,7 @@ class Pipeline:
             warnings=self._warnings(request, flagged),
             queue_s=first_step_s - arrival_s,
             denoise_s=job.last_step_s - first_step_s,
-            total_s=time.monotonic() - arrival_s,
+            total_s=done_s - arrival_s,
         )
 
     async def _previews(self, step: _Step) -> tuple[bytes, ...]:

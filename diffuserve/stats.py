@@ -34,7 +34,7 @@ METRICS = (
     Metric("requests_failed", COUNTER, "Requests that an engine or the server failed."),
     Metric("requests_cancelled", COUNTER, "Requests whose client cancelled or went away."),
     Metric("requests_expired", COUNTER, "Requests given up because their timeout_ms ran out."),
-    Metric("requests_refused", COUNTER, "Requests refused because the queue was full or the server was draining."),
+    Metric("requests_refused", COUNTER, "Requests refused: queue full, not to be finished in time, or draining."),
     Metric("images", COUNTER, "Images finished."),
     Metric("images_withheld", COUNTER, "Of these, images that the safety checker withheld."),
     Metric("unet_calls", COUNTER, "UNet calls; its rate is steps per second."),

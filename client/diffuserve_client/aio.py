@@ -16,6 +16,7 @@ from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.exchange import Exchange
 from diffuserve_client.result import Progress, Result
+from diffuserve_client.retries import DEFAULT_RETRIES, check_retries, retrying
 from diffuserve_client.triton import Triton
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class AsyncClient:
         model: str = STABLE_DIFFUSION,
         connect_timeout_s: float = 1.0,
         idle_timeout_s: float | None = 120.0,
+        retries: int = DEFAULT_RETRIES,
     ) -> None:
+        self._retries = check_retries(retries)
         self._server = server or Triton()
         self._endpoint = Endpoint(
             self._server.default_url if url is None else url, model, connect_timeout_s, idle_timeout_s
@@ -114,8 +117,23 @@ class AsyncClient:
         return self._events(exchange)
 
     async def _events(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
-        """Sends the request; a result is always among the events unless an error is raised."""
-        call = self._server.call(self._open_channel(), exchange.request)
+        """Sends the request, again if need be; a result is always among the events unless an error is raised."""
+        from tenacity import AsyncRetrying
+
+        attempts = AsyncRetrying(**retrying(self._retries, exchange.timeout_s))
+        first, events = await attempts.wraps(self._begin)(exchange)
+        async with aclosing(events):
+            yield first
+            async for event in events:
+                yield event
+
+    async def _begin(self, exchange: Exchange) -> tuple[Progress | Result, AsyncGenerator[Progress | Result, None]]:
+        """Sends the request once and waits for its first event, after which it is never sent again."""
+        events = self._send(exchange)
+        return await anext(events), events
+
+    async def _send(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
+        call = self._server.call(self._open_channel(), exchange.begin())
         try:
             while True:
                 message = await asyncio.wait_for(call.read(), self._endpoint.idle_timeout_s)

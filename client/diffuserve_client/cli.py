@@ -52,6 +52,13 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
 )
 @click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="How often to ask again where the server is full, stopping or not there.",
+)
 @click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
 @click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
 @click.option("--local", is_flag=True, help="Draw in this process, without a server.")
@@ -73,6 +80,7 @@ def command(
     kind: str | None,
     url: str | None,
     key_file: Path | None,
+    retries: int,
     quiet: bool,
     local: bool,
     bundle: Path | None,
@@ -121,7 +129,7 @@ def command(
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
     try:
-        client = _local_client(bundle) if local else _client(kind, url, key_file)
+        client = _local_client(bundle) if local else _client(kind, url, key_file, retries)
         try:
             failed = work.draw(client)
         finally:
@@ -135,15 +143,15 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _client(kind: str | None, url: str | None, key_file: Path | None) -> TextToImage:
+def _client(kind: str | None, url: str | None, key_file: Path | None, retries: int) -> TextToImage:
     from diffuserve_client.client import Client
 
     if kind != "torchserve":
-        return Client(url)
+        return Client(url, retries=retries)
     from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
     from diffuserve_client.torchserve import TorchServe
 
-    return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)))
+    return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)), retries=retries)
 
 
 def _local_client(bundle: Path | None) -> TextToImage:

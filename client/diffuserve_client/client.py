@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.exchange import Exchange
 from diffuserve_client.result import Progress, Result, result_from_events
+from diffuserve_client.retries import DEFAULT_RETRIES, check_retries, retrying
 from diffuserve_client.triton import Triton
 from diffuserve_client.watchdog import Watchdog
 
@@ -35,6 +37,9 @@ class Client:
         connect_timeout_s: seconds after which an address that does not answer counts as dead.
         idle_timeout_s: seconds of silence after which a request is cancelled; None waits forever. The server sends
             something at every step, so this is no limit on how long a request may take.
+        retries: how often a request is sent again that the server refused (`QueueFull`, `Draining`) or that found no
+            server, with growing pauses and within its own timeout; see `diffuserve_client.retries`. 0 means never. What
+            a server may have begun is not sent again.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class Client:
         model: str = STABLE_DIFFUSION,
         connect_timeout_s: float = 1.0,
         idle_timeout_s: float | None = 120.0,
+        retries: int = DEFAULT_RETRIES,
     ) -> None:
+        self._retries = check_retries(retries)
         self._server = server or Triton()
         self._endpoint = Endpoint(
             self._server.default_url if url is None else url, model, connect_timeout_s, idle_timeout_s
@@ -125,9 +132,22 @@ class Client:
         return self._events(exchange)
 
     def _events(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
-        """Sends the request; a result is always among the events unless an error is raised."""
+        """Sends the request, again if need be; a result is always among the events unless an error is raised."""
+        from tenacity import Retrying
+
+        first, events = Retrying(**retrying(self._retries, exchange.timeout_s))(self._begin, exchange)
+        with closing(events):
+            yield first
+            yield from events
+
+    def _begin(self, exchange: Exchange) -> tuple[Progress | Result, Generator[Progress | Result, None, None]]:
+        """Sends the request once and waits for its first event, after which it is never sent again."""
+        events = self._send(exchange)
+        return next(events), events
+
+    def _send(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
         try:
-            call = self._server.call(self._channel, exchange.request)
+            call = self._server.call(self._channel, exchange.begin())
         except ValueError:  # what gRPC raises for a closed channel
             raise Cancelled("The client is closed. Make a new one.") from None
         with Watchdog(self._endpoint.idle_timeout_s, call.cancel) as watchdog:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +17,10 @@ from diffuserve_client.server import Server
 
 
 class Exchange:
-    """The state of one request. `request` is what to send; `take` turns each answer into an event.
+    """The state of one request. `begin` gives what to send; `take` turns each answer into an event.
 
     Attributes:
-        request: the message.
+        timeout_s: what the request allows itself, or None.
         finished: whether the result has come; what happens to the call afterwards does not matter.
     """
 
@@ -36,15 +38,31 @@ class Exchange:
         """Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
         # Without progress there would be no sign of life to measure the silence by.
         progress = progress or endpoint.idle_timeout_s is not None
-        tensors = tensor_fields(prompt, fields, progress=progress, preview=preview)
+        self._tensors = tensor_fields(prompt, fields, progress=progress, preview=preview)
         self._request_id = request_id or uuid.uuid4().hex
-        self.request = server.request(endpoint.model, self._request_id, tensors)
+        self._request = server.request(endpoint.model, self._request_id, self._tensors)
+        timeout_ms: int | None = self._tensors.get("timeout_ms")
+        self.timeout_s = None if timeout_ms is None else timeout_ms / 1000
         self.finished = False
         self._error: DiffuserveError | None = None
         self._server = server
         self._endpoint = endpoint
-        self._format: str = tensors.get("format", "png")
+        self._format: str = self._tensors.get("format", "png")
         self._heard = False
+        self._begun_s: float | None = None
+
+    def begin(self) -> Any:
+        """The message for this try. Nothing that is known of an earlier one matters any more, but that it took its time: a
+        later one is given what is left of the request's own timeout."""
+        self._error, self._heard = None, False
+        now_s = time.monotonic()
+        if self._begun_s is None:
+            self._begun_s = now_s
+        elif self.timeout_s is not None:
+            left_ms = max(1, math.ceil(1000 * (self.timeout_s - (now_s - self._begun_s))))
+            tensors = {**self._tensors, "timeout_ms": left_ms}
+            return self._server.request(self._endpoint.model, self._request_id, tensors)
+        return self._request
 
     def take(self, message: Any) -> Progress | Result | None:
         """The event in a message, or None.

@@ -9,8 +9,9 @@ from diffuserve.errors import Cancelled, DiffuserveError, InvalidRequest, Server
 if TYPE_CHECKING:
     from diffuserve_client.server import Server
 
-# Triton's own words, for what fails before our model sees the request.
-_NO_MODEL = ("unknown model", "no available versions", "is not ready")
+# Triton's own words, for what fails before our model sees the request; the second while it loads the model or stops.
+_NO_MODEL = ("unknown model",)
+_NO_MODEL_NOW = ("no available versions", "is not ready")
 _REFUSED_INPUT = ("inference input", "for input", "inputs but got")
 
 
@@ -20,10 +21,12 @@ def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
     if ours is not None:
         return ours
     lowered = text.lower()
-    if any(words in lowered for words in _NO_MODEL):
+    not_now = any(words in lowered for words in _NO_MODEL_NOW)
+    if not_now or any(words in lowered for words in _NO_MODEL):
         return ServerUnavailable(
             f"The server at {address} does not serve the model {model!r} ({text}). "
-            "It may still be loading, or serve another: see its log."
+            "It may still be loading, or serve another: see its log.",
+            never_begun=not_now,
         )
     if any(words in lowered for words in _REFUSED_INPUT):
         return InvalidRequest(f"{text.rstrip()} (Client and server may be of different versions.)")
@@ -43,10 +46,17 @@ def error_from_status(code: str, details: str, *, server: Server, address: str, 
     ours = from_wire(details)
     if ours is not None:
         return ours
-    if not heard and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution")):
+    # A call that is not told to wait for a connection fails with these while there is none, and is never sent: gRPC calls a
+    # connection one when the server's first HTTP/2 frame has come. One that breaks later has other words.
+    if (
+        code == "UNAVAILABLE"
+        and not heard
+        and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution"))
+    ):
         reason = details.rpartition(": ")[2].rstrip("]")  # the last link of gRPC's chain, such as "Connection refused"
         return ServerUnavailable(
-            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve"
+            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve",
+            never_begun=True,
         )
     if code == "CANCELLED":
         return Cancelled(f"The request was cancelled: the client was closed, or the server at {address} stopped.")

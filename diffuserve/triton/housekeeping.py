@@ -50,7 +50,10 @@ class Housekeeping:
         self._watched[id(sender)] = (sender, task, loop)
 
     def unwatch(self, sender: Any) -> None:
-        """After this returns, `sender` is not touched any more. It may wait for one round trip."""
+        """After this returns, `sender` is not touched any more. It may wait for one round trip, unless it was never
+        watched."""
+        if id(sender) not in self._watched:
+            return
         with self._lock:
             self._watched.pop(id(sender), None)
 

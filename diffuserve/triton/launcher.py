@@ -41,6 +41,7 @@ _EXIT_GRACE_S = 10.0
 _UNLOAD_TIMEOUT_S = 6.0
 _ABORT_TIMEOUT_S = 2.0
 _WATCH_INTERVAL_S = 0.2
+_LARGE_BLOCK_BYTES = 2**20
 
 
 class TritonServer:
@@ -159,6 +160,8 @@ class TritonServer:
             f"--http-port={address.http_port}",
             f"--grpc-address={address.host}",
             f"--grpc-port={address.grpc_port}",
+            # A spare request object keeps the memory of the largest request that it has carried.
+            "--grpc-infer-allocation-pool-size=0",
             f"--metrics-address={address.host}",
             f"--metrics-port={address.metrics_port}",
             f"--log-warning={str(warnings).lower()}",
@@ -203,6 +206,10 @@ def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: Mod
     # The models' processes embed an interpreter. It ignores PYTHONPATH, and finds its home, and with it a virtual
     # environment's packages, by the first python3 on the PATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    # glibc gives large blocks back to the system when they are freed, unless one that was freed has raised its threshold,
+    # as a request of 100 MB does.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(_LARGE_BLOCK_BYTES))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(_LARGE_BLOCK_BYTES))
     environment[RUN_FOLDER_VARIABLE] = str(run_folder)
     environment[MODEL_CONTROL_VARIABLE] = control.to_environment()
     paths = [*map(str, library_paths), *filter(None, [environment.get("LD_LIBRARY_PATH")])]

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 
 # Request parameters that Triton's own front ends and clients add.
 _TRITON_PARAMETERS = ("triton_", "binary_data_output")
+
+
+# Triton 2.51 notes an `execute` that it has started only afterwards, and keeps for good the note of one that ended sooner.
+_LEAST_EXECUTE_S = 0.05
 
 
 class StableDiffusionModel:
@@ -81,6 +85,7 @@ class StableDiffusionModel:
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
+        await asyncio.sleep(_LEAST_EXECUTE_S)
 
     def finalize(self) -> None:
         if self._life_sign:
@@ -102,7 +107,6 @@ class StableDiffusionModel:
         sender = request.get_response_sender()
         request_id = request.request_id() or "-"
         task = asyncio.create_task(self._serve(request, sender))
-        self._housekeeping.watch(sender, task)
         try:
             final = await task
         except asyncio.CancelledError:
@@ -133,8 +137,12 @@ class StableDiffusionModel:
         """Sends the events in between; returns the final response."""
         request = self._parse(triton_request)
         events = self._pipeline.generate(request)
+        watched = False
         try:
             async for event in events:
+                if not watched:  # before it is accepted there is nothing to take back, and a refusal is quicker
+                    self._housekeeping.watch(sender, cast("asyncio.Task[Any]", asyncio.current_task()))
+                    watched = True
                 response = pb_utils.InferenceResponse(_to_triton(event, request))
                 if isinstance(event, Completed):
                     log.info(

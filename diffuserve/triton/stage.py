@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed, to_wire
+from diffuserve.triton.inherited import close_inherited_sockets
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
@@ -32,6 +33,7 @@ class StageModel:
     """Runs its component on the requests that Triton's dynamic batcher put together."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        close_inherited_sockets()
         log_to_triton(args["model_name"])
         config = json.loads(args["model_config"])
         version_folder = Path(args["model_repository"]) / args["model_version"]

@@ -1,6 +1,7 @@
 """A small gRPC server that speaks the protocol of our Triton model; the prompt says how it behaves.
 
     error TEXT    ends the request with TEXT as its error
+    first N TEXT  the same for the first N requests, and draws those after
     silent        accepts the request and sends nothing more
     endless       sends progress until the request is cancelled
     empty         ends the request without an image
@@ -113,6 +114,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if prompt.startswith("error "):
             yield prompt.removeprefix("error ")
             return
+        if prompt.startswith("first "):
+            _, count, text = prompt.split(" ", 2)
+            if len(self.requests) <= int(count):
+                yield text
+                return
         if prompt == "foreign":
             message = service_pb2.ModelInferResponse(model_name="other")
             message.outputs.add(name="logits", datatype="FP32", shape=[1])

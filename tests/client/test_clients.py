@@ -104,7 +104,7 @@ def test_on_progress_may_raise(triton: FakeTriton, generate: Generate) -> None:
 )
 def test_errors(triton: FakeTriton, generate: Generate, prompt: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        generate(triton.address, prompt)
+        generate(triton.address, prompt, settings={"retries": 0})
 
 
 @both

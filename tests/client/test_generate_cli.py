@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffuserve_client.cli import command
+from diffuserve_client.retries import DEFAULT_RETRIES
 from tests.client.fake_triton import SIDE_PX, FakeTriton
 
 
@@ -144,3 +145,10 @@ def test_interrupt_cancels_the_request(triton: FakeTriton) -> None:
         assert triton.cancelled.wait(10)
         assert process.wait(10) == 130
         assert process.stderr.read() == "Cancelled.\n"
+
+
+def test_retries(triton: FakeTriton) -> None:
+    assert draw(triton, "error [draining] stopping", "--retries", "1").exit_code == 1
+    assert len(triton.requests) == 2
+    default = next(parameter.default for parameter in command.params if parameter.name == "retries")
+    assert default == DEFAULT_RETRIES

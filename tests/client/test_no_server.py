@@ -26,7 +26,7 @@ def mute_port() -> Iterator[int]:
 
 def test_closed_port(closed_port: int) -> None:
     started_s = time.monotonic()
-    with Client(f"127.0.0.1:{closed_port}") as client:
+    with Client(f"127.0.0.1:{closed_port}", retries=0) as client:
         assert not client.is_ready()
         with pytest.raises(ServerUnavailable, match=f"127.0.0.1:{closed_port} .Connection refused.*diffuserve serve"):
             client.generate("a cat")
@@ -35,7 +35,7 @@ def test_closed_port(closed_port: int) -> None:
 
 def test_mute_port(mute_port: int) -> None:
     started_s = time.monotonic()
-    with Client(f"127.0.0.1:{mute_port}") as client:
+    with Client(f"127.0.0.1:{mute_port}", retries=0) as client:
         with pytest.raises(ServerUnavailable, match="diffuserve serve"):
             client.generate("a cat")
         assert not client.is_ready()
@@ -44,7 +44,7 @@ def test_mute_port(mute_port: int) -> None:
 
 def test_asynchronously(closed_port: int) -> None:
     async def main() -> None:
-        async with AsyncClient(f"127.0.0.1:{closed_port}") as client:
+        async with AsyncClient(f"127.0.0.1:{closed_port}", retries=0) as client:
             assert not await client.is_ready()
             with pytest.raises(ServerUnavailable, match="diffuserve serve"):
                 await client.generate("a cat")

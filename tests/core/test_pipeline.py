@@ -361,6 +361,30 @@ def test_deadline(fake_bundle: Path, stage: str) -> None:
     run(main)
 
 
+def test_what_could_not_be_finished_in_time_is_refused_at_once(fake_bundle: Path) -> None:
+    stages = FakeStages()
+
+    async def main() -> None:
+        async with serving(fake_bundle, stages) as pipeline:
+            await completed(pipeline)  # to an idle server nothing is known of, or everything is taken
+            stages.held = "denoise"
+            long = asyncio.create_task(completed(pipeline, steps=20))
+            await stages.entered.wait()
+            for _ in range(50):  # as if calls took so long of late
+                pipeline._admission.calls.observe(4 * 8 * 6 * 2, 1.0)
+            with pytest.raises(QueueFull, match="would not be finished within its timeout_ms") as caught:
+                await draw(pipeline, timeout_ms=1000)
+            assert 1 < caught.value.retry_after_s < 60
+            assert pipeline.stats.total("requests_refused") == 1
+            others = [asyncio.create_task(completed(pipeline, timeout_ms=ms)) for ms in (0, 3_600_000)]
+            stages.held = ""
+            stages.release.set()
+            assert all(done.images for done in await asyncio.gather(long, *others))
+            assert not pipeline._admission.accepted
+
+    run(main)
+
+
 @pytest.mark.parametrize("by", ["closing", "cancelling"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_leaving_early_frees_everything(fake_bundle: Path, stage: str, by: str) -> None:

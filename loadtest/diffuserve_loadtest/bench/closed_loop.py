@@ -44,7 +44,7 @@ def saturation(
     """Requests a second that the server answers when there is always one more."""
 
     async def run() -> list[float]:
-        async with AsyncClient(server.address.grpc) as client:
+        async with AsyncClient(server.address.grpc, retries=0) as client:
             return await completions(client, requests, in_flight=in_flight, count=warm_up + count)
 
     return throughput(asyncio.run(run()), warm_up)

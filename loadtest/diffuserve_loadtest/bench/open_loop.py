@@ -41,7 +41,7 @@ def answer_all(server: TritonServer, arrivals: Sequence[Arrival]) -> Answered:
 
 
 async def _answer_all(server: TritonServer, arrivals: Sequence[Arrival]) -> Answered:
-    async with AsyncClient(server.address.grpc) as client:
+    async with AsyncClient(server.address.grpc, retries=0) as client:
         started_s = time.perf_counter()
 
         async def one(arrival: Arrival) -> tuple[float, float]:

@@ -17,7 +17,7 @@ class GrpcTransport:
         init_gevent()
         server = Triton() if target.protocol == "triton-grpc" else TorchServe(target.token)
         # The generator has a patience of its own, for all protocols the same, and retries nothing: it is to see errors.
-        self._client = Client(target.url, server=server, idle_timeout_s=None)
+        self._client = Client(target.url, server=server, idle_timeout_s=None, retries=0)
 
     def send(self, request: PlannedRequest) -> Answer:
         result = self._client.generate(**request.fields)

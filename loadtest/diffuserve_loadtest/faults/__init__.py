@@ -1,0 +1,1 @@
+"""Attacks on a real server, and what has to hold after each."""

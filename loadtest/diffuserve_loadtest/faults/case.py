@@ -1,0 +1,137 @@
+"""What a fault case is, what it is given, and how it counts."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from diffuserve.triton.launcher import TritonServer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from diffuserve.triton.address import Address
+    from diffuserve_loadtest.faults.background import KnownAnswer
+
+
+@dataclass
+class Tally:
+    """Requests of a case; may be counted from several threads.
+
+    Attributes:
+        answered: got the right image, once.
+        refused: ended with an error that its sender saw, by the error's code.
+        cut: were given up by their sender, as the case meant it.
+        lost: got neither an answer nor an error in time, or a wrong answer, or two; a line each.
+
+    `answer`, `refuse` and `lose` return what they counted, in a word.
+    """
+
+    answered: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    lost: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def tried(self) -> int:
+        return self.survived + len(self.lost)
+
+    @property
+    def survived(self) -> int:
+        return self.answered + sum(self.refused.values()) + self.cut
+
+    def answer(self) -> str:
+        with self._lock:
+            self.answered += 1
+        return "ok"
+
+    def refuse(self, code: str) -> str:
+        with self._lock:
+            self.refused[code] += 1
+        return code
+
+    def give_up(self, count: int = 1) -> None:
+        with self._lock:
+            self.cut += count
+
+    def lose(self, why: str) -> str:
+        with self._lock:
+            self.lost.append(why)
+        return "lost"
+
+
+class Trial:
+    """A running server and what is known of it; a context manager that stops it.
+
+    Args:
+        repository: made by `diffuserve assemble`.
+        address: where the server listens, and each successor.
+        scale: share of the usual number of requests and seconds; tests use small ones.
+
+    Attributes:
+        server: the server now.
+        warm: the server that has been warmed up, by the runner.
+        answers: requests whose images are known, once the runner has drawn them.
+        tally: of the case that runs.
+        notes: what the case measured, by name.
+        problems: what the case found wrong, besides requests that were lost.
+    """
+
+    def __init__(self, repository: Path, address: Address, scale: float = 1.0) -> None:
+        self.repository = repository
+        self.address = address
+        self.scale = scale
+        self.server = TritonServer(repository, address)
+        self.warm: TritonServer | None = None
+        self.answers: list[KnownAnswer] = []
+        self.begin()
+
+    def __enter__(self) -> Trial:
+        self.server.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.__exit__(kind, error, trace)
+
+    def begin(self) -> None:
+        """Forgets the last case."""
+        self.tally = Tally()
+        self.notes: dict[str, float] = {}
+        self.problems: list[str] = []
+
+    def succeed(self) -> None:
+        """Starts a new server at the same address, after the last one's end."""
+        self.server.stop()
+        self.server = TritonServer(self.repository, self.address)
+        self.server.__enter__()
+
+    def times(self, count: int) -> int:
+        """`count`, scaled; at least one."""
+        return max(1, round(count * self.scale))
+
+    def seconds(self, duration_s: float) -> float:
+        """`duration_s`, scaled; at least one second."""
+        return max(1.0, duration_s * self.scale)
+
+
+class Case(Protocol):
+    """One kind of fault."""
+
+    def __call__(self, trial: Trial) -> None:
+        """Attacks `trial.server`, counts in `trial.tally`, and leaves a server that should be healthy."""
+        ...
+
+
+Cases = dict[str, tuple[str, Case]]
+"""By name: what is done, in a line, and the case."""
+
+
+def merged(*parts: Mapping[str, tuple[str, Case]]) -> Cases:
+    return {name: entry for part in parts for name, entry in part.items()}
