@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grpc.experimental import ChannelOptions
+
 from diffuserve.errors import InvalidRequest
 
 DEFAULT_URL = "localhost:8001"
@@ -47,6 +49,9 @@ class Endpoint:
             ("grpc.keepalive_time_ms", 310_000),
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
+        # Answers are read by the thread that waits for them. By default gRPC has another one for that, and wakes every
+        # waiting thread ten times a second: with 500 requests in flight, a quarter of a core.
+        options.append((ChannelOptions.SingleThreadedUnaryStream, 1))
         host = self.url.rpartition(":")[0].strip("[]")
         if host in ("localhost", "::1") or host.startswith("127."):
             options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's loopback

@@ -26,7 +26,14 @@ class Triton:
         return request_from_fields(model, request_id, {**fields, "encoding": "binary"})
 
     def call(self, channel: Any, request: Any) -> Any:
-        return service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request]))
+        # The method takes a stream of requests, of which one and its end look just like a single one; as a stream it would
+        # take a thread for each.
+        call = channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+        return call(request)
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
