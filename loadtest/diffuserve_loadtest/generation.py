@@ -17,14 +17,14 @@ from gevent.event import AsyncResult
 from locust.runners import MasterRunner, WorkerRunner
 
 from diffuserve_loadtest.generator import CANNOT_KEEP_UP
+from diffuserve_loadtest.lateness import shortfall
 from diffuserve_loadtest.load import Load, Share
-from diffuserve_loadtest.records import LATE_S, Record, Recording, counted_of, write_recording
+from diffuserve_loadtest.records import Record, Recording, write_recording
 from diffuserve_loadtest.sender import Sender
 from diffuserve_loadtest.target import Target
 from diffuserve_loadtest.transports import open_transport
 from diffuserve_loadtest.workload import Closed, Workload
 
-LATE_SHARE = 0.01
 _SHARE, _ENDED = "diffuserve-share", "diffuserve-ended"
 
 
@@ -145,20 +145,3 @@ class Generation:
             self._runner.quit()
         else:
             self._runner.stop()
-
-
-def shortfall(recording: Recording) -> str:
-    """In words, what the generator did not manage; empty if it sent everything in time, but for a hundredth."""
-    counted = counted_of(recording)
-    late = sum(record.late for record in counted)
-    if recording.unsent:
-        return (
-            f"{recording.unsent} requests were due and not sent, since {recording.workload.max_in_flight} were in flight "
-            "(max_in_flight)"
-        )
-    if late > LATE_SHARE * len(counted):
-        return (
-            f"{late} of {len(counted)} requests were sent more than {LATE_S * 1000:.0f} ms after they were due. Use more "
-            "processes (--processes), or a machine with nothing else on it"
-        )
-    return ""
