@@ -38,6 +38,7 @@ class Run(msgspec.Struct, frozen=True):
         server: the protocol and address.
         kept_up: whether the generator did.
         capacity_per_s: what a load of 1 is; None if it was not needed.
+        engine_bound_per_s: requests a second of the engines alone; None if they were not timed.
         recording, samples: the raw material.
         measures, slo, verdicts: what they come to.
     """
@@ -53,10 +54,18 @@ class Run(msgspec.Struct, frozen=True):
     measures: Measures
     slo: Slo
     verdicts: Sequence[Verdict]
+    engine_bound_per_s: float | None = None
 
     @property
     def slo_kept(self) -> bool:
         return all(verdict.kept for verdict in self.verdicts)
+
+    @property
+    def serving_efficiency(self) -> float | None:
+        """What the server answers when it is full, or answered in this run if that is not known, of the engines' bound."""
+        if self.engine_bound_per_s is None:
+            return None
+        return (self.capacity_per_s or self.measures.throughput_per_s) / self.engine_bound_per_s
 
 
 def run_workload(
@@ -66,9 +75,10 @@ def run_workload(
     *,
     slo: Slo = Slo(),  # noqa: B008 - it cannot be changed
     capacity_per_s: float | None = None,
+    engine_bound_per_s: float | None = None,
     workers: int = 1,
 ) -> Run:
-    """Raises `GeneratorFailed`; `ValueError` if nothing was measured."""
+    """Raises `GeneratorFailed` and `NothingMeasured`."""
     workload = workload if capacity_per_s is None else workload.at_capacity(capacity_per_s)
     with Watch(server.metrics_url, server.pid) as watch:
         recording, kept_up = generate(workload, server.target, key_file=server.key_file, workers=workers)
@@ -86,6 +96,7 @@ def run_workload(
         measures,
         slo,
         slo.judge(values_for(slo, measures, recording)),
+        engine_bound_per_s,
     )
 
 
