@@ -1,0 +1,113 @@
+"""`diffuserve loadtest` as a program, against a stub that answers at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from diffuserve_loadtest.run import Run, read_run
+
+_WORKLOAD = """\
+description: A few requests.
+duration_s: 3
+warm_up_s: 1
+patience_s: 5
+max_in_flight: {max_in_flight}
+arrivals: {{process: constant, rate_per_s: 20}}
+"""
+
+
+@contextmanager
+def _stub(*options: str) -> Iterator[str]:
+    """Its gRPC address."""
+    command = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[0]
+        finally:
+            process.kill()
+
+
+def _loadtest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffuserve.cli", "loadtest", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def _against(address: str, folder: Path, *options: str, max_in_flight: int = 100) -> tuple[int, str, Run]:
+    (folder / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=max_in_flight))
+    ended = _loadtest(folder, "few.yaml", "--url", address, "--metrics-url", "http://127.0.0.1:1/metrics", *options)
+    return ended.returncode, ended.stdout + ended.stderr, read_run(folder / "loadtest-results" / "few.json")
+
+
+def test_a_promise_that_was_kept(tmp_path: Path) -> None:
+    with _stub() as address:
+        code, printed, run = _against(address, tmp_path, "--slo", "p50<2s,errors<1%", "--workers", "2")
+    assert code == 0, printed
+    assert run.measures.outcomes == {"ok": 40}
+    assert run.measures.throughput_per_s == pytest.approx(20, rel=0.1)
+    assert run.kept_up
+    assert "p50<2s" in printed
+    page = (tmp_path / "loadtest-results" / "few.html").read_text()
+    assert "<figcaption>Latency distribution</figcaption>" in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.yaml", "loadtest-results"]
+
+
+def test_a_promise_that_was_broken(tmp_path: Path) -> None:
+    with _stub("--error", "[queue_full retry_after_s=1] 3 requests are waiting") as address:
+        code, printed, run = _against(address, tmp_path, "--slo", "errors<1%")
+    assert code == 2, printed
+    assert run.measures.refused == 1.0
+    assert run.measures.refusal_s is not None
+    assert "errors<1%                          100.00%: BROKEN" in printed
+    assert "3 requests are waiting" in printed
+
+
+def test_a_generator_that_could_not_keep_up(tmp_path: Path) -> None:
+    with _stub("--delay-s", "1") as address:
+        code, printed, run = _against(address, tmp_path, "--slo", "errors<1%", max_in_flight=2)
+    assert code == 3, printed
+    assert not run.kept_up
+    assert run.measures.unsent > 40
+    assert "could not keep up" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nonsense"], "There is no workload 'nonsense'"),
+        (["single", "--slo", "p95"], "is no term of an SLO"),
+        (["single", "--find-max"], "--find-max needs an SLO to keep"),
+        (["single", "--rate", "0"], "--rate"),
+        (["single", "--no-such-option"], "No such option"),
+        (["single", "--url", "example.org:8001"], "is not this machine"),
+        (["single", "--protocol", "torchserve-grpc"], "is no protocol of --server triton"),
+        (["single", "--repository", "nowhere"], "nowhere"),
+        (["compare", "one.json", "two.json"], "one.json cannot be compared"),
+    ],
+)
+def test_what_cannot_be_run_ends_with_1(options: Sequence[str], message: str, tmp_path: Path) -> None:
+    ended = _loadtest(tmp_path, *options)
+    assert ended.returncode == 1, ended.stderr
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_loads_nothing_heavy(tmp_path: Path) -> None:
+    heavy = ("locust", "gevent", "matplotlib", "numpy", "jinja2", "psutil", "grpc")
+    code = (
+        "import json, sys; from diffuserve.cli import root; root.main(sys.argv[1:], standalone_mode=False);"
+        f"print(json.dumps([name for name in {heavy!r} if name in sys.modules]))"
+    )
+    for options in (["--help"], ["run", "--help"], ["compare", "--help"]):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "loadtest", *options], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert json.loads(ended.stdout.splitlines()[-1]) == []
