@@ -200,9 +200,9 @@ def _batch_sizes(axes: Any, run: Run) -> bool:
 def batch_sizes(run: Run) -> dict[str, float]:
     """UNet calls of the run by their number of rows, in words such as 5-8."""
     cumulative = [sample.buckets["unet_call_rows"] for sample in run.samples if "unet_call_rows" in sample.buckets]
-    if len(cumulative) < 2:
+    if not cumulative:
         return {}
-    first, last = cumulative[0], cumulative[-1]
+    first, last = run.samples[0].buckets.get("unet_call_rows", {}), cumulative[-1]
     counts, below, lowest = {}, 0.0, 1
     for bound in sorted(last, key=float):
         upto = last[bound] - first.get(bound, 0.0)

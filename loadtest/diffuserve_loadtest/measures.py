@@ -167,11 +167,14 @@ class _Rows(msgspec.Struct, frozen=True):
 
     @classmethod
     def between(cls, samples: Sequence[Sample], recording: Recording) -> _Rows:
-        """From the first sample to the last; nothing if the server was started anew meanwhile or has no metrics."""
+        """From the first sample to the last; nothing if the server was started anew meanwhile or has no metrics.
+
+        What the first sample does not have was 0 then: TorchServe shows no counter before it has counted something.
+        """
         with_metrics = [sample.metrics for sample in samples if "unet_rows" in sample.metrics]
-        if len(with_metrics) < 2:
+        if not with_metrics:
             return cls()
-        first, last = with_metrics[0], with_metrics[-1]
+        first, last = samples[0].metrics, with_metrics[-1]
         calls, executed, shareable = (
             last.get(name, 0) - first.get(name, 0) for name in ("unet_calls", "unet_rows", "unet_rows_shareable")
         )

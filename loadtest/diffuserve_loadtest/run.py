@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,7 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
     )
     with Watch(server.metrics_url, server.pid) as watch:
         recording, _ = generate(closed, server.target, key_file=server.key_file)
-    rows_per_s = _rows_per_s(watch.samples, recording)
+    rows_per_s = rows_per_s(watch.samples, recording)
     if rows_per_s is None:
         capacity_per_s = measure(recording, [], Slo()).throughput_per_s
     else:
@@ -126,15 +127,18 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
     return capacity_per_s
 
 
-def _rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
-    """UNet rows a second between the warm-up and the end of sending."""
+def rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
+    """UNet rows a second between the warm-up and the end of sending, from one change of the counter to another, since
+    TorchServe brings it up to date batch by batch; None if that is not known."""
     begin = recording.started_at + recording.workload.warm_up_s
     end = recording.started_at + recording.workload.duration_s
     points = [(sample.at_s, sample.metrics["unet_rows"]) for sample in samples if "unet_rows" in sample.metrics]
-    within = [point for point in points if begin <= point[0] <= end]
-    if len(within) < 2:
+    changes = [
+        point for before, point in itertools.pairwise(points) if point[1] > before[1] and begin <= point[0] <= end
+    ]
+    if len(changes) < 2:
         return None
-    return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
+    return (changes[-1][1] - changes[0][1]) / (changes[-1][0] - changes[0][0])
 
 
 def write_run(run: Run, path: Path) -> None:

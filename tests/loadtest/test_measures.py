@@ -4,6 +4,7 @@ import pytest
 
 from diffuserve_loadtest.measures import Memory, NothingMeasured, latencies, measure, values_for
 from diffuserve_loadtest.records import CANCELLED
+from diffuserve_loadtest.run import rows_per_s
 from diffuserve_loadtest.slo import Slo, slo_from_text
 from tests.loadtest.synthetic import record, recording, run, sample
 
@@ -82,6 +83,13 @@ def test_rows_of_the_server() -> None:
     assert measures.useful_rows == 0.5  # 20 of one answered request, of 40
 
 
+def test_a_counter_that_is_not_there_yet_is_0() -> None:
+    samples = [sample(-1), *(sample(at_s, unet_calls=at_s / 10, unet_rows=4 * at_s / 10) for at_s in (50.0, 111.0))]
+    measures = measure(recording([record(20, 1.0)]), samples, NO_SLO)
+    assert measures.rows_a_call == pytest.approx(4.0)
+    assert measures.useful_rows == pytest.approx(20 / 44.4)
+
+
 def test_a_server_that_was_started_anew_has_no_rows() -> None:
     before, after = [sample(at_s, unet_calls=calls, unet_rows=calls) for at_s, calls in ((-1, 100.0), (111, 10.0))]
     measures = measure(recording([record(20, 1.0)]), [before, after], NO_SLO)
@@ -119,3 +127,11 @@ def test_no_latency_is_kept_where_nothing_was_answered(term: str) -> None:
     made = run([record(20, 1.0, "stage_failed")], slo=term)
     assert [verdict.words for verdict in made.verdicts] == ["nothing was answered"]
     assert not made.slo_kept
+
+
+def test_capacity_in_rows_from_a_counter_that_grows_in_bunches() -> None:
+    made = recording([record(20, 1.0)], duration_s=40.0)
+    bunches = [sample(at_s, unet_rows=60.0 * (at_s // 6)) for at_s in range(0, 45)]
+    assert rows_per_s(bunches, made) == 10.0
+    assert rows_per_s(bunches[:12], made) is None
+    assert rows_per_s([sample(at_s) for at_s in range(0, 45)], made) is None
