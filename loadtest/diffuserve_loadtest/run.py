@@ -118,11 +118,11 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
     )
     with Watch(server.metrics_url, server.pid) as watch:
         recording, _ = generate(closed, server.target, key_file=server.key_file)
-    rows_per_s = rows_per_s(watch.samples, recording)
-    if rows_per_s is None:
+    rate = rows_per_s(watch.samples, recording)
+    if rate is None:
         capacity_per_s = measure(recording, [], Slo()).throughput_per_s
     else:
-        capacity_per_s = rows_per_s / statistics.fmean(plan(workload, number).unet_rows for number in range(_PLANNED))
+        capacity_per_s = rate / statistics.fmean(plan(workload, number).unet_rows for number in range(_PLANNED))
     click.echo(f"Capacity: {capacity_per_s:.3g} requests/s, with {users} in flight for {duration_s:.0f} s", err=True)
     return capacity_per_s
 
