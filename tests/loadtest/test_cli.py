@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 
+from diffuserve_loadtest.cli import command
 from diffuserve_loadtest.run import Run, read_run
+from diffuserve_loadtest.slo import slo_from_text
+from diffuserve_loadtest.workload import read_workload, shipped_workloads
 
+_ROOT = Path(__file__).parents[2]
 _WORKLOAD = """\
 description: A few requests.
 duration_s: 2
@@ -26,8 +33,8 @@ arrivals: {{process: constant, rate_per_s: 20}}
 @contextmanager
 def _stub(*options: str) -> Iterator[str]:
     """Its gRPC address."""
-    command = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    program = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().split()[0]
@@ -36,8 +43,8 @@ def _stub(*options: str) -> Iterator[str]:
 
 
 def _loadtest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("diffuserve"), "loadtest", *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    program = [Path(sys.executable).with_name("diffuserve"), "loadtest", *options]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 def _against(address: str, folder: Path, *options: str, max_in_flight: int = 100) -> tuple[int, str, Run]:
@@ -119,3 +126,32 @@ def test_the_help_loads_nothing_heavy(tmp_path: Path) -> None:
             [sys.executable, "-c", code, "loadtest", *options], capture_output=True, text=True, timeout=60, check=True
         )
         assert json.loads(ended.stdout.splitlines()[-1]) == []
+
+
+_DOCUMENTED = [
+    line.partition("#")[0]
+    for page in ("README.md", "docs/loadtest.md")
+    for line in re.findall(r"^    diffuserve loadtest (.*)$", (_ROOT / page).read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("line", _DOCUMENTED)
+def test_what_the_documentation_calls_can_be_called(line: str) -> None:
+    name, found, rest = command.resolve_command(click.Context(command), shlex.split(line))
+    assert name is not None
+    assert found is not None
+    values = found.make_context(name, rest).params
+    if "workload" in values:
+        read_workload(values["workload"])
+        slo_from_text(values["slo_text"])
+
+
+def test_the_example_of_the_documentation_is_a_workload(tmp_path: Path) -> None:
+    [example] = re.findall(r"```yaml\n(.*?)```", (_ROOT / "docs" / "loadtest.md").read_text(), re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example)
+    assert len(read_workload(str(tmp_path / "example.yaml")).requests) == 2
+
+
+def test_the_documentation_lists_the_workloads() -> None:
+    section = (_ROOT / "docs" / "loadtest.md").read_text().partition("## Workloads")[2].partition("```")[0]
+    assert sorted(re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)) == shipped_workloads()
