@@ -48,8 +48,7 @@ def test_a_run_against_triton(server: TritonServer) -> None:
     assert run.measures.memory["unet"].peak_bytes > 50 * 2**20
     before, after = run.measures.open_files["stable_diffusion"]
     assert 0 < after <= before + 5
-    waiting = {sample.metrics["requests_waiting"] + sample.metrics["requests_running"] for sample in run.samples}
-    assert max(waiting) >= 1
+    assert max(sample.metrics.get("requests_running", 0) for sample in run.samples) >= 1
     page = html(run)
     for chart in ("Requests waiting and running", "UNet batch sizes", "Resident memory", "Latency distribution"):
         assert f"<figcaption>{chart}</figcaption>" in page

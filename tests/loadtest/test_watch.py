@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diffuserve_loadtest.metrics import values_and_buckets
@@ -68,7 +69,8 @@ def test_a_watch_has_samples_of_before_and_after(address: str) -> None:
     assert before.metrics["unet_rows"] == 120.0
     assert before.at_s < after.at_s
     assert after.metrics["requests_waiting"] == 2.0
-    [own] = [each for each in before.processes.values() if each.resident_bytes > 10 * 2**20]
+    own = before.processes[psutil.Process().name()]
+    assert own.resident_bytes > 10 * 2**20
     assert 0 < own.proportional_bytes <= own.resident_bytes
     assert own.open_files > 2
     assert own.threads >= 1
