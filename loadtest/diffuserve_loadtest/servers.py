@@ -27,10 +27,13 @@ class UnderTest:
     max_rows: int | None = None
 
     def wait_until_idle(self, limit_s: float = 60.0) -> None:
-        """Until no request waits or runs, which a server without these metrics cannot say; `limit_s` at most."""
+        """Until no request waits or runs, which a server without metrics cannot say; `limit_s` at most."""
         give_up_s = time.monotonic() + limit_s
         while self.metrics_url is not None and time.monotonic() < give_up_s:
-            metrics = read_metrics(self.metrics_url)
+            try:
+                metrics = read_metrics(self.metrics_url)
+            except OSError:
+                return
             if not metrics.get("requests_waiting", 0) + metrics.get("requests_running", 0):
                 return
             time.sleep(_LOOK_EVERY_S)

@@ -112,7 +112,8 @@ def test_shared_memory_is_counted() -> None:
 def test_waiting_until_a_server_is_idle(address: str) -> None:
     UnderTest(Target("triton-grpc", "localhost:1"), f"{address}/metrics").wait_until_idle()
     assert _Metrics.waiting == 0
-    UnderTest(Target("triton-grpc", "localhost:1")).wait_until_idle()  # it cannot say
+    for cannot_say in (None, "http://127.0.0.1:1/metrics"):
+        UnderTest(Target("triton-grpc", "localhost:1"), cannot_say).wait_until_idle()
 
 
 @pytest.mark.parametrize("url", ["example.org:8001", "http://10.0.0.1:8000", "8001", "http://localhost.example:80"])
