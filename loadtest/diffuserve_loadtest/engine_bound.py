@@ -16,7 +16,7 @@ _PLANNED = 1000
 def engine_bound_per_s(workload: Workload, bundle: Path, max_rows: int) -> float:
     """Requests a second if every row, text and image ran in the batch that is cheapest for one of them.
 
-    Times the engines in this process, ten seconds or more for each image size of the workload.
+    Times the engines in this process, half a minute or more for each image size of the workload.
 
     Args:
         workload: whose mixture it is.
