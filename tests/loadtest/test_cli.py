@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 
 from diffuserve_loadtest.cli import command
@@ -91,6 +94,28 @@ def test_a_generator_that_could_not_keep_up(tmp_path: Path) -> None:
     assert not run.kept_up
     assert run.measures.unsent > 20
     assert "could not keep up" in printed
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_generator_too(tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=100))
+    program = [Path(sys.executable).with_name("diffuserve"), "loadtest", "few.yaml", "--duration", "60"]
+    with (
+        _stub() as address,
+        subprocess.Popen([*program, "--url", address], cwd=tmp_path, stderr=subprocess.PIPE) as process,
+    ):
+        try:
+            generators: list[psutil.Process] = []
+            while not generators:
+                assert process.poll() is None
+                generators = psutil.Process(process.pid).children(recursive=True)
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+    assert not psutil.wait_procs(generators, timeout=5)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["few.yaml"]
 
 
 @pytest.mark.parametrize(
