@@ -17,6 +17,7 @@ _SIZE_IN = (6.4, 3.2)
 _COLOURS = ("#2f6fde", "#e07b39", "#3d9970", "#b0419b", "#8c6d1f", "#d1495b", "#5b7083")
 _GREY = "#8a8f98"  # readable on white and on black
 _BINS = 40
+_GROUP = 10  # answers, at least, of which a percentile is drawn
 
 
 def charts_of(run: Run, found: Found | None = None) -> dict[str, str]:
@@ -68,8 +69,10 @@ def _dress(axes: Any) -> None:
         spine.set_color(_GREY)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(_GREY)
-    if axes.get_legend_handles_labels()[1]:
-        legend = axes.legend(frameon=False, fontsize=8)
+    if names := axes.get_legend_handles_labels()[1]:
+        # Above the plot, where it covers nothing.
+        columns = 3 if max(map(len, names)) < 20 else 2
+        legend = axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
         for text in legend.get_texts():
             text.set_color(_GREY)
 
@@ -89,13 +92,13 @@ def _latency_over_time(axes: Any, run: Run) -> bool:
     if not answered:
         return False
     due_s, latency_s = np.array([(record.due_s, record.latency_s) for record in answered]).T
-    axes.scatter(due_s, latency_s, s=min(30, 4 + 2000 / len(due_s)), alpha=0.4, linewidths=0, color=_COLOURS[0])
-    groups = np.array_split(np.arange(len(due_s)), max(1, min(_BINS, len(due_s) // 20)))
-    middle = [due_s[group].mean() for group in groups]
-    for percent, colour in ((50, _COLOURS[2]), (95, _COLOURS[1])):
-        axes.plot(
-            middle, [np.percentile(latency_s[group], percent) for group in groups], color=colour, label=f"p{percent}"
-        )
+    axes.scatter(due_s, latency_s, s=min(30, 4 + 2000 / len(due_s)), alpha=0.6, linewidths=0, color=_COLOURS[0])
+    groups = np.array_split(np.arange(len(due_s)), max(1, min(_BINS, len(due_s) // _GROUP)))
+    if len(groups) > 1:
+        middle = [due_s[group].mean() for group in groups]
+        for percent, colour in ((50, _COLOURS[2]), (95, _COLOURS[1])):
+            values = [np.percentile(latency_s[group], percent) for group in groups]
+            axes.plot(middle, values, color=colour, label=f"p{percent}")
     _warm_up(axes, run)
     axes.set(xlabel="due, s after the start", ylabel="latency, s")
     axes.set_ylim(bottom=0)
@@ -124,7 +127,7 @@ def _distribution(axes: Any, run: Run) -> bool:
 
 
 def _latency_by_rate(axes: Any, run: Run, found: Found | None) -> bool:
-    """From the tries of a search; else, where the rate changed, from the arrivals of the run itself."""
+    """From the tries of a search; else, where the rate changed, of groups of requests that were due one after the other."""
     if found is not None:
         tries = sorted((each for each in found.tries if each.latency_s), key=lambda each: each.rate_per_s)
         for name in ("p50", "p95", "p99"):
@@ -136,19 +139,16 @@ def _latency_by_rate(axes: Any, run: Run, found: Found | None) -> bool:
         axes.set(xlabel="offered, requests/s", ylabel="latency, s")
         axes.set_ylim(bottom=0)
         return bool(tries)
-    if not isinstance(getattr(run.recording.workload.arrivals, "rate_per_s", None), tuple):
-        return False
+    rate = getattr(run.recording.workload.arrivals, "rate_per_s", None)
     answered = sorted(_answered(run), key=lambda record: record.due_s)
-    due_s = np.array([record.due_s for record in run.recording.records])
-    edges = np.linspace(0, run.recording.workload.duration_s, 13)
-    rates = np.histogram(due_s, edges)[0] / (edges[1] - edges[0])
+    if not isinstance(rate, tuple) or not answered:
+        return False
+    due_s, latency_s = np.array([(record.due_s, record.latency_s) for record in answered]).T
+    rates = np.interp(due_s, (0, run.recording.workload.duration_s), rate)
+    groups = np.array_split(np.arange(len(due_s)), max(1, min(_BINS, len(due_s) // _GROUP)))
     for percent in (50, 95):
-        points = []
-        for rate, low, high in zip(rates, edges, edges[1:], strict=False):
-            values = [record.latency_s for record in answered if low <= record.due_s < high]
-            if values:
-                points.append((rate, np.percentile(values, percent)))
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"p{percent}")
+        values = [np.percentile(latency_s[group], percent) for group in groups]
+        axes.plot([rates[group].mean() for group in groups], values, marker="o", label=f"p{percent}")
     axes.set(xlabel="offered, requests/s", ylabel="latency, s")
     axes.set_ylim(bottom=0)
     return True
@@ -193,23 +193,29 @@ def _batch_sizes(axes: Any, run: Run) -> bool:
     if not counts:
         return False
     axes.bar(list(counts), list(counts.values()), color=_COLOURS[0])
-    axes.set(xlabel="rows of a UNet call, at most", ylabel="calls")
-    axes.tick_params(axis="x", rotation=0)
+    axes.set(xlabel="rows of a UNet call", ylabel="calls")
     return True
 
 
 def batch_sizes(run: Run) -> dict[str, float]:
-    """UNet calls of the run by the upper bound of their number of rows."""
+    """UNet calls of the run by their number of rows, in words such as 5-8."""
     cumulative = [sample.buckets["unet_call_rows"] for sample in run.samples if "unet_call_rows" in sample.buckets]
-    if len(cumulative) < 2:
+    if not cumulative:
         return {}
-    first, last = cumulative[0], cumulative[-1]
-    counts, below = {}, 0.0
-    for bound in last:
+    first, last = run.samples[0].buckets.get("unet_call_rows", {}), cumulative[-1]
+    counts, below, lowest = {}, 0.0, 1
+    for bound in sorted(last, key=float):
         upto = last[bound] - first.get(bound, 0.0)
-        counts[bound.removesuffix(".0")] = upto - below
+        if bound == "+Inf":
+            words = f"{lowest} or more"
+        else:
+            highest = int(float(bound))
+            words = f"{lowest}-{highest}" if lowest < highest else f"{highest}"
+            lowest = highest + 1
+        counts[words] = upto - below
         below = upto
-    return counts if any(counts.values()) else {}
+    used = [index for index, count in enumerate(counts.values()) if count]
+    return dict(list(counts.items())[: used[-1] + 1]) if used else {}
 
 
 def _errors(axes: Any, run: Run) -> bool:

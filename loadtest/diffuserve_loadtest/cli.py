@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _SLO_BROKEN, _CANNOT_KEEP_UP = 2, 3
-_SUBCOMMANDS = {"faults": "diffuserve_loadtest.faults.cli", "peers": "diffuserve_loadtest.peers.cli"}
+_TRY_S = 45.0  # of a search
+_MAX_ROWS = 32  # of a UNet call, where the server does not say
+# command: (module with the click command `command`, its line in the help)
+_SUBCOMMANDS = {
+    "faults": ("diffuserve_loadtest.faults.cli", "Attack a server, and count what is lost."),
+    "peers": ("diffuserve_loadtest.peers.cli", "Other servers under the same load."),
+}
 _PROTOCOLS = ("triton-grpc", "triton-http", "triton-stream", "torchserve-grpc", "torchserve-http", "image-http")
 
 
@@ -39,9 +45,21 @@ class _WorkloadOrCommand(click.Group):
         if cmd_name in _SUBCOMMANDS:
             import importlib
 
-            command: click.Command = importlib.import_module(_SUBCOMMANDS[cmd_name]).command
+            command: click.Command = importlib.import_module(_SUBCOMMANDS[cmd_name][0]).command
             return command
         return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            error.exit_code = 1  # type: ignore[misc]  # click's own 2 says here that the SLO was broken
+            raise
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        ours = {name: each.get_short_help_str(limit=80) for name, each in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([*ours.items(), *((name, text) for name, (_, text) in _SUBCOMMANDS.items())])
 
 
 @click.group("loadtest", cls=_WorkloadOrCommand, short_help="Load a server, and say what it holds.")
@@ -70,7 +88,12 @@ def command() -> None:
 @click.option("--metrics-url", help="Of a server at --url.  [default: http://HOST:8002/metrics for Triton]")
 @click.option("--pid", type=int, help="Of a server at --url on this machine, to watch its memory.")
 @click.option("--key-file", type=_PATH, help="Of a TorchServe at --url.")
-@click.option("--duration", "duration_s", type=click.FloatRange(min=1), help="Seconds, in place of the workload's.")
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(min=1),
+    help="Seconds.  [default: the workload's; 45 for each try of --find-max]",
+)
 @click.option("--rate", "rate_per_s", type=click.FloatRange(min=0, min_open=True), help="Poisson arrivals a second.")
 @click.option(
     "--capacity-per-s",
@@ -79,6 +102,7 @@ def command() -> None:
 )
 @click.option("--slo", "slo_text", default="", help="Such as p95<3s,errors<0.1%.")
 @click.option("--find-max", "searching", is_flag=True, help="Search the highest rate that keeps --slo.")
+@click.option("--bundle", type=_PATH, help="Time its engines first, for the serving efficiency.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that send.")
 @click.option("--output", type=_PATH, default=Path("loadtest-results"), show_default=True)
 def run(
@@ -96,11 +120,13 @@ def run(
     capacity_per_s: float | None,
     slo_text: str,
     searching: bool,
+    bundle: Path | None,
     workers: int,
     output: Path,
 ) -> None:
     """Runs WORKLOAD. Exit codes: 0 all is well, 1 it could not run, 2 the SLO was broken, 3 the generator could not keep up, so
     that the figures are not the server's."""
+    from diffuserve_loadtest.engine_bound import engine_bound_per_s
     from diffuserve_loadtest.page import publish
     from diffuserve_loadtest.run import measure_capacity, run_workload
     from diffuserve_loadtest.slo import slo_from_text
@@ -109,20 +135,30 @@ def run(
     slo = slo_from_text(slo_text)
     if searching and not slo.terms:
         raise click.UsageError('--find-max needs an SLO to keep, such as --slo "p95<20s,errors<0.1%".')
+    duration_s = duration_s or (_TRY_S if searching else None)
     chosen = _overridden(read_workload(workload), duration_s, rate_per_s)
     name = Path(workload).stem
     opened = (
         _running(url, protocol, metrics_url, pid, key_file) if url else _started(server, repository, archive, protocol)
     )
     with opened as under_test:
+        bound_per_s = engine_bound_per_s(chosen, bundle, under_test.max_rows or _MAX_ROWS) if bundle else None
         if capacity_per_s is None and (searching or chosen.needs_capacity):
             capacity_per_s = measure_capacity(chosen, under_test)
         if searching:
             assert capacity_per_s is not None  # noqa: S101 - for the type checker
-            result, found = _search(name, chosen, under_test, slo, capacity_per_s, workers)
+            result, found = _search(name, chosen, under_test, slo, capacity_per_s, bound_per_s, workers)
         else:
             found = None
-            result = run_workload(name, chosen, under_test, slo=slo, capacity_per_s=capacity_per_s, workers=workers)
+            result = run_workload(
+                name,
+                chosen,
+                under_test,
+                slo=slo,
+                capacity_per_s=capacity_per_s,
+                engine_bound_per_s=bound_per_s,
+                workers=workers,
+            )
     publish(result, output, found)
     if not result.kept_up:
         sys.exit(_CANNOT_KEEP_UP)
@@ -170,7 +206,13 @@ def _started(
 
 
 def _search(
-    name: str, workload: Workload, server: UnderTest, slo: Slo, capacity_per_s: float, workers: int
+    name: str,
+    workload: Workload,
+    server: UnderTest,
+    slo: Slo,
+    capacity_per_s: float,
+    bound_per_s: float | None,
+    workers: int,
 ) -> tuple[Run, Found]:
     """The run of the highest rate that kept the SLO, or of the last try if none did."""
     import msgspec
@@ -183,7 +225,16 @@ def _search(
 
     def attempt(rate_per_s: float) -> Try:
         at_rate = msgspec.structs.replace(workload, arrivals=Poisson(rate_per_s=rate_per_s))
-        result = run_workload(name, at_rate, server, slo=slo, workers=workers)
+        server.wait_until_idle()
+        result = run_workload(
+            name,
+            at_rate,
+            server,
+            slo=slo,
+            capacity_per_s=capacity_per_s,
+            engine_bound_per_s=bound_per_s,
+            workers=workers,
+        )
         runs[rate_per_s] = result
         words = ", ".join(f"{verdict.term.text}: {verdict.words}" for verdict in result.verdicts)
         click.echo(f"{rate_per_s:.3g} requests/s: {'kept' if result.slo_kept else 'broken'} ({words})", err=True)

@@ -11,6 +11,7 @@ import numpy as np
 from diffuserve_loadtest.records import OK, counted_of
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.run import Run
+from diffuserve_loadtest.workload import Workload
 
 _LOWER_IS_BETTER = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
 
@@ -54,8 +55,12 @@ def differences(first: Run, second: Run) -> list[str]:
         one, other = first.machine.get(name, "none"), second.machine.get(name, "none")
         if one != other:
             found.append(f"{name} is {one} in the first run and {other} in the second.")
-    if first.recording.workload != second.recording.workload:
-        found.append("the workloads differ.")
+    workloads = first.recording.workload, second.recording.workload
+    changed = [
+        name for name in Workload.__struct_fields__ if len({repr(getattr(each, name)) for each in workloads}) > 1
+    ]
+    if changed:
+        found.append(f"the workloads differ in {', '.join(changed)}.")
     for title, run in (("first", first), ("second", second)):
         if not run.kept_up:
             found.append(f"the generator of the {title} run could not keep up.")

@@ -25,6 +25,15 @@ class Found(msgspec.Struct, frozen=True):
     rate_per_s: float | None
     tries: Sequence[Try]
 
+    @property
+    def words(self) -> str:
+        """The result as a sentence."""
+        if self.rate_per_s is None:
+            lowest = min(each.rate_per_s for each in self.tries)
+            return f"No rate kept the service level, not even {lowest:.3g} requests/s."
+        at_least = "At least " if all(each.kept for each in self.tries) else ""
+        return f"{at_least}{self.rate_per_s:.3g} requests/s kept the service level."
+
 
 def find_max(attempt: Callable[[float], Try], guess_per_s: float, precision: float = _PRECISION) -> Found:
     """Doubles or halves from the guess until the answer lies between two rates, then halves their ratio.

@@ -8,13 +8,19 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from diffuserve.errors import Draining, QueueFull
+from diffuserve.errors import DiffuserveError, Draining, QueueFull
 from diffuserve_loadtest.records import CANCELLED, OK, Record, Recording, counted_of
 from diffuserve_loadtest.slo import Slo
 from diffuserve_loadtest.watch import Sample
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _REFUSALS = (QueueFull.code, Draining.code)
+
+
+class NothingMeasured(DiffuserveError):
+    """No request was due after the warm-up."""
+
+    code = "nothing_measured"
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -91,12 +97,14 @@ def values_for(slo: Slo, measures: Measures, recording: Recording) -> dict[str, 
 
 
 def measure(recording: Recording, samples: Sequence[Sample], slo: Slo) -> Measures:
-    """Raises `ValueError` if no request was due after the warm-up."""
+    """Raises `NothingMeasured`."""
     workload = recording.workload
     window_s = workload.duration_s - workload.warm_up_s
     counted = counted_of(recording)
     if not counted:
-        raise ValueError("no request was due after the warm-up: make the run longer, or the rate higher")
+        raise NothingMeasured(
+            f"No request was due in the {window_s:.3g} s after the warm-up. Make the run longer (--duration) or the rate higher."
+        )
     asked = [record for record in counted if record.outcome != CANCELLED]
     answered = [record for record in asked if record.outcome == OK]
     # A rate counts what ended within the window, whenever it began.
@@ -159,11 +167,14 @@ class _Rows(msgspec.Struct, frozen=True):
 
     @classmethod
     def between(cls, samples: Sequence[Sample], recording: Recording) -> _Rows:
-        """From the first sample to the last; nothing if the server was started anew meanwhile or has no metrics."""
+        """From the first sample to the last; nothing if the server was started anew meanwhile or has no metrics.
+
+        What the first sample does not have was 0 then: TorchServe shows no counter before it has counted something.
+        """
         with_metrics = [sample.metrics for sample in samples if "unet_rows" in sample.metrics]
-        if len(with_metrics) < 2:
+        if not with_metrics:
             return cls()
-        first, last = with_metrics[0], with_metrics[-1]
+        first, last = samples[0].metrics, with_metrics[-1]
         calls, executed, shareable = (
             last.get(name, 0) - first.get(name, 0) for name in ("unet_calls", "unet_rows", "unet_rows_shareable")
         )

@@ -29,6 +29,7 @@ def publish(run: Run, folder: Path, found: Found | None = None) -> None:
         click.echo(f"{verdict.term.text:<34} {verdict.words}: {'kept' if verdict.kept else 'BROKEN'}")
     write_run(run, folder / f"{run.name}.json")
     if found is not None:
+        click.echo(found.words)
         write_whole(folder / f"{run.name}-tries.json", msgspec.json.format(msgspec.json.encode(found), indent=2))
     write_whole(folder / f"{run.name}.html", html(run, found).encode())
     click.echo(f"Written: {folder / run.name}.html, {folder / run.name}.json")
@@ -74,6 +75,12 @@ def figures_of(run: Run) -> dict[str, str]:
         figures["rows that shared a call"] = f"{measures.shared_rows:.1%}"
     if measures.useful_rows is not None:
         figures["useful of executed rows"] = f"{measures.useful_rows:.1%}"
+    if run.capacity_per_s is not None:
+        figures["capacity, requests/s"] = f"{run.capacity_per_s:.3g}"
+    if run.engine_bound_per_s is not None:
+        figures["engine bound, requests/s"] = f"{run.engine_bound_per_s:.3g}"
+    if run.serving_efficiency is not None:
+        figures["serving efficiency"] = f"{run.serving_efficiency:.1%}"
     return figures
 
 

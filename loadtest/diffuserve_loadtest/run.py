@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ class Run(msgspec.Struct, frozen=True):
         server: the protocol and address.
         kept_up: whether the generator did.
         capacity_per_s: what a load of 1 is; None if it was not needed.
+        engine_bound_per_s: requests a second of the engines alone; None if they were not timed.
         recording, samples: the raw material.
         measures, slo, verdicts: what they come to.
     """
@@ -53,10 +55,18 @@ class Run(msgspec.Struct, frozen=True):
     measures: Measures
     slo: Slo
     verdicts: Sequence[Verdict]
+    engine_bound_per_s: float | None = None
 
     @property
     def slo_kept(self) -> bool:
         return all(verdict.kept for verdict in self.verdicts)
+
+    @property
+    def serving_efficiency(self) -> float | None:
+        """What the server answers when it is full, or answered in this run if that is not known, of the engines' bound."""
+        if self.engine_bound_per_s is None:
+            return None
+        return (self.capacity_per_s or self.measures.throughput_per_s) / self.engine_bound_per_s
 
 
 def run_workload(
@@ -66,9 +76,10 @@ def run_workload(
     *,
     slo: Slo = Slo(),  # noqa: B008 - it cannot be changed
     capacity_per_s: float | None = None,
+    engine_bound_per_s: float | None = None,
     workers: int = 1,
 ) -> Run:
-    """Raises `GeneratorFailed`; `ValueError` if nothing was measured."""
+    """Raises `GeneratorFailed` and `NothingMeasured`."""
     workload = workload if capacity_per_s is None else workload.at_capacity(capacity_per_s)
     with Watch(server.metrics_url, server.pid) as watch:
         recording, kept_up = generate(workload, server.target, key_file=server.key_file, workers=workers)
@@ -86,6 +97,7 @@ def run_workload(
         measures,
         slo,
         slo.judge(values_for(slo, measures, recording)),
+        engine_bound_per_s,
     )
 
 
@@ -106,24 +118,27 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
     )
     with Watch(server.metrics_url, server.pid) as watch:
         recording, _ = generate(closed, server.target, key_file=server.key_file)
-    rows_per_s = _rows_per_s(watch.samples, recording)
-    if rows_per_s is None:
+    rate = rows_per_s(watch.samples, recording)
+    if rate is None:
         capacity_per_s = measure(recording, [], Slo()).throughput_per_s
     else:
-        capacity_per_s = rows_per_s / statistics.fmean(plan(workload, number).unet_rows for number in range(_PLANNED))
+        capacity_per_s = rate / statistics.fmean(plan(workload, number).unet_rows for number in range(_PLANNED))
     click.echo(f"Capacity: {capacity_per_s:.3g} requests/s, with {users} in flight for {duration_s:.0f} s", err=True)
     return capacity_per_s
 
 
-def _rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
-    """UNet rows a second between the warm-up and the end of sending."""
+def rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
+    """UNet rows a second between the warm-up and the end of sending, from one change of the counter to another, since
+    TorchServe brings it up to date batch by batch; None if that is not known."""
     begin = recording.started_at + recording.workload.warm_up_s
     end = recording.started_at + recording.workload.duration_s
     points = [(sample.at_s, sample.metrics["unet_rows"]) for sample in samples if "unet_rows" in sample.metrics]
-    within = [point for point in points if begin <= point[0] <= end]
-    if len(within) < 2:
+    changes = [
+        point for before, point in itertools.pairwise(points) if point[1] > before[1] and begin <= point[0] <= end
+    ]
+    if len(changes) < 2:
         return None
-    return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
+    return (changes[-1][1] - changes[0][1]) / (changes[-1][0] - changes[0][0])
 
 
 def write_run(run: Run, path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffuserve.errors import LaunchError
+from diffuserve_loadtest.metrics import read_metrics
 from diffuserve_loadtest.target import Protocol, Target
+
+_LOOK_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,18 @@ class UnderTest:
     pid: int | None = None
     key_file: Path | None = None
     max_rows: int | None = None
+
+    def wait_until_idle(self, limit_s: float = 60.0) -> None:
+        """Until no request waits or runs, which a server without metrics cannot say; `limit_s` at most."""
+        give_up_s = time.monotonic() + limit_s
+        while self.metrics_url is not None and time.monotonic() < give_up_s:
+            try:
+                metrics = read_metrics(self.metrics_url)
+            except OSError:
+                return
+            if not metrics.get("requests_waiting", 0) + metrics.get("requests_running", 0):
+                return
+            time.sleep(_LOOK_EVERY_S)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 import msgspec
+
+from diffuserve.errors import InvalidRequest
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Protocol = Literal["triton-grpc", "triton-http", "triton-stream", "torchserve-grpc", "torchserve-http", "image-http"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -24,3 +29,10 @@ class Target(msgspec.Struct, frozen=True):
     protocol: Protocol
     url: str
     token: str | None = None
+
+    def __post_init__(self) -> None:
+        host = urlsplit(self.url if "://" in self.url else f"//{self.url}").hostname
+        if host not in _LOOPBACK:
+            raise InvalidRequest(
+                f"{self.url!r} is not this machine: a load goes to {', '.join(_LOOPBACK)} only, with a port behind."
+            )

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 
@@ -83,7 +84,8 @@ class Watch:
         metrics: dict[str, float] = {}
         buckets: dict[str, dict[str, float]] = {}
         if self._metrics_url is not None:
-            with contextlib.suppress(OSError):  # it may be down, which is one of the things to see
+            # It may be down or end within its answer, which is one of the things to see.
+            with contextlib.suppress(OSError, HTTPException):
                 metrics, buckets = values_and_buckets(read_text(self._metrics_url))
         return Sample(time.time(), metrics, buckets, processes_of(self._pid), *_shared_memory())
 
@@ -102,7 +104,7 @@ def processes_of(pid: int | None) -> dict[str, Process]:
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return found
     for process in processes:
         try:

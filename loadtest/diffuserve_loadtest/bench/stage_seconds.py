@@ -101,16 +101,17 @@ def best_mixture_per_s(kinds: Sequence[Kind], seconds: Mapping[tuple[int, int], 
         max_rows: rows of a UNet call, at most.
     """
 
+    return len(kinds) / sum(best_request_s(seconds[kind.size], kind.steps * kind.rows, 1, max_rows) for kind in kinds)
+
+
+def best_request_s(stages: StageSeconds, unet_rows: int, images: int, max_rows: int) -> float:
+    """Seconds of one request's text, UNet rows and images, each in the batch that is cheapest for one of them."""
+
     def each_s(costs: Mapping[int, float], most: int) -> float:
         return min(CallCosts(costs).seconds(batch) / batch for batch in range(1, most + 1))
 
-    def request_s(kind: Kind) -> float:
-        stages = seconds[kind.size]
-        row_s = each_s(stages.unet, max_rows)
-        ends_s = each_s(stages.text_encoder, max(BATCHES)) + each_s(stages.vae_decoder, max(BATCHES))
-        return kind.steps * kind.rows * row_s + ends_s
-
-    return len(kinds) / sum(map(request_s, kinds))
+    text_s, image_s = each_s(stages.text_encoder, max(BATCHES)), each_s(stages.vae_decoder, max(BATCHES))
+    return text_s + unet_rows * each_s(stages.unet, max_rows) + images * image_s
 
 
 def call_seconds(engine: Engine, inputs: Mapping[str, Any]) -> float:
