@@ -52,7 +52,7 @@ bench: repository  ## every benchmark, an hour or two on two cores; results in b
 	$(BIN)/diffuserve bench engine --save
 	$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
 	$(BIN)/diffuserve archive $(BUNDLE)
-	@for verb in unet overhead efficiency mixed short cancel same policies torchserve; do \
+	@for verb in generator unet overhead efficiency mixed short cancel same policies torchserve; do \
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 
