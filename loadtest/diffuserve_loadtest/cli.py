@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -74,6 +75,8 @@ def command() -> None:
     diffuserve loadtest mixed --slo "p95<20s" --find-max       # the highest rate that keeps it
     diffuserve loadtest compare A.json B.json
     """
+    # As Ctrl-C, so that the server and the generator that were started end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 @command.command("run", short_help="Run a workload (the default).")

@@ -97,7 +97,8 @@ def test_a_generator_that_could_not_keep_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_generator_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=100))
     program = [Path(sys.executable).with_name("diffuserve"), "loadtest", "few.yaml", "--duration", "60"]
     with (
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_the_generator_too(tmp_path: Path) -> None:
                 assert process.poll() is None
                 generators = psutil.Process(process.pid).children(recursive=True)
                 time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(how)
             assert process.wait(20) == 1
         finally:
             process.kill()
