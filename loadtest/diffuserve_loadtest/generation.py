@@ -15,6 +15,7 @@ import gevent
 import msgspec
 from gevent.event import AsyncResult
 from locust.runners import MasterRunner, WorkerRunner
+from locust.stats import CSV_STATS_INTERVAL_SEC
 
 from diffuserve_loadtest.generator import CANNOT_KEEP_UP
 from diffuserve_loadtest.lateness import shortfall
@@ -142,6 +143,8 @@ class Generation:
         else:
             self._environment.process_exit_code = 0
         if self._environment.web_ui is None:
+            if self._environment.parsed_options.csv_prefix:
+                gevent.sleep(2 * CSV_STATS_INTERVAL_SEC)  # Locust writes these at intervals, and not at the end
             self._runner.quit()
         else:
             self._runner.stop()

@@ -80,6 +80,7 @@ class Trial:
         tally: of the case that runs.
         notes: what the case measured, by name.
         problems: what the case found wrong, besides requests that were lost.
+        files_left: open files that Triton is known to keep after what the case did to it.
     """
 
     def __init__(self, repository: Path, address: Address, scale: float = 1.0) -> None:
@@ -105,6 +106,7 @@ class Trial:
         self.tally = Tally()
         self.notes: dict[str, float] = {}
         self.problems: list[str] = []
+        self.files_left = 0
 
     def succeed(self) -> None:
         """Starts a new server at the same address, after the last one's end."""

@@ -53,7 +53,7 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
     duration_s = time.monotonic() - started_s
     if trial.server.running:  # a new one has yet to become as warm as the last one was
         _warm_up(trial)
-    problems = trial.problems + differences(trial.server, before, trial.answers)
+    problems = trial.problems + differences(trial.server, before, trial.answers, trial.files_left)
     pools_grew_bytes = pools_bytes() - before.pools_bytes
     if not trial.server.running:
         trial.succeed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +48,12 @@ class HttpTransport:
 
 
 def _error(status: int, body: bytes) -> Exception:
-    """The server's own error if the body carries one."""
+    """The server's own error, if the body carries one; Triton and TorchServe put it into JSON."""
     text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError):
+        fields = json.loads(text)
+        if isinstance(fields, dict):
+            text = str(fields.get("error") or fields.get("message") or text)
     return from_wire(text) or TransportFailed(f"http_{status}", text)
 
 
