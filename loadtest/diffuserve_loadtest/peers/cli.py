@@ -18,9 +18,10 @@ _PATH = click.Path(path_type=Path)
     "--environments", type=_PATH, default=Path(".peers"), show_default=True, help="Where peers are installed."
 )
 @click.option("--steps", default="20", show_default=True, help="Of a request; several with commas between are mixed.")
-@click.option("--backlog", type=click.IntRange(1, 80), default=48, show_default=True, help="Requests at once.")
-@click.option("--seconds", type=click.FloatRange(min=5), default=90.0, show_default=True, help="Of each load.")
-@click.option("--only", multiple=True, help="Contenders, by name; all unless given.")
+@click.option("--backlog", type=click.IntRange(1, 80), default=32, show_default=True, help="Requests at once.")
+@click.option("--seconds", type=click.FloatRange(5, 3600), default=40.0, show_default=True, help="Of each load.")
+@click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True, help="Of the loads.")
+@click.option("--only", multiple=True, help="Contenders, by name; a wrong one is answered with all.")
 @click.option("--output", type=_PATH, default=Path("bench-results"), show_default=True)
 def command(
     checkpoint: Path,
@@ -31,34 +32,40 @@ def command(
     steps: str,
     backlog: int,
     seconds: float,
+    rounds: int,
     only: tuple[str, ...],
     output: Path,
 ) -> None:
     """The same checkpoint on FastAPI, LitServe, TorchServe with a plain handler, and on diffuserve: images a second at
-    saturation, latencies at half and at four fifths of the slowest one's, peak memory, lines of setup. About half an hour."""
-    import msgspec
-
+    saturation, latencies at half and at four fifths of the slowest one's, peak memory, lines of setup. About 25 minutes."""
     from diffuserve_loadtest.peers.comparison import compare_peers, uniform
     from diffuserve_loadtest.peers.contenders import Sources, contenders_from
+    from diffuserve_loadtest.peers.environments import requirements_of
     from diffuserve_loadtest.report import publish
 
-    contenders = contenders_from(Sources(checkpoint, repository, archive, peers, environments))
-    unknown = set(only) - {contender.name for contender in contenders}
-    if unknown:
-        names = ", ".join(contender.name for contender in contenders)
-        raise click.UsageError(f"There is no contender {sorted(unknown)[0]!r}; there are {names}.")
-    chosen = [contender for contender in contenders if not only or contender.name in only]
     try:
         counts = tuple(int(part) for part in steps.split(","))
     except ValueError:
         raise click.UsageError(f"--steps {steps!r} must be numbers with commas between.") from None
-    requests = uniform(counts[0])
-    if len(counts) > 1:
-        requests = msgspec.structs.replace(requests, steps=counts)
+    for path, made_by in ((repository, "diffuserve assemble BUNDLE"), (archive, "diffuserve archive BUNDLE")):
+        if not path.exists():
+            raise click.UsageError(f"There is no {path}. Make it: {made_by}")
+    if not peers.is_dir():
+        raise click.UsageError(f"There is no {peers}. Give the folder loadtest/peers of diffuserve's sources: --peers")
+    contenders = contenders_from(Sources(checkpoint, repository, archive, peers, environments))
+    unknown = set(only) - {contender.name for contender in contenders}
+    if unknown:
+        names = ", ".join(contender.name for contender in contenders)
+        raise click.UsageError(f"There is no contender {min(unknown)!r}; there are {names}.")
+    chosen = [each for each in contenders if (each.name in only if only else not each.control)]
     settings: dict[str, object] = {
         "steps": steps,
         "backlog": backlog,
         "seconds": seconds,
+        "rounds": rounds,
         "checkpoint": str(checkpoint),
+        "requirements": requirements_of(peers),
     }
-    publish(compare_peers(chosen, requests, backlog=backlog, seconds=seconds, settings=settings), output)
+    requests = uniform(counts if len(counts) > 1 else counts[0])
+    report = compare_peers(chosen, requests, backlog=backlog, seconds=seconds, rounds=rounds, settings=settings)
+    publish(report, output)

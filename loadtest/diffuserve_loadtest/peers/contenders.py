@@ -4,39 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffuserve.errors import LaunchError
-from diffuserve.serving.process import free_ports
+from diffuserve.serving.process import ServerProcess, free_ports
 from diffuserve_loadtest.peers.archive import archive_with_handler
 from diffuserve_loadtest.peers.environments import python_of
+from diffuserve_loadtest.repositories import repository_with
 from diffuserve_loadtest.servers import UnderTest, started_torchserve, started_triton
 from diffuserve_loadtest.target import Target
 
 _HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120.0
-# What a user types to get ours.
-_OURS = {
-    "triton": ("diffuserve export CHECKPOINT", "diffuserve assemble BUNDLE", "diffuserve serve"),
-    "torchserve": ("diffuserve export CHECKPOINT", "diffuserve archive BUNDLE", "diffuserve serve --server torchserve"),
-}
+_STOP_TIMEOUT_S = 5.0
+# What a user types, from an empty virtual environment to a server that answers.
+_PROCESS_COMMANDS = ("pip install -r requirements.txt", "python server.py CHECKPOINT PORT")
+_TORCHSERVE_COMMANDS = (
+    "pip install -r requirements.txt",
+    "torch-model-archiver --model-name NAME --version 1 --handler handler.py --extra-files CHECKPOINT "
+    "--config-file model-config.yaml --export-path STORE",
+    "torchserve --start --model-store STORE --models NAME.mar",
+)
+_OURS_ON_TRITON = (
+    "pip install 'diffuserve[export,serve]'",
+    "diffuserve export CHECKPOINT",
+    "diffuserve assemble BUNDLE",
+    "diffuserve serve",
+)
+_OURS_ON_TORCHSERVE = (
+    "pip install 'diffuserve[export,torchserve]'",
+    "diffuserve export CHECKPOINT",
+    "diffuserve archive BUNDLE",
+    "diffuserve serve --server torchserve",
+)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`start` makes a server of its own; `setup_lines`: lines that a user writes or types for it."""
+    """A way to serve the checkpoint.
+
+    Attributes:
+        name: in the table.
+        start: makes a server of its own, which ends with the context.
+        setup_lines: that a user writes or types for it.
+        control: no way that anybody would choose, but one that shows what a difference comes from; takes part when named.
+    """
 
     name: str
     start: Callable[[], AbstractContextManager[UnderTest]]
     setup_lines: int
+    control: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,82 +72,85 @@ class Sources:
 
 
 def contenders_from(sources: Sources) -> list[Contender]:
-    """All five, the peers first."""
-
-    def process(folder: str, path: str) -> Contender:
-        peer = sources.peers / folder
-        return Contender(folder, lambda: _process(peer, sources, path), setup_lines([peer / "server.py"]))
-
-    handler = sources.peers / "torchserve_diffusers" / "handler.py"
+    """The peers first, then ours, then the controls."""
+    torchserve = sources.peers / "torchserve_diffusers"
     return [
-        process("fastapi_lock", "/generate"),
-        process("litserve", "/predict"),
-        Contender("torchserve_diffusers", lambda: _torchserve(sources, handler), setup_lines([handler])),
+        _peer("fastapi_lock", "/generate", sources),
+        _peer("litserve", "/predict", sources),
         Contender(
-            "diffuserve on TorchServe",
-            lambda: started_torchserve(sources.archive, "torchserve-http"),
-            len(_OURS["torchserve"]),
+            torchserve.name, lambda: _torchserve(torchserve, sources), setup_lines(torchserve, _TORCHSERVE_COMMANDS)
         ),
         Contender(
-            "diffuserve on Triton", lambda: started_triton(sources.repository, "triton-http"), len(_OURS["triton"])
+            "diffuserve_torchserve",
+            lambda: started_torchserve(sources.archive, "torchserve-http"),
+            len(_OURS_ON_TORCHSERVE),
+        ),
+        Contender("diffuserve_triton", lambda: started_triton(sources.repository, "triton-http"), len(_OURS_ON_TRITON)),
+        *(
+            Contender(
+                f"diffuserve_triton_{batching}",
+                lambda batching=batching: _triton_with(batching, sources),  # type: ignore[misc]
+                len(_OURS_ON_TRITON),
+                control=True,
+            )
+            for batching in ("none", "request")
         ),
     ]
 
 
-def setup_lines(files: list[Path]) -> int:
-    """Lines that are neither empty, nor comments, nor docstrings of one line, and the requirements beside them."""
+def setup_lines(peer: Path, commands: Sequence[str]) -> int:
+    """Commands, and lines of a peer's files that are neither empty, nor comments, nor docstrings of one line; its README
+    does not count."""
+    files = [path for path in peer.iterdir() if path.suffix in (".py", ".txt", ".yaml")]
     lines = [line.strip() for file in files for line in file.read_text().splitlines()]
-    requirements = files[0].with_name("requirements.txt")
-    if requirements.exists():
-        lines += requirements.read_text().split("\n")
-    return sum(bool(line) and not line.startswith(("#", '"""')) for line in lines)
+    return len(commands) + sum(bool(line) and not line.startswith(("#", '"""')) for line in lines)
+
+
+def _peer(folder: str, path: str, sources: Sources) -> Contender:
+    peer = sources.peers / folder
+    return Contender(folder, lambda: _process(peer, path, sources), setup_lines(peer, _PROCESS_COMMANDS))
 
 
 @contextlib.contextmanager
-def _process(peer: Path, sources: Sources, path: str) -> Iterator[UnderTest]:
-    """A peer's server.py in its own environment, in a group of its own that is killed at the end."""
+def _process(peer: Path, path: str, sources: Sources) -> Iterator[UnderTest]:
+    """A peer's server.py in its own environment."""
     python = python_of(peer, sources.environments)
     [port] = free_ports(_HOST, 1)
-    arguments = [str(python), str((peer / "server.py").absolute()), str(sources.checkpoint.absolute()), str(port)]
+    command = [str(python), str((peer / "server.py").absolute()), str(sources.checkpoint.absolute()), str(port)]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    with (
-        tempfile.TemporaryDirectory(prefix="diffuserve-peer-") as folder,
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(
-            arguments,
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as server,
-    ):
+    with tempfile.TemporaryDirectory(prefix="diffuserve-peer-") as folder:
+        server = ServerProcess(
+            f"The peer {peer.name}", command, environment, folder=Path(folder), show=lambda line: False
+        )
         try:
-            _wait_for_port(server, port, peer.name, log)
+            server.wait_until(lambda: _listens(port), _READY_TIMEOUT_S)
             yield UnderTest(Target("image-http", f"http://{_HOST}:{port}{path}"), pid=server.pid)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.wait(5)
-                os.killpg(server.pid, signal.SIGKILL)
+            server.stop(_STOP_TIMEOUT_S)
 
 
-def _wait_for_port(server: subprocess.Popen[bytes], port: int, name: str, log: object) -> None:
-    until_s = time.monotonic() + _READY_TIMEOUT_S
-    while time.monotonic() < until_s and server.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection((_HOST, port), timeout=1):
-            return
-        time.sleep(0.2)
-    log.seek(0)  # type: ignore[attr-defined]
-    words = log.read().decode(errors="replace")[-500:]  # type: ignore[attr-defined]
-    raise LaunchError(f"The peer {name} did not start: {words}")
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((_HOST, port), timeout=1):
+        return True
+    return False
 
 
 @contextlib.contextmanager
-def _torchserve(sources: Sources, handler: Path) -> Iterator[UnderTest]:
+def _torchserve(peer: Path, sources: Sources) -> Iterator[UnderTest]:
+    """By our launcher, in the environment that this runs in, which has what requirements.txt asks for."""
     with tempfile.TemporaryDirectory(prefix="diffuserve-peer-") as name:
-        archive = archive_with_handler(sources.archive, sources.checkpoint, handler, Path(name) / "diffusers.mar")
+        path = Path(name) / "diffusers.mar"
+        archive = archive_with_handler(sources.archive, sources.checkpoint, peer / "handler.py", path)
         with started_torchserve(archive, "torchserve-http") as server:
+            yield server
+
+
+@contextlib.contextmanager
+def _triton_with(batching: str, sources: Sources) -> Iterator[UnderTest]:
+    """Ours with the batching of others: the same engine and the same server."""
+    # Beside the repository, where its big files can be linked.
+    parent = sources.repository.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=parent) as name:
+        repository = repository_with(sources.repository, Path(name) / "repository", {"batching": batching})
+        with started_triton(repository, "triton-http") as server:
             yield server

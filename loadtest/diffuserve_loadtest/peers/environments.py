@@ -38,6 +38,11 @@ def python_of(peer: Path, cache: Path) -> Path:
     return python
 
 
+def requirements_of(peers: Path) -> dict[str, list[str]]:
+    """What each peer is made of, by its folder's name: the lines of its requirements.txt."""
+    return {path.parent.name: path.read_text().split() for path in sorted(peers.glob("*/requirements.txt"))}
+
+
 def _call(arguments: list[str]) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S, check=False)
     if done.returncode:

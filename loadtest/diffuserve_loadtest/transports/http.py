@@ -22,9 +22,11 @@ _MESSAGE_BYTES = _CHUNK_BYTES = 65536
 
 
 class HttpTransport:
-    """One connection for each request in flight, kept alive. How long an answer may take is the caller's concern."""
+    """One connection for each request in flight, kept alive. How long an answer may take is the caller's concern, unless
+    `timeout_s` says how long the server may be silent."""
 
-    def __init__(self, target: Target, max_in_flight: int) -> None:
+    def __init__(self, target: Target, max_in_flight: int, *, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
         path, self._extra, self._read = _PROTOCOLS[target.protocol]
         self._url = target.url.rstrip("/") + path
         self._session = requests.Session()
@@ -38,7 +40,7 @@ class HttpTransport:
         headers = {"Content-Type": "application/json"}
         try:
             with self._session.post(
-                self._url, body, headers=headers, stream=True, timeout=(_CONNECT_TIMEOUT_S, None)
+                self._url, body, headers=headers, stream=True, timeout=(_CONNECT_TIMEOUT_S, self._timeout_s)
             ) as response:
                 if response.status_code != 200:
                     raise _error(response.status_code, response.raw.read(_MESSAGE_BYTES, decode_content=True))
