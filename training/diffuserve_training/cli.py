@@ -60,6 +60,21 @@ def ldm(config: Path, output: Path, cache: Path, devices: str) -> None:
     train_ldm(training, Icons.load(config, training.data, cache), output, cache, devices)
 
 
+@command.command("lora")
+@click.option("--config", type=_PATH, default=Path("training/configs/noto-style.yaml"), show_default=True)
+@click.option("--output", type=_PATH, default=Path("training-runs/lora"), show_default=True)
+@_devices
+def lora(config: Path, output: Path, devices: str) -> None:
+    """A LoRA for any checkpoint, from a folder of pictures with captions."""
+    from diffuserve_training.config import Lora, read_config
+    from diffuserve_training.lora_module import train_lora
+    from diffuserve_training.pictures import read_pictures
+
+    training = read_config(config, Lora)
+    pictures = read_pictures(config.parent / training.images, training.prompt)
+    click.echo(f"Written: {train_lora(training, pictures, output, devices)}")
+
+
 @command.command("eval")
 @click.argument("checkpoints", type=_PATH, nargs=-1, required=True)
 @_config

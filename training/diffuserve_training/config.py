@@ -149,3 +149,28 @@ def read_names(config: Path, data: Data) -> frozenset[str] | None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA (Hu et al., arXiv:2106.09685) for the UNet of a checkpoint.
+
+    Attributes:
+        checkpoint: folder in diffusers' format, or a name on the hub.
+        images: folder with PNG, JPEG or WebP files, relative to the config. A caption is in NAME.txt beside its image, or in
+            metadata.jsonl as `datasets` has it: {"file_name": ..., "text": ...}.
+        prompt: the caption of images that have none, such as "a photo of sks dog" (DreamBooth, arXiv:2208.12242).
+        rank: of each pair of matrices; `alpha` over it scales what they add.
+        target_modules: the UNet's modules to adapt, by the end of their names.
+        size_px: side of the images, which are cropped to squares; None for the checkpoint's own.
+        empty_captions: share of the captions that are left empty, for guidance.
+    """
+
+    checkpoint: str
+    images: str
+    optimisation: Optimisation
+    prompt: str | None = None
+    rank: Count = 16
+    alpha: Positive = 16.0
+    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    size_px: Count | None = None
+    empty_captions: Share = 0.1
