@@ -170,7 +170,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimisation: Optimisation
     prompt: str | None = None
     rank: Count = 16
-    alpha: Positive = 16.0
+    alpha: Count = 16
     target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     size_px: Count | None = None
     empty_captions: Share = 0.1

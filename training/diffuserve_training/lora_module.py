@@ -79,7 +79,7 @@ class LoraModule(lightning.LightningModule):
 
     def save(self, path: Path) -> None:
         """One safetensors file in diffusers' format, which `diffuserve export --lora` reads."""
-        from diffusers.utils import convert_state_dict_to_diffusers
+        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save
 
