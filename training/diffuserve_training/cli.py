@@ -60,6 +60,23 @@ def ldm(config: Path, output: Path, cache: Path, devices: str) -> None:
     train_ldm(training, Icons.load(config, training.data, cache), output, cache, devices)
 
 
+@command.command("icons")
+@_config
+@click.option("--style", default="noto", show_default=True, help="glossy, flat or noto.")
+@click.option("--output", type=_PATH, default=Path("training-runs/noto"), show_default=True)
+@_cache
+def icons(config: Path, style: str, output: Path, cache: Path) -> None:
+    """The icons of one style as a folder of pictures with captions, for a LoRA."""
+    import msgspec
+
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+    from diffuserve_training.icon_folder import write_icons
+
+    data = msgspec.structs.replace(read_config(config, Training).data, styles=(style,))
+    click.echo(f"{write_icons(Icons.load(config, data, cache), output)} pictures in {output}")
+
+
 @command.command("lora")
 @click.option("--config", type=_PATH, default=Path("training/configs/noto-style.yaml"), show_default=True)
 @click.option("--output", type=_PATH, default=Path("training-runs/lora"), show_default=True)
