@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "diffuserve_handlers": ("handlers/diffuserve_handlers", {"diffuserve"}),
     "diffuserve_client": ("client/diffuserve_client", {"diffuserve"}),
     "diffuserve_loadtest": ("loadtest/diffuserve_loadtest", {"diffuserve", "diffuserve_client"}),
+    "diffuserve_training": ("training/diffuserve_training", {"diffuserve"}),
     "triton_repo": ("triton_repo", {"diffuserve"}),
 }
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}

@@ -1,0 +1,88 @@
+"""A LoRA from a folder of pictures: it changes what is drawn, leaves the checkpoint as it was, and fits an export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffuserve_training.config import ConfigError, Lora, Optimisation
+from diffuserve_training.lora_module import train_lora
+from diffuserve_training.pictures import load_square, read_pictures
+from tests.conftest import CHECKPOINT
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about data loaders and logs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures: captions in a text, in metadata.jsonl, and none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("a.png", "red"), ("b.jpg", "green"), ("c.webp", "blue")):
+        Image.new("RGB", (150, 100), colour).save(folder / name)
+    (folder / "a.txt").write_text("a red wall\n")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": "a lawn"}) + "\n")
+    return folder
+
+
+def test_captions_come_from_texts_metadata_and_the_prompt(folder: Path) -> None:
+    assert [picture.caption for picture in read_pictures(folder, "a wall")] == ["a red wall", "a lawn", "a wall"]
+    with pytest.raises(ConfigError, match=r"c\.webp has no caption: write c\.txt"):
+        read_pictures(folder, None)
+    assert load_square(folder / "a.png", 64).shape == (64, 64, 3)
+
+
+def test_a_folder_without_pictures_and_one_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no pictures"):
+        read_pictures(tmp_path, "x")
+    with pytest.raises(ConfigError, match="no folder of pictures"):
+        read_pictures(tmp_path / "nowhere", "x")
+    (tmp_path / "a.png").write_bytes(b"none")
+    with pytest.raises(ConfigError, match="is no picture"):
+        load_square(tmp_path / "a.png", 64)
+
+
+@pytest.mark.timeout(300)
+def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, reference_pipeline: Any) -> None:
+    config = Lora(
+        checkpoint=str(CHECKPOINT),
+        images=str(folder),
+        prompt="a wall",
+        rank=4,
+        alpha=4,
+        optimisation=Optimisation(steps=8, batch_size=2, learning_rate=1e-2, warmup_steps=0, every=8),
+    )
+    path = train_lora(config, read_pictures(folder, config.prompt), tmp_path / "run")
+
+    def draw() -> Any:
+        [image] = reference_pipeline(
+            "a wall", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
+        return image
+
+    before = draw()
+    reference_pipeline.load_lora_weights(path)
+    try:
+        with_lora = draw()
+    finally:
+        reference_pipeline.unload_lora_weights()
+    assert np.abs(with_lora - before).max() > 0.02
+    assert (draw() == before).all()
+
+
+def test_modules_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
+    config = Lora(
+        checkpoint=str(CHECKPOINT),
+        images=str(folder),
+        prompt="a wall",
+        target_modules=("to_nothing",),
+        optimisation=Optimisation(steps=1, batch_size=1, learning_rate=1e-3),
+    )
+    with pytest.raises(ConfigError, match="target_modules does not fit"):
+        train_lora(config, read_pictures(folder, config.prompt), tmp_path)

@@ -1,0 +1,89 @@
+"""Both stages from end to end, in seconds: that they learn, repeat, resume, and leave a checkpoint that is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffuserve_training.config import Training
+from diffuserve_training.dataset import Icons
+from diffuserve_training.stages import train_ldm, train_vae
+from tests.training.drawings import small_training, some_icons
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about data loaders and logs
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory: pytest.TempPathFactory) -> Icons:
+    return some_icons(tmp_path_factory.mktemp("icons"))
+
+
+@pytest.fixture(scope="module")
+def trained(icons: Icons, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, four steps each."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(small_training(), icons, folder)
+    return folder
+
+
+def run(training: Training, icons: Icons, folder: Path) -> None:
+    train_vae(training, icons, folder)
+    train_ldm(training, icons, folder, folder / "cache")
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / "ldm-run" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    icons: Icons, trained: Path, tmp_path: Path
+) -> None:
+    run(small_training(), icons, tmp_path / "again")
+    assert same(weights(trained), weights(tmp_path / "again"))
+    run(small_training(seed=1), icons, tmp_path / "other")
+    assert not same(weights(trained), weights(tmp_path / "other"))
+
+
+def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(icons: Icons, trained: Path, tmp_path: Path) -> None:
+    run(small_training(steps=2), icons, tmp_path)
+    assert not same(weights(trained), weights(tmp_path))
+    run(small_training(), icons, tmp_path)
+    assert same(weights(trained), weights(tmp_path))
+
+
+def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path) -> None:
+    from safetensors.torch import load_file
+
+    from diffuserve_training.sampling import draw, load_pipeline
+
+    checkpoint = trained / "checkpoint"
+    for component in ("unet", "vae"):
+        tensors = load_file(checkpoint / component / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert not list(checkpoint.rglob("*.bin"))
+    images = draw(
+        load_pipeline(checkpoint), ["circle, flat, on a red background"] * 2, [0, 1], steps=2, guidance_scale=3
+    )
+    assert images.shape == (2, 64, 64, 3)
+    assert (images[0] != images[1]).any()
+    assert (trained / "ldm.png").is_file()
+    assert (trained / "vae.png").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_it_learns(icons: Icons, tmp_path: Path) -> None:
+    import csv
+
+    train_vae(small_training(steps=60, every=60), icons, tmp_path)
+    [log] = (tmp_path / "vae-run" / "csv").rglob("metrics.csv")
+    with log.open() as file:
+        psnr_db = [float(row["psnr_db"]) for row in csv.DictReader(file) if row["psnr_db"]]
+    assert psnr_db[-1] > psnr_db[0] + 1

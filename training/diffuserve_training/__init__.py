@@ -1,0 +1,1 @@
+"""Trains the bundled model from icon sets, and teaches any diffusers checkpoint a style by LoRA."""

@@ -1,0 +1,62 @@
+"""What a training leaves: folders in diffusers' format, fp16 safetensors, written aside and renamed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_vae(vae: Any, scaling_factor: float, folder: Path) -> None:
+    """The autoencoder in fp32, since stage two measures its latents with it."""
+    vae = copy.deepcopy(vae)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    _replace(folder, vae.save_pretrained)
+
+
+def save_pipeline(
+    *, vae: Any, text_encoder: Any, unet: Any, tokenizer: Any, scheduler: Any, defaults: Mapping[str, Any], folder: Path
+) -> None:
+    """A whole Stable Diffusion checkpoint in fp16, with diffuserve.json for the defaults. The modules stay as they are."""
+    import diffusers
+
+    library: Any = diffusers
+    pipeline = library.StableDiffusionPipeline(
+        vae=_half(vae),
+        text_encoder=_half(text_encoder),
+        tokenizer=tokenizer,
+        unet=_half(unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+    def save(aside: Path) -> None:
+        pipeline.save_pretrained(aside, safe_serialization=True)
+        (aside / "diffuserve.json").write_text(json.dumps(dict(defaults), indent=2) + "\n")
+
+    _replace(folder, save)
+
+
+def _half(module: Any) -> Any:
+    return copy.deepcopy(module).to(torch.float16).eval()
+
+
+def _replace(folder: Path, save: Any) -> None:
+    aside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    save(aside)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)

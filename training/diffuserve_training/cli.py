@@ -1,0 +1,105 @@
+"""`diffuserve train`: the bundled model's two stages, its evaluation, and LoRA for any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_PATH = click.Path(path_type=Path)
+_CONFIG = Path("training/configs/tiny-emoji.yaml")
+_config = click.option("--config", type=_PATH, default=_CONFIG, show_default=True)
+_output = click.option(
+    "--output",
+    type=_PATH,
+    default=Path("training-runs/tiny-emoji"),
+    show_default=True,
+    help="Folder for what comes out.",
+)
+_cache = click.option(
+    "--cache",
+    type=_PATH,
+    default=Path("~/.cache/diffuserve-training").expanduser(),
+    help="Folder for icons and latents  [default: ~/.cache/diffuserve-training]",
+)
+_devices = click.option("--devices", default="auto", show_default=True, help="As Lightning takes them: auto, 1, 0,1.")
+
+
+@click.group("train", short_help="Train the bundled model, or a LoRA for any checkpoint.")
+def command() -> None:
+    """Trains, on a CPU or on GPUs. A run that was stopped goes on where it was when it is started again."""
+
+
+@command.command("vae")
+@_config
+@_output
+@_cache
+@_devices
+def vae(config: Path, output: Path, cache: Path, devices: str) -> None:
+    """Stage one: the autoencoder."""
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+    from diffuserve_training.stages import train_vae
+
+    training = read_config(config, Training)
+    train_vae(training, Icons.load(config, training.data, cache), output, devices)
+
+
+@command.command("ldm")
+@_config
+@_output
+@_cache
+@_devices
+def ldm(config: Path, output: Path, cache: Path, devices: str) -> None:
+    """Stage two: text encoder and UNet, on the autoencoder of stage one."""
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+    from diffuserve_training.stages import train_ldm
+
+    training = read_config(config, Training)
+    train_ldm(training, Icons.load(config, training.data, cache), output, cache, devices)
+
+
+@command.command("icons")
+@_config
+@click.option("--style", default="noto", show_default=True, help="glossy, flat or noto.")
+@click.option("--output", type=_PATH, default=Path("training-runs/noto"), show_default=True)
+@_cache
+def icons(config: Path, style: str, output: Path, cache: Path) -> None:
+    """The icons of one style as a folder of pictures with captions, for a LoRA."""
+    import msgspec
+
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+    from diffuserve_training.icon_folder import write_icons
+
+    data = msgspec.structs.replace(read_config(config, Training).data, styles=(style,))
+    click.echo(f"{write_icons(Icons.load(config, data, cache), output)} pictures in {output}")
+
+
+@command.command("lora")
+@click.option("--config", type=_PATH, default=Path("training/configs/noto-style.yaml"), show_default=True)
+@click.option("--output", type=_PATH, default=Path("training-runs/lora"), show_default=True)
+@_devices
+def lora(config: Path, output: Path, devices: str) -> None:
+    """A LoRA for any checkpoint, from a folder of pictures with captions."""
+    from diffuserve_training.config import Lora, read_config
+    from diffuserve_training.lora_module import train_lora
+    from diffuserve_training.pictures import read_pictures
+
+    training = read_config(config, Lora)
+    pictures = read_pictures(config.parent / training.images, training.prompt)
+    click.echo(f"Written: {train_lora(training, pictures, output, devices)}")
+
+
+@command.command("eval")
+@click.argument("checkpoints", type=_PATH, nargs=-1, required=True)
+@_config
+@_cache
+@click.option("--output", type=_PATH, default=Path("training-runs/evaluation"), show_default=True)
+@click.option("--count", type=click.IntRange(5), default=500, show_default=True, help="Pictures of each checkpoint.")
+def evaluation(checkpoints: tuple[Path, ...], config: Path, cache: Path, output: Path, count: int) -> None:
+    """Figures of checkpoints, side by side, with JSON and a sheet of pictures for each."""
+    from diffuserve_training.evaluation_table import publish
+
+    publish(checkpoints, config, cache, output, count)

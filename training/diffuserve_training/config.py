@@ -1,0 +1,176 @@
+"""What a training does, read from a small YAML file. Sections that are dicts go to diffusers' and transformers' classes as
+they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from diffuserve.errors import DiffuserveError
+from diffuserve_training.icons import STYLES
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Section = TypeVar("Section")
+
+
+class ConfigError(DiffuserveError):
+    """The file does not say what it must."""
+
+    code = "config_error"
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which icons, and how they are drawn.
+
+    Attributes:
+        styles: keys of `diffuserve_training.icons.STYLES`.
+        names: file with one name a line, relative to the config; None for all.
+        size_px: side of the images.
+        margin_px: left free on each side of an icon.
+        held_out: share of the combinations of name and background that are kept from training.
+    """
+
+    styles: Sequence[str] = ("glossy", "flat")
+    names: str | None = None
+    size_px: Count = 128
+    margin_px: Annotated[int, msgspec.Meta(ge=0)] = 6
+    held_out: Share = 0.1
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.styles) - set(STYLES))
+        if unknown:
+            raise ValueError(f"there is no style {unknown[0]!r}; there are {', '.join(STYLES)}")
+
+
+class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """AdamW with a rate that rises linearly, stays, and falls linearly to zero: what was trained can be trained on by raising
+    `steps`, since only the last `cooldown_steps` depend on it (Hägele et al., arXiv:2405.18392).
+
+    Attributes:
+        steps: in all.
+        batch_size: on each device.
+        ema_decay: of the averaged weights, which are what is kept.
+        every: steps between checkpoints and grids of samples.
+    """
+
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 200
+    cooldown_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    clip_norm: Positive = 1.0
+    ema_decay: Share = 0.999
+    every: Count = 1000
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor, 0 .. 1, at a step from 0."""
+        up = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        down = (self.steps - step) / (self.cooldown_steps + 1)
+        return max(0.0, min(up, down))
+
+
+class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Attributes:
+    model: of diffusers' AutoencoderKL.
+    crop_px: side of random crops to train on; None for whole images.
+    latent_noise: deviation of the noise on the latents that the decoder sees, before scaling.
+    edge_weight: of the difference of the images' gradients in the loss.
+    latent_weight: of the mean squared latent in the loss.
+    """
+
+    model: Mapping[str, Any]
+    optimisation: Optimisation
+    crop_px: Count | None = None
+    latent_noise: float = 0.1
+    edge_weight: float = 0.25
+    latent_weight: float = 1e-3
+
+
+class Ldm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Attributes:
+    tokens: of a caption, the start and the end included; the tokenizer's model_max_length.
+    vocabulary: entries of the tokenizer, which is made from the captions.
+    text_encoder: of transformers' CLIPTextConfig.
+    unet: of diffusers' UNet2DConditionModel.
+    scheduler: of diffusers' DDIMScheduler.
+    empty_captions: share of the captions that are left empty, for guidance.
+    min_snr_gamma: of min-SNR weighting (Hang et al., arXiv:2303.09556); None for a uniform weight on v.
+    noise_levels: how many noisy versions of an image share one call of the text encoder.
+    defaults: what diffuserve.json offers to those who do not say: steps, guidance_scale, sampler.
+    """
+
+    tokens: Count
+    vocabulary: Count
+    text_encoder: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    optimisation: Optimisation
+    defaults: Mapping[str, Any]
+    empty_captions: Share = 0.1
+    min_snr_gamma: Positive | None = None
+    noise_levels: Count = 1
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole file."""
+
+    data: Data
+    vae: Vae
+    ldm: Ldm
+
+
+def read_config(path: Path, kind: type[Section]) -> Section:
+    """Raises `ConfigError`: the file is missing, is no YAML, or has a field that is wrong, missing or unknown."""
+    import yaml
+
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text()), kind)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path} is no training's configuration: {error}.") from None
+
+
+def read_names(config: Path, data: Data) -> frozenset[str] | None:
+    """The icons' names that the data is limited to."""
+    if data.names is None:
+        return None
+    path = config.parent / data.names
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA (Hu et al., arXiv:2106.09685) for the UNet of a checkpoint.
+
+    Attributes:
+        checkpoint: folder in diffusers' format, or a name on the hub.
+        images: folder with PNG, JPEG or WebP files, relative to the config. A caption is in NAME.txt beside its image, or in
+            metadata.jsonl as `datasets` has it: {"file_name": ..., "text": ...}.
+        prompt: the caption of images that have none, such as "a photo of sks dog" (DreamBooth, arXiv:2208.12242).
+        rank: of each pair of matrices; `alpha` over it scales what they add.
+        target_modules: the UNet's modules to adapt, by the end of their names.
+        size_px: side of the images, which are cropped to squares; None for the checkpoint's own.
+        empty_captions: share of the captions that are left empty, for guidance.
+    """
+
+    checkpoint: str
+    images: str
+    optimisation: Optimisation
+    prompt: str | None = None
+    rank: Count = 16
+    alpha: Count = 16
+    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    size_px: Count | None = None
+    empty_captions: Share = 0.1

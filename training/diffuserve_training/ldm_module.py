@@ -1,0 +1,118 @@
+"""Stage two: text encoder and UNet together, predicting v (Salimans and Ho, arXiv:2202.00512)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from diffuserve_training.averaging import average_of
+from diffuserve_training.config import Ldm, Optimisation
+from diffuserve_training.dataset import Latents, Steps
+from diffuserve_training.optimisation import adamw, generator_for
+
+
+class Denoiser(nn.Module):
+    """The two networks that are trained together, in one module, so that one average keeps both."""
+
+    def __init__(self, config: Ldm, tokenizer: Any) -> None:
+        super().__init__()
+        import diffusers
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=config.tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **config.text_encoder,
+        )
+        self.text_encoder: Any = CLIPTextModel(text)
+        library: Any = diffusers
+        self.unet = library.UNet2DConditionModel(**config.unet, cross_attention_dim=text.hidden_size)
+        self.unet.to(memory_format=torch.channels_last)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+        """v for (batch x k) noisy latents of (batch) captions, those of one caption standing together."""
+        hidden = self.text_encoder(input_ids)[0]
+        hidden = hidden.repeat_interleave(len(noisy) // len(input_ids), dim=0)
+        predicted: Tensor = self.unet(noisy, timesteps, hidden).sample
+        return predicted
+
+
+class LdmModule(lightning.LightningModule):
+    """The loss is the squared error of v, uniformly or by min-SNR weighting (Hang et al., arXiv:2303.09556, which for v is
+    min(SNR, gamma) / (SNR + 1))."""
+
+    def __init__(self, config: Ldm, latents: Latents, tokenizer: Any) -> None:
+        super().__init__()
+        from diffusers import DDIMScheduler
+
+        self.config = config
+        self.tokenizer = tokenizer
+        self.denoiser = Denoiser(config, tokenizer)
+        self.average = average_of(self.denoiser, config.optimisation.ema_decay)
+        self.scheduler: Any = DDIMScheduler(**config.scheduler)
+        self._latents = latents
+
+    @property
+    def optimisation(self) -> Optimisation:
+        return self.config.optimisation
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        latents, input_ids = batch
+        levels, generator = self.config.noise_levels, generator_for(self)
+        latents = latents.repeat_interleave(levels, dim=0)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = self._timesteps(len(latents), generator).to(latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        predicted = self.denoiser(noisy, timesteps, input_ids)
+        error = functional.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        self.log("error", error.detach().mean(), prog_bar=True)
+        return (error * self._weights(timesteps)).mean()
+
+    def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform, one in each of `count` equal parts, which makes the loss less noisy (Kingma et al., arXiv:2107.00630,
+        section I.1); in random order, so that each image meets all levels."""
+        total = self.scheduler.config.num_train_timesteps
+        parts = torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator, dtype=torch.float64)
+        timesteps = (parts * total / count).long().clamp(max=total - 1)
+        return timesteps[torch.randperm(count, generator=generator)]
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return torch.ones((), device=timesteps.device)
+        signal = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = signal / (1 - signal)
+        return snr.clamp(max=gamma) / (snr + 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.average.update_parameters(self.denoiser)
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self.denoiser.parameters(), self.optimisation)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        config, rank = self.config, self.global_rank
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            seed = (config.optimisation.seed, step, rank)
+            latents, captions = self._latents.batch(seed, config.optimisation.batch_size, config.empty_captions)
+            return torch.from_numpy(latents), self.input_ids(captions)
+
+        return DataLoader(Steps(batch, self.global_step), batch_size=None)
+
+    def input_ids(self, captions: list[str]) -> Tensor:
+        """(batch, tokens) int64."""
+        encoded = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
+        )
+        input_ids: Tensor = encoded.input_ids
+        return input_ids

@@ -1,0 +1,155 @@
+"""Trains a LoRA for the UNet of any Stable Diffusion checkpoint, XL included, on a folder of pictures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from diffuserve_training.config import ConfigError, Lora, Optimisation
+from diffuserve_training.dataset import Steps, to_unit
+from diffuserve_training.optimisation import adamw, generator_for
+from diffuserve_training.pictures import Picture, load_square
+
+Conditioning = dict[str, Tensor]
+
+
+class LoraModule(lightning.LightningModule):
+    """Texts and pictures are encoded once, at the start, so that only the UNet takes part in the steps.
+
+    The target is what the checkpoint's scheduler says, the noise or v; the loss is the plain squared error.
+    """
+
+    def __init__(self, config: Lora, pipeline: Any, pictures: Sequence[Picture]) -> None:
+        super().__init__()
+        from diffusers import DDPMScheduler
+
+        self.config = config
+        self.scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self._size_px = config.size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self._latents = _encode_pictures(pipeline, pictures, self._size_px)
+        self._conditions = [_encode_text(pipeline, picture.caption, self._size_px) for picture in pictures]
+        self._empty = _encode_text(pipeline, "", self._size_px)
+        self.unet = _adapted(pipeline.unet, config)
+
+    @property
+    def optimisation(self) -> Optimisation:
+        return self.config.optimisation
+
+    def training_step(self, batch: tuple[Tensor, Conditioning], batch_index: int) -> Tensor:
+        latents, condition = batch
+        generator = generator_for(self)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        total = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(total, (len(latents),), generator=generator).to(latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        added = {name: value for name, value in condition.items() if name != "hidden"}
+        predicted = self.unet(noisy, timesteps, condition["hidden"], added_cond_kwargs=added or None).sample
+        kind = self.scheduler.config.prediction_type
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
+        loss = functional.mse_loss(predicted.float(), target.float())
+        self.log("error", loss.detach(), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        return adamw(trained, self.optimisation)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        optimisation, rank = self.optimisation, self.global_rank
+
+        def batch(step: int) -> tuple[Tensor, Conditioning]:
+            choose = random.Random(str((optimisation.seed, step, rank)))  # noqa: S311 - training data, no secret
+            chosen = [choose.randrange(len(self._latents)) for _ in range(optimisation.batch_size)]
+            conditions = [
+                self._empty if choose.random() < self.config.empty_captions else self._conditions[index]
+                for index in chosen
+            ]
+            together = {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
+            return self._latents[chosen], together
+
+        return DataLoader(Steps(batch, self.global_step), batch_size=None)
+
+    def save(self, path: Path) -> None:
+        """One safetensors file in diffusers' format, which `diffuserve export --lora` reads."""
+        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+        from safetensors.torch import save
+
+        from diffuserve.files import write_whole
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        tensors = {f"unet.{name}": value.detach().to(torch.float16).contiguous() for name, value in layers.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save(tensors, metadata={"format": "pt"}))
+
+
+def _adapted(unet: Any, config: Lora) -> Any:
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    try:
+        unet.add_adapter(
+            LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(config.target_modules),
+            )
+        )
+    except ValueError as error:
+        raise ConfigError(f"target_modules does not fit this UNet: {error}") from None
+    return unet
+
+
+def _encode_pictures(pipeline: Any, pictures: Sequence[Picture], size_px: int) -> Tensor:
+    """(N, C, h, w), scaled."""
+    latents = []
+    with torch.inference_mode():
+        for picture in pictures:
+            image = torch.from_numpy(to_unit(load_square(picture.path, size_px)[None]))
+            latents.append(pipeline.vae.encode(image).latent_dist.mode() * pipeline.vae.config.scaling_factor)
+    return torch.cat(latents).clone()
+
+
+def _encode_text(pipeline: Any, caption: str, size_px: int) -> Conditioning:
+    """`hidden`, and for XL what goes into the UNet's added conditions, a row each."""
+    with torch.inference_mode():
+        encoded = pipeline.encode_prompt(
+            caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    if pipeline.unet.config.addition_embed_type != "text_time":
+        return {"hidden": encoded[0].clone()}
+    # Original size, top left corner of the crop, and target size (Podell et al., arXiv:2307.01952, section 2.2).
+    time_ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]], dtype=torch.float32)
+    return {"hidden": encoded[0].clone(), "text_embeds": encoded[2].clone(), "time_ids": time_ids}
+
+
+def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices: str = "auto") -> Path:
+    """Writes `output`/lora.safetensors, and lora-run/ with checkpoints and logs.
+
+    Raises:
+        ConfigError: the checkpoint cannot be loaded, or does not fit the configuration.
+    """
+    import diffusers
+
+    from diffuserve_training.run import fit
+
+    library: Any = diffusers
+    try:
+        pipeline = library.DiffusionPipeline.from_pretrained(
+            config.checkpoint, dtype=torch.float32, safety_checker=None, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config.checkpoint} cannot be loaded: {error}") from None
+    module = LoraModule(config, pipeline, pictures)
+    path = output / "lora.safetensors"
+    fit(module, output / "lora-run", on_save=lambda: module.save(path), devices=devices)
+    return path

@@ -1,0 +1,66 @@
+"""One training run: Lightning's Trainer, set up so that the same seed gives the same weights and a killed run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from diffuserve.engines.processor import computes_bf16
+from diffuserve_training.config import Optimisation
+
+_KEPT = "last.ckpt"
+
+
+def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str = "auto") -> None:
+    """Trains to `optimisation.steps`, from the last checkpoint in `output` if there is one.
+
+    Args:
+        module: has an `optimisation`.
+        output: folder for checkpoints and logs.
+        on_save: called after each checkpoint, on the first device's process.
+        devices: as Lightning takes it.
+    """
+    optimisation: Optimisation = module.optimisation
+    lightning.seed_everything(optimisation.seed, workers=True, verbose=False)
+    checkpoints = ModelCheckpoint(
+        dirpath=output, filename="step-{step}", every_n_train_steps=optimisation.every, save_last=True, save_top_k=1
+    )
+    trainer = lightning.Trainer(
+        max_steps=optimisation.steps,
+        devices=devices,
+        precision="bf16-mixed" if torch.cuda.is_available() or computes_bf16() else "32-true",
+        deterministic=True,
+        gradient_clip_val=optimisation.clip_norm,
+        callbacks=[checkpoints, _AfterSaving(on_save, optimisation)],
+        logger=[CSVLogger(output, "csv"), TensorBoardLogger(output, "tensorboard")],
+        log_every_n_steps=20,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    last = output / _KEPT
+    trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
+
+
+class _AfterSaving(Callback):
+    def __init__(self, on_save: Callable[[], None], optimisation: Optimisation) -> None:
+        self._on_save = on_save
+        self._every = optimisation.every
+        self._saved_at = -1
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step % self._every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Any, *rest: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        if trainer.is_global_zero and self._saved_at != trainer.global_step:
+            self._saved_at = trainer.global_step
+            self._on_save()

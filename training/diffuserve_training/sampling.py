@@ -1,0 +1,65 @@
+"""Drawing with a checkpoint through diffusers' own pipeline, as evaluation and grids do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BATCH = 16
+
+
+def load_pipeline(folder: Path) -> Any:
+    """In fp32, with DPM++ 2M and without progress bars."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    return quiet_pipeline(pipeline, DPMSolverMultistepScheduler)
+
+
+def quiet_pipeline(pipeline: Any, scheduler: Any) -> Any:
+    """With another scheduler of the same settings, and no progress bars."""
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float
+) -> NDArray[np.uint8]:
+    """One image for each prompt and seed.
+
+    Returns:
+        (N, H, W, 3) uint8.
+    """
+    import torch
+    from tqdm import tqdm
+
+    images = []
+    for start in tqdm(range(0, len(prompts), _BATCH), desc="drawing", unit="batch", leave=False):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + _BATCH]]
+        drawn = pipeline(
+            list(prompts[start : start + _BATCH]),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="np",
+        ).images
+        images.append((drawn * 255).round().astype(np.uint8))
+    return np.concatenate(images)
+
+
+def grid(images: NDArray[np.uint8], columns: int) -> Any:
+    """One PIL image of (N, H, W, 3) images, row by row."""
+    from PIL import Image
+
+    rows = -(-len(images) // columns)
+    height, width = images.shape[1:3]
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (index % columns * width, index // columns * height))
+    return sheet

@@ -1,0 +1,103 @@
+"""The two stages in which the bundled model is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffuserve_training.config import ConfigError, Training
+from diffuserve_training.dataset import Icons, Latents, image_batch
+
+VAE_FOLDER = "vae"
+CHECKPOINT_FOLDER = "checkpoint"
+_GRID_STEPS, _GRID_COLUMNS = 25, 8
+_SCALE_IMAGES = 256
+
+
+def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto") -> None:
+    """Stage one, to `output`/vae (the model), vae-run/ (checkpoints, logs) and vae.png (originals above reconstructions)."""
+    from diffuserve_training.checkpoints import save_vae
+    from diffuserve_training.latents import scaling_factor_of
+    from diffuserve_training.run import fit
+    from diffuserve_training.vae_module import VaeModule
+
+    module = VaeModule(config.vae, icons)
+
+    def save() -> None:
+        vae: Any = module.average.module
+        images = image_batch(icons, seed=(0, 0, 0), batch_size=_SCALE_IMAGES)
+        save_vae(vae, scaling_factor_of(vae, images), output / VAE_FOLDER)
+        _reconstructions(vae, images[:_GRID_COLUMNS]).save(output / "vae.png")
+
+    fit(module, output / "vae-run", on_save=save, devices=devices)
+
+
+def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices: str = "auto") -> None:
+    """Stage two, on `output`/vae: to `output`/checkpoint (a whole diffusers checkpoint), ldm-run/ and ldm.png.
+
+    Raises:
+        ConfigError: stage one has left nothing in `output`.
+    """
+    from diffusers import AutoencoderKL
+
+    from diffuserve_training.checkpoints import save_pipeline
+    from diffuserve_training.latents import encode_all
+    from diffuserve_training.ldm_module import LdmModule
+    from diffuserve_training.run import fit
+    from diffuserve_training.sampling import draw, grid, load_pipeline
+    from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
+
+    folder = output / VAE_FOLDER
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there. Train it first: diffuserve train vae --output {output}")
+    vae: Any = AutoencoderKL.from_pretrained(folder).eval()
+    latents = Latents(icons.icons, encode_all(vae, icons, cache), config.data.held_out)
+    tokenizer = tokenizer_from_captions(
+        sample_captions(icons.icons, config.ldm.optimisation.seed),
+        vocabulary=config.ldm.vocabulary,
+        tokens=config.ldm.tokens,
+    )
+    module = LdmModule(config.ldm, latents, tokenizer)
+    prompts = _prompts(icons)
+
+    def save() -> None:
+        denoiser: Any = module.average.module
+        save_pipeline(
+            vae=vae,
+            text_encoder=denoiser.text_encoder,
+            unet=denoiser.unet,
+            tokenizer=tokenizer,
+            scheduler=module.scheduler,
+            defaults=config.ldm.defaults,
+            folder=output / CHECKPOINT_FOLDER,
+        )
+        pipeline = load_pipeline(output / CHECKPOINT_FOLDER)
+        scale = float(config.ldm.defaults["guidance_scale"])
+        images = draw(pipeline, prompts, range(len(prompts)), steps=_GRID_STEPS, guidance_scale=scale)
+        grid(images, _GRID_COLUMNS).save(output / "ldm.png")
+
+    fit(module, output / "ldm-run", on_save=save, devices=devices)
+
+
+def _prompts(icons: Icons) -> list[str]:
+    """Two dozen and more, the same at every grid: every n-th icon on its own background."""
+    from diffuserve_training.backgrounds import NAMES
+    from diffuserve_training.captions import plain_caption
+
+    count = min(4 * _GRID_COLUMNS, len(icons.icons))
+    chosen = [icons.icons[index * len(icons.icons) // count] for index in range(count)]
+    return [plain_caption(icon.name, icon.style, NAMES[index % len(NAMES)]) for index, icon in enumerate(chosen)]
+
+
+def _reconstructions(vae: Any, images: Any) -> Any:
+    """A PIL image: the originals, and below them what the autoencoder makes of them."""
+    import numpy as np
+    import torch
+
+    from diffuserve_training.sampling import grid
+
+    with torch.inference_mode():
+        drawn = vae.decode(vae.encode(torch.from_numpy(images)).latent_dist.mean).sample.clamp(-1, 1).numpy()
+    both = np.concatenate([images, drawn])
+    pixels = ((both.transpose(0, 2, 3, 1) + 1) * 127.5).round().astype(np.uint8)
+    return grid(pixels, len(images))

@@ -1,0 +1,38 @@
+"""A tokenizer in CLIP's format, made from captions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from diffuserve_training.backgrounds import NAMES
+from diffuserve_training.captions import STYLE_WORDS, caption, plain_caption
+from diffuserve_training.icons import Icon
+
+_CAPTIONS_AN_ICON = 8
+
+
+def tokenizer_from_captions(captions: Sequence[str], *, vocabulary: int, tokens: int) -> Any:
+    """A `transformers.CLIPTokenizer`: byte-level pairs, with CLIP's own special tokens.
+
+    Args:
+        captions: what its pairs are counted in.
+        vocabulary: entries at most; less if the captions do not hold so many pairs.
+        tokens: `model_max_length`.
+    """
+    from transformers import CLIPTokenizer
+
+    trained = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=vocabulary, show_progress=False)
+    trained.model_max_length = tokens
+    return trained
+
+
+def sample_captions(icons: Sequence[Icon], seed: int) -> list[str]:
+    """Some captions for every icon, with every word that a caption can have."""
+    choose = random.Random(seed)  # noqa: S311 - training data, no secret
+    captions = [caption(icon, choose.choice(NAMES), choose) for icon in icons for _ in range(_CAPTIONS_AN_ICON)]
+    words = {icon.style for icon in icons}
+    captions += [plain_caption(" ".join(icon.tags), icon.style, choose.choice(NAMES)) for icon in icons]
+    captions += [f"{word}, {name} background" for style in words for word in STYLE_WORDS[style] for name in NAMES]
+    return captions
