@@ -26,7 +26,8 @@ class Record(msgspec.Struct, frozen=True):
         done_s: when its last answer had been read and checked, or it failed.
         kind: what it cost, in words, such as "20 steps, 128 x 128, guided".
         outcome: `OK`, `CANCELLED`, or what went wrong: a code of `diffuserve.errors`, `wrong_image` for an answer that is
-            no image of the size asked for, `http_STATUS` where a server gave no code, `connection`, `timeout`.
+            no image of the size asked for, `http_STATUS` where a server gave no code, `connection`, `timeout`,
+            `generator_error` for a fault of the generator's.
         unet_rows: UNet rows that it takes in all: steps x images, twice with guidance.
         images: that came, decoded and of the right size.
         size_bytes: of the answer.

@@ -80,4 +80,6 @@ class Sender:
             return error.code, answer, error
         except TransportFailed as error:
             return error.outcome, answer, error
+        except Exception as error:  # a fault of ours, which must not look as if nothing had been sent
+            return "generator_error", answer, error
         return OK, answer, None

@@ -15,7 +15,14 @@ from diffuserve_loadtest.target import Protocol, Target
 from diffuserve_loadtest.workload import Bursts, Requests, Workload
 
 REQUESTS = (
-    Requests(steps=2),
+    Requests(
+        steps=2,
+        negative_prompt="blurred",
+        sampler="euler",
+        priority=1,
+        timeout_ms=60_000,
+        format="jpeg",
+    ),
     Requests(steps=2, width=64, height=128, num_images=2, guidance_scale=1.0),
     Requests(steps=100, cancel_share=1.0, cancel_after_s=(0.2, 0.5)),
     Requests(steps=1000),

@@ -20,5 +20,8 @@ class GrpcTransport:
         self._client = Client(target.url, server=server, idle_timeout_s=None, retries=0)
 
     def send(self, request: PlannedRequest) -> Answer:
-        result = self._client.generate(**request.fields)
+        fields = dict(request.fields)
+        if "timeout_ms" in fields:  # the client has it in seconds
+            fields["timeout_s"] = fields.pop("timeout_ms") / 1000
+        result = self._client.generate(**fields)
         return Answer(result.encoded, sum(map(len, result.encoded)))
