@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -126,7 +128,19 @@ def _process(peer: Path, path: str, sources: Sources) -> Iterator[UnderTest]:
             server.wait_until(lambda: _listens(port), _READY_TIMEOUT_S)
             yield UnderTest(Target("image-http", f"http://{_HOST}:{port}{path}"), pid=server.pid)
         finally:
+            _end_all(server)
             server.stop(_STOP_TIMEOUT_S)
+
+
+def _end_all(server: ServerProcess) -> None:
+    """Asks every process of the peer to end and waits: Python's multiprocessing removes its semaphores once all have."""
+    end_s = time.monotonic() + _STOP_TIMEOUT_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        while time.monotonic() < end_s:
+            if not server.running:
+                os.killpg(server.pid, 0)  # raises when none is left
+            time.sleep(0.05)
 
 
 def _listens(port: int) -> bool:
