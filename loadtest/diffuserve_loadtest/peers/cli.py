@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import click
@@ -67,5 +68,7 @@ def command(
         "requirements": requirements_of(peers),
     }
     requests = uniform(counts if len(counts) > 1 else counts[0])
+    # As Ctrl-C: a peer's processes would outlive a comparison that ended at once.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = compare_peers(chosen, requests, backlog=backlog, seconds=seconds, rounds=rounds, settings=settings)
     publish(report, output)

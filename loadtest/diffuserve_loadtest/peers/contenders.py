@@ -121,6 +121,7 @@ def _process(peer: Path, path: str, sources: Sources) -> Iterator[UnderTest]:
     command = [str(python), str((peer / "server.py").absolute()), str(sources.checkpoint.absolute()), str(port)]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with tempfile.TemporaryDirectory(prefix="diffuserve-peer-") as folder:
+        environment["TMPDIR"] = folder  # multiprocessing leaves a folder when its process is ended
         server = ServerProcess(
             f"The peer {peer.name}", command, environment, folder=Path(folder), show=lambda line: False
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,22 @@ def reference(reference_pipeline: Any) -> Image.Image:
     return image
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where servers put temporary files; a short path, since sockets are among them."""
+    with tempfile.TemporaryDirectory(prefix="peer-") as name:
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_draws_the_image_and_leaves_nothing(
     name: str,
     contenders: dict[str, Contender],
     reference: Image.Image,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    temporary: Path,
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = shared_memory()
     with contenders[name].start() as server:
         drawn = draw_one(server, uniform(STEPS))
@@ -74,7 +81,7 @@ def test_it_draws_the_image_and_leaves_nothing(
     assert psnr_db(np.asarray(Image.open(io.BytesIO(drawn))), np.asarray(reference)) > SAME_DB
     assert psutil.wait_procs(processes, timeout=10)[1] == []  # what was killed ends a little later
     assert shared_memory() <= before
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".ses"] == []  # ONNX Runtime's own
+    assert [path.name for path in temporary.iterdir() if path.name != ".ses"] == []  # ONNX Runtime's own
 
 
 def test_a_comparison_from_start_to_end(contenders: dict[str, Contender]) -> None:
