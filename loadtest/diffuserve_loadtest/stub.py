@@ -1,6 +1,7 @@
 """A server that answers at once with one picture of noise: what the generator is measured against.
 
-It speaks as much of Triton's gRPC and HTTP as the generator uses. `delay_s` makes it slow, `stall` makes it answer nothing.
+It speaks as much of Triton's gRPC and HTTP as the generator uses. `--delay-s` makes it slow, `--stall` leaves requests without
+an answer.
 Run it as a program, `python -m diffuserve_loadtest.stub`; it prints its two addresses.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +23,7 @@ import numpy as np
 from diffuserve.tensors import NUMPY_DTYPE, RESPONSE, STABLE_DIFFUSION
 
 _SIDE_PX = 128
+_FOREVER_S = 3600.0
 
 
 def noise_png(side_px: int = _SIDE_PX) -> bytes:
@@ -34,23 +38,23 @@ def noise_png(side_px: int = _SIDE_PX) -> bytes:
 
 @click.command()
 @click.option("--delay-s", type=click.FloatRange(0), default=0.0, help="Before every answer.")
-@click.option("--stall", is_flag=True, help="Answer nothing.")
+@click.option("--stall", type=click.IntRange(0), default=0, help="Answer nothing to so many, the first ones.")
 @click.option("--error", default="", help="Answer every request with this message instead.")
-def main(delay_s: float, stall: bool, error: str) -> None:
+def main(delay_s: float, stall: int, error: str) -> None:
     """Serves until it is killed."""
-    delay_s = 3600.0 if stall else delay_s
-    asyncio.run(_serve(noise_png(), delay_s, error))
+    delays_s = itertools.chain(itertools.repeat(_FOREVER_S, stall), itertools.repeat(delay_s))
+    asyncio.run(_serve(noise_png(), delays_s, error))
 
 
-async def _serve(png: bytes, delay_s: float, error: str) -> None:
+async def _serve(png: bytes, delays_s: Iterator[float], error: str) -> None:
     import grpc.aio
     from tritonclient.grpc import service_pb2_grpc
 
     server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Grpc(png, delay_s, error), server)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Grpc(png, delays_s, error), server)
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    http = _HttpServer(("127.0.0.1", 0), _http_handler(png, delay_s, error))
+    http = _HttpServer(("127.0.0.1", 0), _http_handler(png, delays_s, error))
     threading.Thread(target=http.serve_forever, daemon=True).start()
     click.echo(f"127.0.0.1:{grpc_port} http://127.0.0.1:{http.server_port}")
     await server.wait_for_termination()
@@ -64,11 +68,11 @@ class _HttpServer(ThreadingHTTPServer):
 class _Grpc:
     """Of GRPCInferenceService, what the client calls."""
 
-    def __init__(self, png: bytes, delay_s: float, error: str) -> None:
+    def __init__(self, png: bytes, delays_s: Iterator[float], error: str) -> None:
         from tritonclient.grpc import service_pb2
         from tritonclient.utils import serialize_byte_tensor
 
-        self._delay_s = delay_s
+        self._delays_s = delays_s
         self._answer = service_pb2.ModelStreamInferResponse(error_message=error)
         if error:
             return
@@ -84,7 +88,7 @@ class _Grpc:
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         async for _ in requests:
-            await asyncio.sleep(self._delay_s)
+            await asyncio.sleep(next(self._delays_s))
             yield self._answer
 
     def __getattr__(self, name: str) -> Any:
@@ -110,7 +114,7 @@ def _completed(png: bytes) -> dict[str, list[Any]]:
     }
 
 
-def _http_handler(png: bytes, delay_s: float, error: str) -> type[BaseHTTPRequestHandler]:
+def _http_handler(png: bytes, delays_s: Iterator[float], error: str) -> type[BaseHTTPRequestHandler]:
     fields = {"error": error} if error else {"event": "completed", "image": base64.b64encode(png).decode()}
     body = json.dumps({"model_name": STABLE_DIFFUSION, **fields}).encode()
 
@@ -119,7 +123,7 @@ def _http_handler(png: bytes, delay_s: float, error: str) -> type[BaseHTTPReques
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            threading.Event().wait(delay_s)
+            threading.Event().wait(next(delays_s))
             stream = self.path.endswith("generate_stream")
             content = b"data: " + body + b"\n\n" if stream else body
             self.send_response(503 if error else 200)

@@ -52,6 +52,16 @@ def test_latency_counts_from_the_due_time_and_an_answer_is_not_waited_for() -> N
     assert max(record.done_s for record in recording.records) < 10
 
 
+@pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
+def test_an_answer_waits_for_no_other(protocol: Protocol) -> None:
+    with stub("--stall", "30") as (grpc, http):
+        recording, _ = generate(
+            workload(Bursts(rate_per_s=40, size=40), duration_s=1, patience_s=4),
+            Target(protocol, grpc if protocol == "triton-grpc" else http),
+        )
+    assert outcomes(recording) == {"timeout": 30, OK: 10}
+
+
 def test_a_closed_loop_has_as_many_in_flight_as_it_has_users() -> None:
     with stub("--delay-s", "0.2") as (grpc, _):
         recording, kept_up = generate(workload(Closed(3)), Target("triton-grpc", grpc))
@@ -78,7 +88,7 @@ def test_a_server_that_is_not_there_and_one_that_never_answers() -> None:
         pass
     recording, _ = generate(workload(Constant(rate_per_s=5), duration_s=1), Target("triton-http", http))
     assert outcomes(recording) == {"connection": 5}
-    with stub("--stall") as (grpc, _):
+    with stub("--stall", "100") as (grpc, _):
         recording, _ = generate(
             workload(Constant(rate_per_s=5), duration_s=1, patience_s=1), Target("triton-grpc", grpc)
         )
@@ -87,7 +97,7 @@ def test_a_server_that_is_not_there_and_one_that_never_answers() -> None:
 
 def test_what_is_cancelled_is_neither_answered_nor_an_error() -> None:
     requests = [msgspec.to_builtins(Requests(cancel_share=1, cancel_after_s=(0.1, 0.3)))]
-    with stub("--stall") as (grpc, _):
+    with stub("--stall", "100") as (grpc, _):
         recording, _ = generate(
             workload(Constant(rate_per_s=10), duration_s=1, requests=requests), Target("triton-grpc", grpc)
         )
@@ -96,7 +106,7 @@ def test_what_is_cancelled_is_neither_answered_nor_an_error() -> None:
 
 
 def test_what_could_not_be_sent_is_counted_and_fails_the_run() -> None:
-    with stub("--stall") as (grpc, _):
+    with stub("--stall", "100") as (grpc, _):
         recording, kept_up = generate(
             workload(Bursts(rate_per_s=20, size=20), duration_s=1, patience_s=1, max_in_flight=8),
             Target("triton-grpc", grpc),

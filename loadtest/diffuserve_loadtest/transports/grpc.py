@@ -8,13 +8,20 @@ from diffuserve_loadtest.target import Target
 from diffuserve_loadtest.transports import Answer
 
 
+# More than a run has in flight. A call that finds no thread would get its answer when another ends, and look slow.
+_MAX_WAITING = 10_000
+
+
 class GrpcTransport:
-    """gRPC waits in threads of its own, which would stop all greenlets, unless it is told about gevent first."""
+    """gRPC waits in threads of its own, which would stop all greenlets, unless it is told about gevent first. Then every call
+    in flight waits in a thread of gevent's pool, which has ten unless told otherwise."""
 
     def __init__(self, target: Target) -> None:
+        import gevent
         from grpc.experimental.gevent import init_gevent
 
         init_gevent()
+        gevent.get_hub().threadpool.maxsize = _MAX_WAITING
         server = Triton() if target.protocol == "triton-grpc" else TorchServe(target.token)
         # The generator has a patience of its own, for all protocols the same, and retries nothing: it is to see errors.
         self._client = Client(target.url, server=server, idle_timeout_s=None, retries=0)
