@@ -24,7 +24,7 @@ def write_icons(icons: Icons, folder: Path, seed: int = 0) -> int:
     """
     choose = random.Random(seed)  # noqa: S311 - training data, no secret
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines: list[str] = []
     for icon, drawn in zip(icons.icons, icons.drawn, strict=True):
         for background in choose.sample(range(len(NAMES)), _BACKGROUNDS_AN_ICON):
             name = f"{len(lines):05}.png"

@@ -7,7 +7,6 @@ from diffuserve_loadtest.plan import PlannedRequest
 from diffuserve_loadtest.target import Target
 from diffuserve_loadtest.transports import Answer
 
-
 # More than a run has in flight. A call that finds no thread would get its answer when another ends, and look slow.
 _MAX_WAITING = 10_000
 
