@@ -17,7 +17,7 @@ import grpc
 import pytest
 from PIL import Image
 
-from diffuserve.errors import DiffuserveError, InvalidRequest, ServerUnavailable
+from diffuserve.errors import DeadlineExceeded, DiffuserveError, InvalidRequest, QueueFull, ServerUnavailable
 from diffuserve.similarity import psnr_db
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
@@ -215,13 +215,12 @@ def test_a_mixed_batch_with_bad_requests_shares_calls(torchserve: TorchServeServ
         together = list(pool.map(draw, settings, range(len(settings))))
     after = figures()
     for one, other in zip(alone, together, strict=True):
-        assert type(one) is type(other)
+        assert isinstance(one, Result) == isinstance(other, Result)
         if isinstance(one, Result) and isinstance(other, Result):
             assert one.encoded == other.encoded
-    assert [type(each).__name__ for each in together if isinstance(each, DiffuserveError)] == [
-        "InvalidRequest",
-        "DeadlineExceeded",
-    ]
+    invalid, late = (type(each) for each in together if isinstance(each, DiffuserveError))
+    assert invalid is InvalidRequest
+    assert late in (DeadlineExceeded, QueueFull)  # refused at arrival, if others were accepted before it
 
     def added(name: str) -> float:
         return after[name] - before[name]

@@ -89,7 +89,7 @@ def test_the_tokenizer_knows_every_word_of_the_captions(icons: Icons) -> None:
     ids = tokenizer("a triangle, flat, on a blue background").input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
-    assert len(ids) == 10  # a word each, two commas
+    assert len(ids) == 11  # seven words, two commas, the start and the end
     assert tokenizer.model_max_length == 16
 
 

@@ -98,7 +98,7 @@ def evaluate(checkpoint: Path, icons: Icons, data: Data, count: int) -> tuple[Ev
     candidates = sum(icon.style == icons.icons[0].style for icon in icons.icons)
     figures = Evaluation(
         str(checkpoint),
-        _vae_psnr_db(pipeline.vae, icons),
+        vae_psnr_db(pipeline.vae, icons),
         candidates,
         _scores([(case, each) for case, each in pairs if case.seen]),
         _scores([(case, each) for case, each in pairs if not case.seen]),
@@ -129,7 +129,7 @@ def _at_size(images: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
     return np.stack([np.asarray(image) for image in resized])
 
 
-def _vae_psnr_db(vae: Any, icons: Icons) -> float:
+def vae_psnr_db(vae: Any, icons: Icons) -> float:
     """Of random icons on random backgrounds, over all pixels together."""
     import torch
 

@@ -140,7 +140,7 @@ def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices:
     """
     import diffusers
 
-    from diffuserve_training.run import fit
+    from diffuserve_training.run import fit, seeded
 
     library: Any = diffusers
     try:
@@ -149,6 +149,7 @@ def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{config.checkpoint} cannot be loaded: {error}") from None
+    seeded(config.optimisation)
     module = LoraModule(config, pipeline, pictures)
     path = output / "lora.safetensors"
     fit(module, output / "lora-run", on_save=lambda: module.save(path), devices=devices)

@@ -17,6 +17,11 @@ from diffuserve_training.config import Optimisation
 _KEPT = "last.ckpt"
 
 
+def seeded(optimisation: Optimisation) -> None:
+    """Call it before a module is made, whose first weights are random."""
+    lightning.seed_everything(optimisation.seed, workers=True, verbose=False)
+
+
 def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str = "auto") -> None:
     """Trains to `optimisation.steps`, from the last checkpoint in `output` if there is one.
 
@@ -27,7 +32,6 @@ def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str 
         devices: as Lightning takes it.
     """
     optimisation: Optimisation = module.optimisation
-    lightning.seed_everything(optimisation.seed, workers=True, verbose=False)
     checkpoints = ModelCheckpoint(
         dirpath=output, filename="step-{step}", every_n_train_steps=optimisation.every, save_last=True, save_top_k=1
     )

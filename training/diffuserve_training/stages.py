@@ -18,9 +18,10 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
     """Stage one, to `output`/vae (the model), vae-run/ (checkpoints, logs) and vae.png (originals above reconstructions)."""
     from diffuserve_training.checkpoints import save_vae
     from diffuserve_training.latents import scaling_factor_of
-    from diffuserve_training.run import fit
+    from diffuserve_training.run import fit, seeded
     from diffuserve_training.vae_module import VaeModule
 
+    seeded(config.vae.optimisation)
     module = VaeModule(config.vae, icons)
 
     def save() -> None:
@@ -43,7 +44,7 @@ def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices
     from diffuserve_training.checkpoints import save_pipeline
     from diffuserve_training.latents import encode_all
     from diffuserve_training.ldm_module import LdmModule
-    from diffuserve_training.run import fit
+    from diffuserve_training.run import fit, seeded
     from diffuserve_training.sampling import draw, grid, load_pipeline
     from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
 
@@ -57,6 +58,7 @@ def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices
         vocabulary=config.ldm.vocabulary,
         tokens=config.ldm.tokens,
     )
+    seeded(config.ldm.optimisation)
     module = LdmModule(config.ldm, latents, tokenizer)
     prompts = _prompts(icons)
 

@@ -110,7 +110,7 @@ def _busy(server: TritonServer) -> list[str]:
     return [f"{name} is {metrics[name]:g}" for name in _GAUGES if metrics[name]]
 
 
-def _grown(now: Snapshot, before: Snapshot, files_left: int) -> list[str]:
+def _grown(now: Snapshot, before: Snapshot, files_left: int = 0) -> list[str]:
     grown = []
     for name, count in now.files.items():
         if count > before.files.get(name, count) + _FILES_SLACK + files_left:
