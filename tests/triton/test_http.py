@@ -77,13 +77,14 @@ def test_plain_infer_is_refused(server: TritonServer) -> None:
 
 
 def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer) -> None:
-    def running() -> float:
-        return read_metrics(server.address.metrics)["diffuserve_requests_running", "stable_diffusion"]
+    def cancelled() -> float:
+        return read_metrics(server.address.metrics)["diffuserve_requests_cancelled", "stable_diffusion"]
 
-    body = json.dumps({"prompt": "a rocket", "steps": 150, "num_images": 4, "progress": True}).encode()
+    body = json.dumps({"prompt": "a rocket", "steps": 60, "num_images": 4, "progress": True}).encode()
     head = (
         f"POST /v2/models/stable_diffusion/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     )
+    before = cancelled()
     for _ in range(3):  # Triton 2.51 misses a reset now and then, and draws that request to its end
         with socket.create_connection((server.address.host, server.address.http_port)) as connection:
             connection.sendall(head.encode() + body)
@@ -92,8 +93,8 @@ def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer) 
                 received += connection.recv(4096)
             assert b'"accepted"' in received
         deadline_s = time.monotonic() + 10
-        while running() and time.monotonic() < deadline_s:
+        while cancelled() == before and time.monotonic() < deadline_s:
             time.sleep(0.1)
-        if not running():
+        if cancelled() > before:
             break
-    assert running() == 0
+    assert cancelled() > before

@@ -73,7 +73,7 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rate(self, step: int) -> float:
         """The learning rate's factor, 0 .. 1, at a step from 0."""
         up = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        down = (self.steps - step) / (self.cooldown_steps + 1)
+        down = (self.steps - step) / self.cooldown_steps if self.cooldown_steps else 1.0
         return max(0.0, min(up, down))
 
 

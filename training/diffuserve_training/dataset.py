@@ -47,14 +47,15 @@ def is_held_out(name: str, background: str, share: float) -> bool:
 
 
 class Steps(IterableDataset[Any]):
-    """Batches from step `start` on, without an end."""
+    """Batches from step `start()` on, without an end; it is asked when they begin, since a run that goes on knows its step
+    only after the loader has been made."""
 
-    def __init__(self, batch_of: Callable[[int], Any], start: int) -> None:
+    def __init__(self, batch_of: Callable[[int], Any], start: Callable[[], int]) -> None:
         self._batch_of = batch_of
         self._start = start
 
     def __iter__(self) -> Iterator[Any]:
-        step = self._start
+        step = self._start()
         while True:
             yield self._batch_of(step)
             step += 1

@@ -107,7 +107,7 @@ class LdmModule(lightning.LightningModule):
             latents, captions = self._latents.batch(seed, config.optimisation.batch_size, config.empty_captions)
             return torch.from_numpy(latents), self.input_ids(captions)
 
-        return DataLoader(Steps(batch, self.global_step), batch_size=None)
+        return DataLoader(Steps(batch, lambda: self.global_step), batch_size=None)
 
     def input_ids(self, captions: list[str]) -> Tensor:
         """(batch, tokens) int64."""

@@ -75,7 +75,7 @@ class LoraModule(lightning.LightningModule):
             together = {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
             return self._latents[chosen], together
 
-        return DataLoader(Steps(batch, self.global_step), batch_size=None)
+        return DataLoader(Steps(batch, lambda: self.global_step), batch_size=None)
 
     def save(self, path: Path) -> None:
         """One safetensors file in diffusers' format, which `diffuserve export --lora` reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,13 @@ def tokenizer_from_captions(captions: Sequence[str], *, vocabulary: int, tokens:
     from transformers import CLIPTokenizer
 
     trained = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=vocabulary, show_progress=False)
-    trained.model_max_length = tokens
-    return trained
+    # The trainer numbers single letters in an order that differs from run to run, and weights depend on the numbers.
+    merges = [tuple(pair) for pair in json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]]
+    special = [trained.bos_token, trained.eos_token]
+    merged = list(dict.fromkeys("".join(pair) for pair in merges))
+    letters = sorted(set(trained.get_vocab()) - set(special) - set(merged))
+    numbers = {token: number for number, token in enumerate([*special, *letters, *merged])}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=tokens)
 
 
 def sample_captions(icons: Sequence[Icon], seed: int) -> list[str]:

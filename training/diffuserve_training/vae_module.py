@@ -66,4 +66,4 @@ class VaeModule(lightning.LightningModule):
             )
             return torch.from_numpy(images)
 
-        return DataLoader(Steps(batch, self.global_step), batch_size=None)
+        return DataLoader(Steps(batch, lambda: self.global_step), batch_size=None)
