@@ -26,7 +26,7 @@ def tokenizer_from_captions(captions: Sequence[str], *, vocabulary: int, tokens:
 
     trained = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=vocabulary, show_progress=False)
     # The trainer numbers single letters in an order that differs from run to run, and weights depend on the numbers.
-    merges = [tuple(pair) for pair in json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]]
     special = [trained.bos_token, trained.eos_token]
     merged = list(dict.fromkeys("".join(pair) for pair in merges))
     letters = sorted(set(trained.get_vocab()) - set(special) - set(merged))

@@ -40,7 +40,12 @@ class HttpTransport:
         headers = {"Content-Type": "application/json"}
         try:
             with self._session.post(
-                self._url, body, headers=headers, stream=True, timeout=(_CONNECT_TIMEOUT_S, self._timeout_s)
+                self._url,
+                body,
+                headers=headers,
+                stream=True,
+                allow_redirects=False,
+                timeout=(_CONNECT_TIMEOUT_S, self._timeout_s),
             ) as response:
                 if response.status_code != 200:
                     raise _error(response.status_code, response.raw.read(_MESSAGE_BYTES, decode_content=True))
