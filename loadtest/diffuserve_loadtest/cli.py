@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffuserve_loadtest.target import PROTOCOLS
+
 if TYPE_CHECKING:
     from diffuserve_loadtest.find_max import Found
     from diffuserve_loadtest.run import Run
@@ -26,7 +28,6 @@ _SUBCOMMANDS = {
     "faults": ("diffuserve_loadtest.faults.cli", "Attack a server, and count what is lost."),
     "peers": ("diffuserve_loadtest.peers.cli", "Other servers under the same load."),
 }
-_PROTOCOLS = ("triton-grpc", "triton-http", "triton-stream", "torchserve-grpc", "torchserve-http", "image-http")
 
 
 class _WorkloadOrCommand(click.Group):
@@ -87,7 +88,7 @@ def command() -> None:
 @click.option("--repository", type=_PATH, default=Path("triton_repo"), show_default=True, help="For Triton.")
 @click.option("--archive", type=_PATH, help="For TorchServe.  [default: the only one in model_store/mar]")
 @click.option("--url", help="A server that runs already: HOST:PORT for gRPC, http://HOST:PORT for HTTP.")
-@click.option("--protocol", type=click.Choice(_PROTOCOLS), help="[default: triton-grpc, or torchserve-grpc]")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), help="[default: triton-grpc, or torchserve-grpc]")
 @click.option("--metrics-url", help="Of a server at --url.  [default: http://HOST:8002/metrics for Triton]")
 @click.option("--pid", type=int, help="Of a server at --url on this machine, to watch its memory.")
 @click.option("--key-file", type=_PATH, help="Of a TorchServe at --url.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from types import TracebackType
 import msgspec
 
 from diffuserve_loadtest.metrics import read_text, values_and_buckets
+from diffuserve_loadtest.server_processes import family_of, memory_bytes, model_of
 
 INTERVAL_S = 1.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
@@ -99,39 +99,15 @@ def processes_of(pid: int | None) -> dict[str, Process]:
     import psutil
 
     found: dict[str, Process] = {}
-    if pid is None or not psutil.pid_exists(pid):
-        return found
-    try:
-        root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return found
-    for process in processes:
+    for process in [] if pid is None else family_of(pid):
         try:
-            name = _name(process.name(), process.cmdline())
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            figures = Process(
-                _size_bytes(rollup, "Rss"), _size_bytes(rollup, "Pss"), process.num_fds(), process.num_threads()
-            )
+            name = model_of(process) or process.name()
+            resident, proportional = (memory_bytes(process.pid, measure) for measure in ("Rss", "Pss"))
+            figures = Process(resident, proportional, process.num_fds(), process.num_threads())
         except (psutil.Error, OSError):
             continue
         found[name] = _sum(found[name], figures) if name in found else figures
     return found
-
-
-def _name(program: str, arguments: list[str]) -> str:
-    """The model whose model.py a process of Triton's Python backend runs, `worker` for TorchServe's, else the program."""
-    for argument in arguments:
-        if argument.endswith("/model_service_worker.py"):
-            return "worker"
-        if argument.endswith("/model.py"):
-            return Path(argument).parents[1].name
-    return program
-
-
-def _size_bytes(rollup: str, measure: str) -> int:
-    size = re.search(rf"^{measure}:\s+(\d+) kB", rollup, re.MULTILINE)
-    return int(size[1]) * 1024 if size else 0
 
 
 def _sum(one: Process, other: Process) -> Process:

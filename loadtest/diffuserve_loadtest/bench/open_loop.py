@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.mixture import Arrival
-
-LATE_S = 0.05
+from diffuserve_loadtest.records import LATE_S
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from diffuserve_client import AsyncClient
 from diffuserve_loadtest.faults.background import KnownAnswer, ask
 from diffuserve_loadtest.faults.case import Tally
 from diffuserve_loadtest.metrics import read_metrics
+from diffuserve_loadtest.server_processes import family_of, model_of
 
 _GAUGES = ("requests_waiting", "requests_running", "rows_waiting", "rows_running")
 _SETTLE_S = 20.0
@@ -41,15 +42,12 @@ def processes_of(server: TritonServer) -> dict[str, Any]:
     """psutil's processes: `tritonserver`, and each model's by its name."""
     import psutil
 
-    root = psutil.Process(server.pid)
+    root, *below = family_of(server.pid)
     processes = {"tritonserver": root}
-    for child in root.children():
-        with contextlib.suppress(
-            psutil.NoSuchProcess
-        ):  # a zombie's too: one that was killed, and that Triton left behind
-            script = next((argument for argument in child.cmdline() if argument.endswith("/model.py")), None)
-            if script is not None:
-                processes[Path(script).parents[1].name] = child
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's too: one that Triton left when it was killed
+            if model := model_of(process):
+                processes[model] = process
     return processes
 
 
