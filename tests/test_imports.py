@@ -42,6 +42,7 @@ IN_TRAINING = [
         "lora_module.py",
         "optimisation.py",
         "run.py",
+        "step_module.py",
         "vae_module.py",
     )
 ]

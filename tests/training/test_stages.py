@@ -52,7 +52,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert not same(weights(trained), weights(tmp_path / "other"))
 
 
-@pytest.mark.xfail(strict=True, reason="a resumed run goes on, but its weights differ from those of an unbroken one")
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(icons: Icons, trained: Path, tmp_path: Path) -> None:
     for steps in (2, 4):
         train_vae(small_training(steps=steps), icons, tmp_path)
@@ -87,7 +86,7 @@ def test_it_learns(icons: Icons, trained: Path, tmp_path: Path) -> None:
 
     from diffuserve_training.evaluate import vae_psnr_db
 
-    train_vae(small_training(steps=60, every=60, ema_decay=0.9), icons, tmp_path)
+    train_vae(small_training(steps=60, every=60, ema_decay=0.9, learning_rate=4e-3), icons, tmp_path)
     after_4, after_60 = (
         vae_psnr_db(AutoencoderKL.from_pretrained(folder / "vae"), icons) for folder in (trained, tmp_path)
     )

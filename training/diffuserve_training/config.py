@@ -70,6 +70,9 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     every: Count = 1000
     seed: int = 0
 
+    def is_cooling(self, step: int) -> bool:
+        return step >= self.steps - self.cooldown_steps
+
     def rate(self, step: int) -> float:
         """The learning rate's factor, 0 .. 1, at a step from 0."""
         up = min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -80,7 +83,7 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Attributes:
     model: of diffusers' AutoencoderKL.
-    crop_px: side of random crops to train on; None for whole images.
+    crop_px: side of random crops to train on until the rate falls; then, or where it is None, whole images.
     latent_noise: deviation of the noise on the latents that the decoder sees, before scaling.
     edge_weight: of the difference of the images' gradients in the loss.
     latent_weight: of the mean squared latent in the loss.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
-from diffuserve_training.averaging import average_of
-from diffuserve_training.config import Ldm, Optimisation
-from diffuserve_training.dataset import Latents, Steps
-from diffuserve_training.optimisation import adamw, generator_for
+from diffuserve_training.config import Ldm
+from diffuserve_training.dataset import Latents
+from diffuserve_training.step_module import AveragedModule
 
 
 class Denoiser(nn.Module):
@@ -45,34 +42,28 @@ class Denoiser(nn.Module):
         return predicted
 
 
-class LdmModule(lightning.LightningModule):
+class LdmModule(AveragedModule):
     """The loss is the squared error of v, uniformly or by min-SNR weighting (Hang et al., arXiv:2303.09556, which for v is
     min(SNR, gamma) / (SNR + 1))."""
 
     def __init__(self, config: Ldm, latents: Latents, tokenizer: Any) -> None:
-        super().__init__()
+        super().__init__(config.optimisation, Denoiser(config, tokenizer))
         from diffusers import DDIMScheduler
 
         self.config = config
         self.tokenizer = tokenizer
-        self.denoiser = Denoiser(config, tokenizer)
-        self.average = average_of(self.denoiser, config.optimisation.ema_decay)
         self.scheduler: Any = DDIMScheduler(**config.scheduler)
         self._latents = latents
 
-    @property
-    def optimisation(self) -> Optimisation:
-        return self.config.optimisation
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         latents, input_ids = batch
-        levels, generator = self.config.noise_levels, generator_for(self)
+        levels, generator = self.config.noise_levels, self.generator()
         latents = latents.repeat_interleave(levels, dim=0)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = self._timesteps(len(latents), generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        predicted = self.denoiser(noisy, timesteps, input_ids)
+        predicted = self.network(noisy, timesteps, input_ids)
         error = functional.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
         self.log("error", error.detach().mean(), prog_bar=True)
         return (error * self._weights(timesteps)).mean()
@@ -93,21 +84,9 @@ class LdmModule(lightning.LightningModule):
         snr = signal / (1 - signal)
         return snr.clamp(max=gamma) / (snr + 1)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.average.update_parameters(self.denoiser)
-
-    def configure_optimizers(self) -> Any:
-        return adamw(self.denoiser.parameters(), self.optimisation)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        config, rank = self.config, self.global_rank
-
-        def batch(step: int) -> tuple[Tensor, Tensor]:
-            seed = (config.optimisation.seed, step, rank)
-            latents, captions = self._latents.batch(seed, config.optimisation.batch_size, config.empty_captions)
-            return torch.from_numpy(latents), self.input_ids(captions)
-
-        return DataLoader(Steps(batch, lambda: self.global_step), batch_size=None)
+    def batch(self, step: int, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        latents, captions = self._latents.batch(seed, self.optimisation.batch_size, self.config.empty_captions)
+        return torch.from_numpy(latents), self.input_ids(captions)
 
     def input_ids(self, captions: list[str]) -> Tensor:
         """(batch, tokens) int64."""

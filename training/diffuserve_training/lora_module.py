@@ -7,28 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
-from diffuserve_training.config import ConfigError, Lora, Optimisation
-from diffuserve_training.dataset import Steps, to_unit
-from diffuserve_training.optimisation import adamw, generator_for
+from diffuserve_training.config import ConfigError, Lora
+from diffuserve_training.dataset import to_unit
+from diffuserve_training.optimisation import adamw
 from diffuserve_training.pictures import Picture, load_square
+from diffuserve_training.step_module import StepModule
 
 Conditioning = dict[str, Tensor]
 
 
-class LoraModule(lightning.LightningModule):
+class LoraModule(StepModule):
     """Texts and pictures are encoded once, at the start, so that only the UNet takes part in the steps.
 
     The target is what the checkpoint's scheduler says, the noise or v; the loss is the plain squared error.
     """
 
     def __init__(self, config: Lora, pipeline: Any, pictures: Sequence[Picture]) -> None:
-        super().__init__()
+        super().__init__(config.optimisation)
         from diffusers import DDPMScheduler
 
         self.config = config
@@ -39,13 +38,9 @@ class LoraModule(lightning.LightningModule):
         self._empty = _encode_text(pipeline, "", self._size_px)
         self.unet = _adapted(pipeline.unet, config)
 
-    @property
-    def optimisation(self) -> Optimisation:
-        return self.config.optimisation
-
     def training_step(self, batch: tuple[Tensor, Conditioning], batch_index: int) -> Tensor:
         latents, condition = batch
-        generator = generator_for(self)
+        generator = self.generator()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         total = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(total, (len(latents),), generator=generator).to(latents.device)
@@ -62,20 +57,13 @@ class LoraModule(lightning.LightningModule):
         trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         return adamw(trained, self.optimisation)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        optimisation, rank = self.optimisation, self.global_rank
-
-        def batch(step: int) -> tuple[Tensor, Conditioning]:
-            choose = random.Random(str((optimisation.seed, step, rank)))  # noqa: S311 - training data, no secret
-            chosen = [choose.randrange(len(self._latents)) for _ in range(optimisation.batch_size)]
-            conditions = [
-                self._empty if choose.random() < self.config.empty_captions else self._conditions[index]
-                for index in chosen
-            ]
-            together = {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
-            return self._latents[chosen], together
-
-        return DataLoader(Steps(batch, lambda: self.global_step), batch_size=None)
+    def batch(self, step: int, seed: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
+        choose = random.Random(str(seed))  # noqa: S311 - training data, no secret
+        chosen = [choose.randrange(len(self._latents)) for _ in range(self.optimisation.batch_size)]
+        conditions = [
+            self._empty if choose.random() < self.config.empty_captions else self._conditions[index] for index in chosen
+        ]
+        return self._latents[chosen], {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
 
     def save(self, path: Path) -> None:
         """One safetensors file in diffusers' format, which `diffuserve export --lora` reads."""

@@ -17,13 +17,8 @@ def load_pipeline(folder: Path) -> Any:
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
-    return quiet_pipeline(pipeline, DPMSolverMultistepScheduler)
-
-
-def quiet_pipeline(pipeline: Any, scheduler: Any) -> Any:
-    """With another scheduler of the same settings, and no progress bars."""
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

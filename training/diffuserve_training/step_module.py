@@ -1,0 +1,56 @@
+"""What every training here has in common: data and noise that follow from the step, and averaged weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from diffuserve_training.averaging import average_of
+from diffuserve_training.config import Optimisation
+from diffuserve_training.dataset import Steps
+from diffuserve_training.optimisation import adamw
+
+
+class StepModule(lightning.LightningModule):
+    """A training whose step n is the same in every run with the same seed."""
+
+    def __init__(self, optimisation: Optimisation) -> None:
+        super().__init__()
+        self.optimisation = optimisation
+
+    def batch(self, step: int, seed: tuple[int, ...]) -> Any:
+        """The data of a step on one device; all that is random in it follows from `seed`."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        def batch_of(step: int) -> Any:
+            return self.batch(step, (self.optimisation.seed, step, self.global_rank))
+
+        return DataLoader(Steps(batch_of, lambda: self.global_step), batch_size=None)
+
+    def generator(self) -> torch.Generator:
+        """For what is random in a step besides its data; its numbers follow from the seed, the step and the device."""
+        seeds = np.random.SeedSequence((self.optimisation.seed, self.global_step, self.global_rank))
+        return torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
+
+
+class AveragedModule(StepModule):
+    """One that trains all of `network` and keeps `average` of its weights."""
+
+    def __init__(self, optimisation: Optimisation, network: nn.Module) -> None:
+        super().__init__(optimisation)
+        self.network: Any = network
+        self.average = average_of(network, optimisation.ema_decay)
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self.network.parameters(), self.optimisation)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not at the batch's end: Lightning writes its checkpoint before it tells the module of that.
+        self.average.update_parameters(self.network)
