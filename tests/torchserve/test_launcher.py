@@ -52,7 +52,7 @@ def wait_for_client(key_file: Path, address: TorchServeAddress) -> Client:
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s:
         with suppress(LaunchError):  # while there are no keys
-            client = Client(address.grpc, server=TorchServe(read_inference_token(key_file)))
+            client = Client(address.grpc, server=TorchServe(read_inference_token(key_file)), retries=0)
             if client.is_ready():
                 return client
             client.close()

@@ -60,7 +60,11 @@ def run_folders_of(launcher_pid: int) -> list[Path]:
 
 def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(repository: Path) -> None:
     address = Address.on_free_ports()
-    with serve(repository, address) as process, ThreadPoolExecutor(4) as pool, Client(address.grpc) as client:
+    with (
+        serve(repository, address) as process,
+        ThreadPoolExecutor(4) as pool,
+        Client(address.grpc, retries=0) as client,
+    ):
         wait_until_ready(address)
         children = psutil.Process(process.pid).children(recursive=True)
         running = [pool.submit(client.generate, "a rocket", steps=steps, seed=steps) for steps in (30, 60, 90)]

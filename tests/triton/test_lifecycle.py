@@ -379,7 +379,7 @@ def test_sigterm_loses_no_request_whatever_it_waits_for(repository: Path, tmp_pa
     shutil.copytree(repository, copy)
     set_parameter(copy, "stable_diffusion", "max_active_images", 3)
     address = Address.on_free_ports()
-    with serve(copy, address) as process, ThreadPoolExecutor(12) as pool, Client(address.grpc) as client:
+    with serve(copy, address) as process, ThreadPoolExecutor(12) as pool, Client(address.grpc, retries=0) as client:
         wait_until_ready(address)
         # Of different length, so that some are decoded or done while others have not got their first step.
         futures = [pool.submit(client.generate, f"a rocket {n}", steps=1 + 3 * n, **SMALL) for n in range(12)]
