@@ -29,7 +29,9 @@ CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
 DEFINES_TORCH_MODULES = Path("export/diffuserve_export/modules.py")
 # What Locust loads in its own process; no verb does.
-IN_LOCUST = [Path("loadtest/diffuserve_loadtest", name) for name in ("generation.py", "locustfile.py")]
+IN_LOCUST = [
+    Path("loadtest/diffuserve_loadtest", name) for name in ("distributed.py", "generation.py", "locustfile.py")
+]
 # Where there is nothing to do without PyTorch; no verb loads them before it is called.
 IN_TRAINING = [
     Path("training/diffuserve_training", name)

@@ -26,6 +26,7 @@ _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 CANNOT_KEEP_UP = 3
 """Its exit code when requests were sent late, or not at all."""
 _MARGIN_S = 60.0
+_WORKERS_START_WITHIN_S = 30
 _HOST = "127.0.0.1"
 
 
@@ -64,7 +65,8 @@ def generate(
             if workers > 1:
                 [port] = free_ports(_HOST, 1)
                 directing = ["--master", f"--expect-workers={workers}", f"--master-bind-host={_HOST}"]
-                directing += [f"--master-bind-port={port}", "--users", str(workers), "--spawn-rate", str(workers)]
+                directing += [f"--expect-workers-max-wait={_WORKERS_START_WITHIN_S}", f"--master-bind-port={port}"]
+                directing += ["--users", str(workers), "--spawn-rate", str(workers)]
                 for _ in range(workers):
                     stack.enter_context(
                         _process([*options, "--worker", f"--master-host={_HOST}", f"--master-port={port}"])

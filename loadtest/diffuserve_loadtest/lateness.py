@@ -19,6 +19,6 @@ def shortfall(recording: Recording) -> str:
     if late > LATE_SHARE * len(counted):
         return (
             f"{late} of {len(counted)} requests were sent more than {LATE_S * 1000:.0f} ms after they were due. Use more "
-            "processes (--processes), or a machine with nothing else on it"
+            "processes (--workers, or --processes of Locust), or a machine with nothing else on it"
         )
     return ""

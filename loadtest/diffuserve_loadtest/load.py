@@ -13,7 +13,7 @@ from gevent.pool import Pool
 
 from diffuserve_loadtest.arrivals import due_times
 from diffuserve_loadtest.sender import Sender
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.workload import Closed, Workload
 
 _STARTS_TOGETHER_S = 0.5
 
@@ -38,7 +38,8 @@ class Load:
 
     Attributes:
         unsent: requests that were due and not sent, because `max_in_flight` were.
-        ended: set when the duration is over and everything in flight has been answered or given up.
+        sent_for_s: seconds of the run in which requests were sent: the workload's, unless it was stopped.
+        ended: set when the duration is over and everything in flight has been answered or given up, or when it was stopped.
     """
 
     def __init__(self, workload: Workload, sender: Sender, share: Share) -> None:
@@ -49,9 +50,30 @@ class Load:
         self._numbers = itertools.count(share.index, share.count)
         self._in_flight = Pool()
         self.unsent = 0
+        self.sent_for_s = workload.duration_s
         self.ended = Event()
+        run = self._wait_for_the_last if isinstance(workload.arrivals, Closed) else self._run_open_loop
+        self._running = gevent.spawn(run)
 
-    def run_open_loop(self) -> None:
+    def send_next(self) -> bool:
+        """A user's turn in a closed loop; False when the time is over."""
+        self._sleep_until(0.0)
+        if self.ended.is_set() or self._now_s() >= self._workload.duration_s:
+            return False
+        turn = self._in_flight.spawn(self._sender.send, next(self._numbers), self._started_s, None)
+        turn.join()
+        return True
+
+    def stop(self) -> None:
+        """Sends nothing more, and hangs up on what is in flight, which leaves no records."""
+        if self.ended.is_set():
+            return
+        self.sent_for_s = max(0.0, min(self.sent_for_s, self._now_s()))
+        self.ended.set()
+        self._running.kill()
+        self._in_flight.kill()
+
+    def _run_open_loop(self) -> None:
         """Sends each request when it is due, whatever became of the earlier ones."""
         limit = -(-self._workload.max_in_flight // self._share.count)
         for number, due_s in self._due():
@@ -60,31 +82,18 @@ class Load:
                 self.unsent += 1
             else:
                 self._in_flight.spawn(self._sender.send, number, self._started_s, due_s)
-        self._sleep_until(self._workload.duration_s)
         self._wait_for_the_last()
 
-    def send_next(self) -> bool:
-        """A user's turn in a closed loop; False when the time is over."""
-        self._sleep_until(0.0)
-        if self._now_s() >= self._workload.duration_s:
-            return False
-        turn = self._in_flight.spawn(self._sender.send, next(self._numbers), self._started_s, None)
-        turn.join()
-        return True
-
-    def end_closed_loop(self) -> None:
-        """Waits for the end of the time, then for the last answers."""
+    def _wait_for_the_last(self) -> None:
+        """Until the time is over and everything has been answered; in a closed loop users send meanwhile."""
         self._sleep_until(self._workload.duration_s)
-        self._wait_for_the_last()
+        # Each gives up by itself when its patience is over.
+        self._in_flight.join()
+        self.ended.set()
 
     def _due(self) -> Iterator[tuple[int, float]]:
         everything = enumerate(due_times(self._workload))
         return itertools.islice(everything, self._share.index, None, self._share.count)
-
-    def _wait_for_the_last(self) -> None:
-        # Each gives up by itself when its patience is over.
-        self._in_flight.join()
-        self.ended.set()
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._started_s

@@ -8,8 +8,10 @@ from typing import Any
 from locust import User, constant, events, task
 from locust.exception import StopUser
 
-from diffuserve.errors import DiffuserveError
+from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve.torchserve.keys import read_inference_token
+from diffuserve_loadtest.arrivals import due_times
+from diffuserve_loadtest.distributed import open_generation
 from diffuserve_loadtest.generation import Generation
 from diffuserve_loadtest.target import PROTOCOLS, Target
 from diffuserve_loadtest.workload import Closed, read_workload
@@ -30,7 +32,7 @@ class WorkloadUser(User):
 
     @task
     def turn(self) -> None:
-        if not self.environment.generation.turn(self):
+        if not self.environment.generation.turn():
             raise StopUser
 
 
@@ -48,25 +50,29 @@ def _add_options(parser: Any) -> None:
 
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def _prepare(environment: Any, **_: Any) -> None:
-    options = environment.parsed_options
     try:
-        workload = read_workload(options.workload)
-        if options.capacity_per_s:
-            workload = workload.at_capacity(options.capacity_per_s)
-        elif workload.needs_capacity:
-            raise SystemExit(
-                f"The rate of {options.workload} is a share of the server's capacity. Say how many requests it answers in a "
-                "second, --capacity-per-s, or let `diffuserve loadtest` measure it."
-            )
+        environment.generation = _generation(environment)
     except DiffuserveError as error:
         raise SystemExit(str(error)) from None
+
+
+def _generation(environment: Any) -> Generation:
+    """As the options say; raises `DiffuserveError` for those that cannot be met."""
+    options = environment.parsed_options
+    workload = read_workload(options.workload)
+    if options.capacity_per_s is not None:
+        workload = workload.at_capacity(options.capacity_per_s)
     if isinstance(workload.arrivals, Closed):
         options.num_users = options.num_users or workload.arrivals.users
         options.spawn_rate = options.spawn_rate or workload.arrivals.users
+    else:
+        next(due_times(workload), None)  # what is wrong with them is said now, and not when the run has begun
     host = environment.host or _DEFAULT_HOST.get(options.protocol)
     if host is None:
-        raise SystemExit(f"Say where the server is: --host, as {options.protocol} has no usual address.")
+        raise InvalidRequest(f"Say where the server is: --host, as {options.protocol} has no usual address.")
     environment.host = host
     token = read_inference_token(Path(options.key_file)) if options.key_file else None
     recording = Path(options.recording) if options.recording else None
-    environment.generation = Generation(environment, workload, Target(options.protocol, host, token), recording)
+    if recording is not None and not recording.absolute().parent.is_dir():
+        raise InvalidRequest(f"{recording} cannot be written: there is no such folder.")
+    return open_generation(environment, workload, Target(options.protocol, host, token), recording)

@@ -31,6 +31,10 @@ class Target(msgspec.Struct, frozen=True):
     token: str | None = None
 
     def __post_init__(self) -> None:
+        scheme = "" if self.protocol.endswith("grpc") else "http"
+        if self.url.partition("://")[0] != scheme and (scheme or "://" in self.url):
+            form = "http://HOST:PORT" if scheme else "HOST:PORT"
+            raise InvalidRequest(f"{self.url!r} is no address for {self.protocol}; it must be {form}.")
         host = urlsplit(self.url if "://" in self.url else f"//{self.url}").hostname
         if host not in _LOOPBACK:
             raise InvalidRequest(

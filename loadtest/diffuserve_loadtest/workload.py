@@ -70,7 +70,7 @@ class Bursts(Rate, frozen=True, tag_field="process", tag="bursts"):
 class Replay(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="replay"):
     """The times, in seconds from the start, that are the first column of a CSV file; `speed` 2 takes half as long.
 
-    A relative path is relative to the workload's file.
+    A relative path is relative to the workload's file; once read, it is absolute.
     """
 
     file: str
@@ -147,7 +147,12 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         Args:
             capacity_per_s: requests of this mixture that the server answers in a second when there is always one more.
+
+        Raises:
+            InvalidRequest: the capacity is not positive.
         """
+        if not 0 < capacity_per_s < math.inf:
+            raise InvalidRequest(f"The capacity is {capacity_per_s} requests a second; it must be positive.")
         if not isinstance(self.arrivals, Rate) or self.arrivals.load is None:
             return self
         load = self.arrivals.load
@@ -187,7 +192,7 @@ def read_workload(name: str) -> Workload:
         raise InvalidRequest(f"The workload {name} cannot be read: {error}.") from None
     _check(name, workload)
     if isinstance(workload.arrivals, Replay):
-        file = str(folder / workload.arrivals.file)
+        file = str((folder / workload.arrivals.file).absolute())
         workload = msgspec.structs.replace(workload, arrivals=msgspec.structs.replace(workload.arrivals, file=file))
     return workload
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
+from diffuserve.serving.process import free_ports
+from diffuserve_loadtest.arrivals import due_times
 from diffuserve_loadtest.bench.generator import stub
 from diffuserve_loadtest.generator import CANNOT_KEEP_UP, GeneratorFailed, generate
 from diffuserve_loadtest.lateness import shortfall
+from diffuserve_loadtest.plan import plan
 from diffuserve_loadtest.records import CANCELLED, OK, Record, Recording, read_recording
 from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.workload import Arrivals, Bursts, Closed, Constant, Requests, Workload, to_yaml
+from diffuserve_loadtest.workload import Arrivals, Bursts, Closed, Constant, Replay, Requests, Workload, to_yaml
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 
 
 def workload(arrivals: Arrivals, **fields: object) -> Workload:
-    fields = {"duration_s": 2.0, "warm_up_s": 0.0, "patience_s": 10.0, **fields}
+    fields = {"duration_s": 1.0, "warm_up_s": 0.0, "patience_s": 10.0, **fields}
     return msgspec.convert({"description": "A test.", "arrivals": msgspec.to_builtins(arrivals), **fields}, Workload)
 
 
@@ -30,14 +39,14 @@ def outcomes(recording: Recording) -> Counter[str]:
     return Counter(record.outcome for record in recording.records)
 
 
-@pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http", "triton-stream"])
+@pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
 def test_an_open_loop_sends_each_request_when_it_is_due(protocol: Protocol) -> None:
     load = workload(Constant(rate_per_s=20))
     with stub() as (grpc, http):
         recording, _ = generate(load, Target(protocol, grpc if protocol == "triton-grpc" else http))
-    assert outcomes(recording) == {OK: 40}
+    assert outcomes(recording) == {OK: 20}
     records = sorted(recording.records, key=lambda record: record.due_s)
-    assert [record.due_s for record in records] == pytest.approx([number / 20 for number in range(40)])
+    assert [record.due_s for record in records] == pytest.approx([number / 20 for number in range(20)])
     assert all(record.due_s <= record.sent_s <= record.done_s for record in records)
     assert all(record.images == 1 and record.size_bytes > 40_000 for record in records)
     assert recording.workload == load
@@ -46,19 +55,15 @@ def test_an_open_loop_sends_each_request_when_it_is_due(protocol: Protocol) -> N
 def test_latency_counts_from_the_due_time_and_an_answer_is_not_waited_for() -> None:
     with stub("--delay-s", "0.5") as (grpc, _):
         recording, _ = generate(workload(Constant(rate_per_s=20)), Target("triton-grpc", grpc))
-    assert outcomes(recording) == {OK: 40}
+    assert outcomes(recording) == {OK: 20}
     assert min(record.latency_s for record in recording.records) >= 0.5
-    # One after the other they would have taken 20 s.
-    assert max(record.done_s for record in recording.records) < 10
+    # One after the other they would have taken 10 s.
+    assert max(record.done_s for record in recording.records) < 8
 
 
-@pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
-def test_an_answer_waits_for_no_other(protocol: Protocol) -> None:
-    with stub("--stall", "30") as (grpc, http):
-        recording, _ = generate(
-            workload(Bursts(rate_per_s=40, size=40), duration_s=1, patience_s=4),
-            Target(protocol, grpc if protocol == "triton-grpc" else http),
-        )
+def test_an_answer_waits_for_no_other() -> None:
+    with stub("--stall", "30") as (grpc, _):
+        recording, _ = generate(workload(Bursts(rate_per_s=40, size=40), patience_s=3), Target("triton-grpc", grpc))
     assert outcomes(recording) == {"timeout": 30, OK: 10}
 
 
@@ -67,7 +72,7 @@ def test_a_closed_loop_has_as_many_in_flight_as_it_has_users() -> None:
         recording, kept_up = generate(workload(Closed(3)), Target("triton-grpc", grpc))
     assert kept_up
     assert outcomes(recording).keys() == {OK}
-    assert 3 <= len(recording.records) <= 3 * (2 / 0.2 + 1)
+    assert 3 <= len(recording.records) <= 3 * (1 / 0.2 + 1)
     for record in recording.records:
         at_once = [other for other in recording.records if other.sent_s <= record.sent_s < other.done_s]
         assert len(at_once) <= 3
@@ -75,32 +80,23 @@ def test_a_closed_loop_has_as_many_in_flight_as_it_has_users() -> None:
 
 def test_the_servers_error_is_told_by_its_code() -> None:
     message = "[queue_full retry_after_s=2] 256 requests are waiting"
-    for protocol in ("triton-grpc", "triton-http"):
-        with stub("--error", message) as (grpc, http):
-            target = Target(protocol, grpc if protocol == "triton-grpc" else http)  # type: ignore[arg-type]
-            recording, _ = generate(workload(Constant(rate_per_s=10), duration_s=1), target)
-        assert outcomes(recording) == {"queue_full": 10}
-        assert recording.records[0].message == "256 requests are waiting"
+    with stub("--error", message) as (grpc, _):
+        recording, _ = generate(workload(Constant(rate_per_s=10)), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"queue_full": 10}
+    assert recording.records[0].message == "256 requests are waiting"
 
 
-def test_a_server_that_is_not_there_and_one_that_never_answers() -> None:
-    with stub() as (_, http):
+def test_a_server_that_is_not_there() -> None:
+    with stub() as (grpc, _):
         pass
-    recording, _ = generate(workload(Constant(rate_per_s=5), duration_s=1), Target("triton-http", http))
-    assert outcomes(recording) == {"connection": 5}
-    with stub("--stall", "100") as (grpc, _):
-        recording, _ = generate(
-            workload(Constant(rate_per_s=5), duration_s=1, patience_s=1), Target("triton-grpc", grpc)
-        )
-    assert outcomes(recording) == {"timeout": 5}
+    recording, _ = generate(workload(Constant(rate_per_s=5)), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"server_unavailable": 5}
 
 
 def test_what_is_cancelled_is_neither_answered_nor_an_error() -> None:
     requests = [msgspec.to_builtins(Requests(cancel_share=1, cancel_after_s=(0.1, 0.3)))]
     with stub("--stall", "100") as (grpc, _):
-        recording, _ = generate(
-            workload(Constant(rate_per_s=10), duration_s=1, requests=requests), Target("triton-grpc", grpc)
-        )
+        recording, _ = generate(workload(Constant(rate_per_s=10), requests=requests), Target("triton-grpc", grpc))
     assert outcomes(recording) == {CANCELLED: 10}
     assert all(0.1 <= record.done_s - record.sent_s < 5 for record in recording.records)
 
@@ -108,7 +104,7 @@ def test_what_is_cancelled_is_neither_answered_nor_an_error() -> None:
 def test_what_could_not_be_sent_is_counted_and_fails_the_run() -> None:
     with stub("--stall", "100") as (grpc, _):
         recording, kept_up = generate(
-            workload(Bursts(rate_per_s=20, size=20), duration_s=1, patience_s=1, max_in_flight=8),
+            workload(Bursts(rate_per_s=20, size=20), patience_s=1, max_in_flight=8),
             Target("triton-grpc", grpc),
         )
     assert not kept_up
@@ -129,14 +125,11 @@ def test_more_than_a_hundredth_of_late_requests_fails_a_run() -> None:
 def test_several_processes_share_one_load() -> None:
     load = workload(Constant(rate_per_s=20), requests=[{"steps": [4, 8, 12]}])
     with stub() as (grpc, _):
-        together, _ = generate(load, Target("triton-grpc", grpc), workers=2)
-        alone, _ = generate(load, Target("triton-grpc", grpc))
-
-    def sent(recording: Recording) -> list[tuple[float, str]]:
-        return sorted((round(record.due_s, 6), record.kind) for record in recording.records)
-
-    assert sent(together) == sent(alone)
-    assert outcomes(together) == {OK: 40}
+        recording, _ = generate(load, Target("triton-grpc", grpc), workers=2)
+    records = sorted(recording.records, key=lambda record: record.due_s)
+    assert [record.due_s for record in records] == pytest.approx(list(due_times(load)))
+    assert [record.kind for record in records] == [plan(load, number).kind for number in range(20)]
+    assert outcomes(recording) == {OK: 20}
 
 
 def test_no_process_is_left_and_a_failure_says_why() -> None:
@@ -146,21 +139,122 @@ def test_no_process_is_left_and_a_failure_says_why() -> None:
     assert not [child for child in psutil.Process().children(recursive=True) if "locust" in " ".join(child.cmdline())]
 
 
-def test_locust_runs_it_as_people_know_it(tmp_path: Path) -> None:
-    (tmp_path / "w.yaml").write_text(to_yaml(workload(Closed(2))))
-    with stub() as (grpc, _):
-        options = ["--workload", str(tmp_path / "w.yaml"), "--recording", str(tmp_path / "r.json")]
-        options += ["--csv", str(tmp_path / "out"), "-u", "2", "-r", "2"]
+def locust(folder: Path, load: Workload, *options: str) -> list[str]:
+    """The command line that runs a load as people do, with its recording in a folder."""
+    (folder / "w.yaml").write_text(to_yaml(load))
+    ours = ["--workload", str(folder / "w.yaml"), "--recording", str(folder / "r.json")]
+    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *ours, *options]
+
+
+@pytest.mark.parametrize(
+    "options", [["-u", "2", "-r", "2"], pytest.param(["--processes", "2"], marks=pytest.mark.slow)]
+)
+def test_locust_runs_it_as_people_know_it(tmp_path: Path, options: list[str]) -> None:
+    with stub("--delay-s", "0.1") as (grpc, _):
+        options = [*options, "--headless", "--csv", str(tmp_path / "out"), "--host", grpc]
         done = subprocess.run(
-            [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", grpc, *options],
-            capture_output=True,
-            text=True,
-            timeout=60,
+            locust(tmp_path, workload(Closed(2)), *options), capture_output=True, text=True, timeout=60
         )
     assert done.returncode in (0, CANNOT_KEEP_UP), done.stderr
     recording = read_recording(tmp_path / "r.json")
+    assert len(recording.records) > 4
     [header, *lines] = (tmp_path / "out_stats.csv").read_text().splitlines()
     total = dict(zip(header.split(","), lines[-1].split(","), strict=True))
     assert int(total["Request Count"]) == len(recording.records)
     assert total["Failure Count"] == "0"
     assert "triton-grpc" in lines[0]
+
+
+def test_a_run_that_is_stopped_is_recorded_as_far_as_it_went(tmp_path: Path) -> None:
+    load = workload(Constant(rate_per_s=10), duration_s=60)
+    with stub("--stall", "3") as (grpc, _):
+        options = ["--headless", "--host", grpc, "--run-time", "2"]
+        done = subprocess.run(locust(tmp_path, load, *options), capture_output=True, text=True, timeout=60)
+    recording = read_recording(tmp_path / "r.json")
+    assert done.returncode in (0, CANNOT_KEEP_UP), done.stderr
+    assert 0 < recording.workload.duration_s < 20
+    # What it hung up on is neither answered nor an error.
+    assert outcomes(recording).keys() == {OK}
+    assert all(record.due_s < recording.workload.duration_s for record in recording.records)
+
+
+def test_a_mistake_is_told_before_the_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        locust(tmp_path, workload(Closed(1)), "--headless", "--host", "example.com:8001"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "'example.com:8001' is not this machine" in done.stderr
+    with pytest.raises(GeneratorFailed, match=r"nowhere\.csv cannot be replayed"):
+        generate(workload(Replay("/nowhere.csv")), Target("triton-grpc", "localhost:1"))
+
+
+@pytest.mark.slow
+def test_the_web_page_stops_a_run_and_starts_another(tmp_path: Path) -> None:
+    [port] = free_ports("127.0.0.1", 1)
+    page = f"http://127.0.0.1:{port}"
+    load = workload(Constant(rate_per_s=10), duration_s=4)
+    with stub() as (grpc, _):
+        options = ["--host", grpc, "--web-host", "127.0.0.1", "--web-port", str(port)]
+        with subprocess.Popen(locust(tmp_path, load, *options), stderr=subprocess.DEVNULL) as process:
+            try:
+                _swarm(page)
+                time.sleep(1.5)
+                urllib.request.urlopen(f"{page}/stop", data=b"", timeout=10).close()
+                stopped = read_recording(tmp_path / "r.json")
+                (tmp_path / "r.json").unlink()
+                _swarm(page)
+                _wait_for((tmp_path / "r.json").exists)
+                whole = read_recording(tmp_path / "r.json")
+            finally:
+                process.terminate()
+                process.wait(20)
+    assert stopped.workload.duration_s < 4
+    assert len(stopped.records) < 40
+    assert whole.workload == load
+    assert outcomes(whole) == {OK: 40}
+
+
+def _swarm(page: str) -> None:
+    request = urllib.request.Request(f"{page}/swarm", data=b"user_count=1&spawn_rate=1", method="POST")
+
+    def started() -> bool:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return bool(json.load(answer)["success"])
+        except urllib.error.URLError:
+            return False
+
+    _wait_for(started)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_fails_the_run_and_the_others_records_are_kept() -> None:
+    def kill_a_worker() -> None:
+        me = psutil.Process()
+        _wait_for(lambda: len(_workers(me)) == 2)
+        time.sleep(4)
+        _workers(me)[0].kill()
+
+    with stub() as (grpc, _), ThreadPoolExecutor() as pool:
+        killed = pool.submit(kill_a_worker)
+        recording, kept_up = generate(
+            workload(Constant(rate_per_s=10), duration_s=12), Target("triton-grpc", grpc), workers=2
+        )
+        killed.result()
+    assert not kept_up
+    assert outcomes(recording).keys() == {OK}
+    assert 60 <= len(recording.records) < 120
+
+
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children() if "--worker" in child.cmdline()]

@@ -10,7 +10,9 @@ import pytest
 from diffuserve.bundle import read_manifest
 from diffuserve.errors import InvalidRequest
 from diffuserve.request import Limits, request_from_fields
+from diffuserve_loadtest.arrivals import due_times
 from diffuserve_loadtest.plan import plan
+from diffuserve_loadtest.target import Protocol, Target
 from diffuserve_loadtest.workload import Closed, Requests, Workload, read_workload, shipped_workloads, to_yaml
 
 
@@ -62,6 +64,40 @@ def test_what_a_file_says_wrong_is_said(tmp_path: Path, text: str, words: str) -
     file.write_text(text)
     with pytest.raises(InvalidRequest, match=words):
         read_workload(str(file))
+
+
+def test_a_file_to_replay_stands_beside_the_workload_and_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("here", "there"):
+        Path(folder).mkdir()
+    Path("here/w.yaml").write_text("description: x\narrivals: {process: replay, file: times.csv}\n")
+    Path("here/times.csv").write_text("1\n2\n")
+    workload = read_workload("here/w.yaml")
+    assert list(due_times(workload)) == [1, 2]
+    Path("there/w.yaml").write_text(to_yaml(workload))
+    assert read_workload("there/w.yaml") == workload
+
+
+def test_a_capacity_is_positive() -> None:
+    with pytest.raises(InvalidRequest, match="must be positive"):
+        read_workload("mixed").at_capacity(0)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "url", "words"),
+    [
+        ("triton-grpc", "http://localhost:8001", "must be HOST:PORT"),
+        ("triton-http", "localhost:8000", "must be http://HOST:PORT"),
+        ("image-http", "https://localhost/draw", "must be http://HOST:PORT"),
+        ("triton-grpc", "example.com:8001", "is not this machine"),
+        ("triton-http", "http://localhost@example.com", "is not this machine"),
+    ],
+)
+def test_an_address_fits_its_protocol_and_is_here(protocol: Protocol, url: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        Target(protocol, url)
 
 
 def test_a_name_that_is_none_is_answered_with_those_there_are() -> None:

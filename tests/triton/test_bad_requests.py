@@ -21,7 +21,7 @@ from diffuserve_client import Client
 def neighbour(client: Client) -> Iterator[None]:
     """A good request that runs meanwhile."""
     result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(client.generate("an apple", steps=12)))
+    thread = threading.Thread(target=lambda: result.append(client.generate("an apple", steps=4)))
     thread.start()
     yield
     thread.join()

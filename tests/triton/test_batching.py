@@ -42,7 +42,7 @@ def generate_all(client: Client, requests: list[dict[str, Any]]) -> list[Any]:
 
 
 def test_an_image_does_not_depend_on_its_company(client: Client) -> None:
-    requests = mixed_requests(12, ((128, 128), (96, 64)))
+    requests = mixed_requests(8, ((128, 128), (96, 64)))
     alone = [client.generate(**request, format="raw").images[0] for request in requests]
     together = generate_all(client, requests)
     figures = [psnr_db(image, reference) for image, reference in zip(together, alone, strict=True)]

@@ -14,11 +14,13 @@ import psutil
 from diffuserve_loadtest.generator import generate
 from diffuserve_loadtest.records import OK, counted_of
 from diffuserve_loadtest.report import Report, Table
-from diffuserve_loadtest.summary import HEADER, summarise
+from diffuserve_loadtest.summary import HEADER, Summary, summarise
 from diffuserve_loadtest.target import Protocol, Target
 from diffuserve_loadtest.workload import Constant, Requests, Workload
 
 _PROTOCOLS: tuple[Protocol, ...] = ("triton-grpc", "triton-http", "triton-stream")
+_DELAYS_S = (0.0, 1.0)
+"""Before the stub answers: at once, so that little is in flight, and as late as a server, so that hundreds are."""
 _WARM_UP_S = 5.0
 
 
@@ -27,56 +29,29 @@ def measure_generator(*, rate_per_s: float, seconds: float, workers: int) -> Rep
 
     Args:
         rate_per_s: requests a second.
-        seconds: after the warm-up, of each protocol.
+        seconds: after the warm-up, of each protocol and delay.
         workers: processes that send.
     """
-    rows: list[tuple[str, ...]] = []
-    measured: dict[str, Any] = {}
-    for protocol in _PROTOCOLS:
-        workload = Workload(
-            "The generator alone.",
-            Constant(rate_per_s=rate_per_s),
-            (Requests(steps=1),),
-            duration_s=_WARM_UP_S + seconds,
-            warm_up_s=_WARM_UP_S,
-            patience_s=10.0,
+    measured = {
+        f"{protocol} after {delay_s:g} s": _measure(protocol, delay_s, rate_per_s, seconds, workers)
+        for protocol in _PROTOCOLS
+        for delay_s in _DELAYS_S
+    }
+    rows = [
+        (
+            name,
+            f"{found['answered_per_s']:.1f}",
+            f"{found['late']:.2%}",
+            str(found["errors"]),
+            f"{found['answer_bytes'] / 1000:.0f}",
+            *Summary(**found["added_ms"]).cells(),
+            f"{found['cpu_ms']:.1f}",
+            "yes" if found["kept_up"] else "no",
         )
-        with stub() as (grpc, http):
-            before_s = _children_cpu_s()
-            recording, kept_up = generate(
-                workload, Target(protocol, grpc if protocol == "triton-grpc" else http), workers=workers
-            )
-            cpu_s = _children_cpu_s() - before_s
-        counted = counted_of(recording)
-        answered = [record for record in counted if record.outcome == OK]
-        rate = len(answered) / seconds
-        late = sum(record.late for record in counted) / len(counted)
-        latency_ms = summarise([1000 * record.latency_s for record in answered])
-        size = sum(record.size_bytes for record in answered) / len(answered)
-        measured[protocol] = {
-            "answered_per_s": rate,
-            "late": late,
-            "unsent": recording.unsent,
-            "errors": len(counted) - len(answered),
-            "answer_bytes": size,
-            "latency_ms": asdict(latency_ms),
-            "cpu_s": cpu_s,
-            "kept_up": kept_up,
-        }
-        rows.append(
-            (
-                protocol,
-                f"{rate:.1f}",
-                f"{late:.2%}",
-                str(len(counted) - len(answered)),
-                f"{size / 1000:.0f}",
-                *latency_ms.cells(),
-                f"{1000 * cpu_s / len(recording.records):.1f}",
-                "yes" if kept_up else "no",
-            )
-        )
+        for name, found in measured.items()
+    ]
     header = (
-        "protocol",
+        "protocol, answered",
         "answered/s",
         "late",
         "errors",
@@ -85,9 +60,40 @@ def measure_generator(*, rate_per_s: float, seconds: float, workers: int) -> Rep
         "CPU ms a request",
         "kept up",
     )
-    title = f"{rate_per_s:g} requests/s for {seconds:g} s from {workers} process(es), stub on the same machine"
+    title = (
+        f"{rate_per_s:g} requests/s for {seconds:g} s from {workers} process(es), stub on the same machine; latencies beyond "
+        "the stub's delay"
+    )
     settings = {"rate_per_s": rate_per_s, "seconds": seconds, "workers": workers}
     return Report("generator", settings, measured, [Table(title, header, rows)])
+
+
+def _measure(protocol: Protocol, delay_s: float, rate_per_s: float, seconds: float, workers: int) -> dict[str, Any]:
+    workload = Workload(
+        "The generator alone.",
+        Constant(rate_per_s=rate_per_s),
+        (Requests(steps=1),),
+        duration_s=_WARM_UP_S + seconds,
+        warm_up_s=_WARM_UP_S,
+        patience_s=10.0,
+    )
+    with stub("--delay-s", str(delay_s)) as (grpc, http):
+        target = Target(protocol, grpc if protocol == "triton-grpc" else http)
+        before_s = _children_cpu_s()
+        recording, kept_up = generate(workload, target, workers=workers)
+        cpu_s = _children_cpu_s() - before_s
+    counted = counted_of(recording)
+    answered = [record for record in counted if record.outcome == OK]
+    return {
+        "answered_per_s": len(answered) / seconds,
+        "late": sum(record.late for record in counted) / len(counted),
+        "unsent": recording.unsent,
+        "errors": len(counted) - len(answered),
+        "answer_bytes": sum(record.size_bytes for record in answered) / len(answered),
+        "added_ms": asdict(summarise([1000 * (record.latency_s - delay_s) for record in answered])),
+        "cpu_ms": 1000 * cpu_s / len(recording.records),
+        "kept_up": kept_up,
+    }
 
 
 @contextmanager

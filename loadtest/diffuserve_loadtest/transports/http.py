@@ -44,11 +44,11 @@ class HttpTransport:
                 body,
                 headers=headers,
                 stream=True,
-                allow_redirects=False,
                 timeout=(_CONNECT_TIMEOUT_S, self._timeout_s),
+                allow_redirects=False,  # a load stays on this machine
             ) as response:
                 if response.status_code != 200:
-                    raise _error(response.status_code, response.raw.read(_MESSAGE_BYTES, decode_content=True))
+                    raise _error(response.status_code, next(response.iter_content(_MESSAGE_BYTES), b""))
                 return self._read(response)
         except requests.RequestException as error:
             raise TransportFailed("connection", f"{type(error).__name__}: {error}") from error
