@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from diffuserve.engines.processor import computes_bf16
 from diffuserve_training.config import Optimisation
 
 _KEPT = "last.ckpt"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def seeded(optimisation: Optimisation) -> None:
@@ -31,6 +34,7 @@ def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str 
         on_save: called after each checkpoint, on the first device's process.
         devices: as Lightning takes it.
     """
+    _keep_freed_memory()
     optimisation: Optimisation = module.optimisation
     checkpoints = ModelCheckpoint(
         dirpath=output, filename="step-{step}", every_n_train_steps=optimisation.every, save_last=True, save_top_k=1
@@ -49,6 +53,14 @@ def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str 
     )
     last = output / _KEPT
     trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives a freed tensor's pages back to the kernel and has them zeroed again for the next one, in every operator:
+    half of a step's time on two cores after some minutes. See mallopt(3)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 class _AfterSaving(Callback):

@@ -102,7 +102,7 @@ def report_on(figures: Mapping[str, Figures], settings: Mapping[str, object]) ->
             f"latency-{load * 100:.0f}": Plot(
                 {name: _shares(each.latencies_s[load]) for name, each in ranked.items() if each.latencies_s[load]},
                 "latency from when a request was due, s",
-                f"share of the requests, at {load:.0%} of the slowest one's saturation",
+                f"share of the requests, at a load of {load:.0%}",
             )
             for load in loads
         },
