@@ -55,6 +55,7 @@ def small_training(**optimisation: Any) -> Training:
                 },
                 "crop_px": 32,
                 "optimisation": settings,
+                "decoder": settings,
             },
             "ldm": {
                 "tokens": 16,

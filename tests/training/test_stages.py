@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from diffuserve_training.config import Training
 from diffuserve_training.dataset import Icons
-from diffuserve_training.stages import train_ldm, train_vae
+from diffuserve_training.stages import train_decoder, train_ldm, train_vae
 from tests.training.drawings import small_training, some_icons
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about data loaders and logs
@@ -59,6 +60,18 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(icons: Icons, tr
     for steps in (2, 4):  # on the finished autoencoder, as the unbroken run was
         train_ldm(small_training(steps=steps), icons, tmp_path, tmp_path / "cache")
         assert same(weights(trained), weights(tmp_path)) == (steps == 4)
+
+
+def test_the_decoder_learns_alone_and_latents_stay(icons: Icons, trained: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    train_decoder(small_training(), icons, tmp_path)
+    before, after = (AutoencoderKL.from_pretrained(folder / "vae") for folder in (trained, tmp_path))
+    for name, weight in before.state_dict().items():
+        learns = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(weight, after.state_dict()[name]) != learns, name
+    assert before.config.scaling_factor == after.config.scaling_factor
 
 
 def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path) -> None:

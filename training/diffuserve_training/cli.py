@@ -45,6 +45,21 @@ def vae(config: Path, output: Path, cache: Path, devices: str) -> None:
     train_vae(training, Icons.load(config, training.data, cache), output, devices)
 
 
+@command.command("decoder")
+@_config
+@_output
+@_cache
+@_devices
+def decoder(config: Path, output: Path, cache: Path, devices: str) -> None:
+    """Stage one once more, for the decoder alone: latents stay as they are."""
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+    from diffuserve_training.stages import train_decoder
+
+    training = read_config(config, Training)
+    train_decoder(training, Icons.load(config, training.data, cache), output, devices)
+
+
 @command.command("ldm")
 @_config
 @_output

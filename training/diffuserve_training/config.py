@@ -87,10 +87,12 @@ class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latent_noise: deviation of the noise on the latents that the decoder sees, before scaling.
     edge_weight: of the difference of the images' gradients in the loss.
     latent_weight: of the mean squared latent in the loss.
+    decoder: a second leg, in which the decoder learns alone.
     """
 
     model: Mapping[str, Any]
     optimisation: Optimisation
+    decoder: Optimisation | None = None
     crop_px: Count | None = None
     latent_noise: float = 0.1
     edge_weight: float = 0.25

@@ -22,7 +22,7 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
     from diffuserve_training.vae_module import VaeModule
 
     seeded(config.vae.optimisation)
-    module = VaeModule(config.vae, icons)
+    module = VaeModule.from_config(config.vae, icons)
 
     def save() -> None:
         vae: Any = module.average.module
@@ -33,14 +33,50 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
     fit(module, output / "vae-run", on_save=save, devices=devices)
 
 
+def train_decoder(config: Training, icons: Icons, output: Path, devices: str = "auto") -> None:
+    """Stage one's second leg, on `output`/vae, which it replaces; decoder-run/ and vae.png. The next `train_ldm` puts it into
+    the checkpoint.
+
+    Raises:
+        ConfigError: the configuration has none, or stage one has left nothing in `output`.
+    """
+    from diffuserve_training.checkpoints import save_vae
+    from diffuserve_training.run import fit, seeded
+    from diffuserve_training.vae_module import VaeModule
+
+    optimisation = config.vae.decoder
+    if optimisation is None:
+        raise ConfigError("The configuration says nothing of vae.decoder: steps, batch_size, learning_rate.")
+    seeded(optimisation)
+    trained = _stage_one(output)
+    module = VaeModule.of_decoder(config.vae, icons, optimisation, trained)
+
+    def save() -> None:
+        vae: Any = module.average.module
+        save_vae(vae, vae.config.scaling_factor, output / VAE_FOLDER)
+        images = image_batch(icons, seed=(0, 0, 0), batch_size=_GRID_COLUMNS)
+        _reconstructions(vae, images).save(output / "vae.png")
+
+    fit(module, output / "decoder-run", on_save=save, devices=devices)
+
+
+def _stage_one(output: Path) -> Any:
+    """The autoencoder in `output`; raises `ConfigError` if there is none."""
+    from diffusers import AutoencoderKL
+
+    folder = output / VAE_FOLDER
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there. Train it first: diffuserve train vae --output {output}")
+    vae: Any = AutoencoderKL.from_pretrained(folder)
+    return vae
+
+
 def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices: str = "auto") -> None:
     """Stage two, on `output`/vae: to `output`/checkpoint (a whole diffusers checkpoint), ldm-run/ and ldm.png.
 
     Raises:
         ConfigError: stage one has left nothing in `output`.
     """
-    from diffusers import AutoencoderKL
-
     from diffuserve_training.checkpoints import save_pipeline
     from diffuserve_training.latents import encode_all
     from diffuserve_training.ldm_module import LdmModule
@@ -48,10 +84,7 @@ def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices
     from diffuserve_training.sampling import draw, grid, load_pipeline
     from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
 
-    folder = output / VAE_FOLDER
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not there. Train it first: diffuserve train vae --output {output}")
-    vae: Any = AutoencoderKL.from_pretrained(folder).eval()
+    vae = _stage_one(output).eval()
     latents = Latents(icons.icons, encode_all(vae, icons, cache), config.data.held_out)
     tokenizer = tokenizer_from_captions(
         sample_captions(icons.icons, config.ldm.optimisation.seed),

@@ -1,4 +1,4 @@
-"""Stage one: the autoencoder."""
+"""Stage one: the autoencoder, and its decoder once more alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffuserve_training.config import Vae
+from diffuserve_training.config import Optimisation, Vae
 from diffuserve_training.dataset import Icons, image_batch
 from diffuserve_training.step_module import AveragedModule
 
@@ -21,13 +21,25 @@ class VaeModule(AveragedModule):
     mean squared latent.
     """
 
-    def __init__(self, config: Vae, icons: Icons) -> None:
+    def __init__(self, config: Vae, icons: Icons, optimisation: Optimisation, vae: Any) -> None:
+        super().__init__(optimisation, vae)
+        self.config = config
+        self._icons = icons
+
+    @classmethod
+    def from_config(cls, config: Vae, icons: Icons) -> VaeModule:
+        """Everything is learned, from random weights."""
         import diffusers
 
         library: Any = diffusers
-        super().__init__(config.optimisation, library.AutoencoderKL(**config.model))
-        self.config = config
-        self._icons = icons
+        return cls(config, icons, config.optimisation, library.AutoencoderKL(**config.model))
+
+    @classmethod
+    def of_decoder(cls, config: Vae, icons: Icons, optimisation: Optimisation, vae: Any) -> VaeModule:
+        """A trained autoencoder whose latents stay what they are, so that a UNet may be learning them meanwhile."""
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+        return cls(config, icons, optimisation, vae)
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:
         moments = self.network.encode(images).latent_dist
