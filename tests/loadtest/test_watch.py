@@ -121,4 +121,4 @@ def test_a_load_goes_to_this_machine_only(url: str) -> None:
     from diffuserve.errors import InvalidRequest
 
     with pytest.raises(InvalidRequest, match="is not this machine"):
-        Target("triton-grpc", url)
+        Target("triton-http" if "://" in url else "triton-grpc", url)
