@@ -44,7 +44,6 @@ def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str 
         devices=devices,
         precision="bf16-mixed" if torch.cuda.is_available() or computes_bf16() else "32-true",
         deterministic=True,
-        gradient_clip_val=optimisation.clip_norm,
         callbacks=[checkpoints, _AfterSaving(on_save, optimisation)],
         logger=[CSVLogger(output, "csv"), TensorBoardLogger(output, "tensorboard")],
         log_every_n_steps=20,

@@ -33,6 +33,10 @@ class StepModule(lightning.LightningModule):
 
         return DataLoader(Steps(batch_of, lambda: self.global_step), batch_size=None)
 
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """By our own call: Lightning's refuses fused optimisers under autocast, for the sake of a scaler that bf16 has not."""
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimisation.clip_norm)
+
     def generator(self) -> torch.Generator:
         """For what is random in a step besides its data; its numbers follow from the seed, the step and the device."""
         seeds = np.random.SeedSequence((self.optimisation.seed, self.global_step, self.global_rank))
