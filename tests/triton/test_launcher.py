@@ -67,7 +67,7 @@ def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(r
     ):
         wait_until_ready(address)
         children = psutil.Process(process.pid).children(recursive=True)
-        running = [pool.submit(client.generate, "a rocket", steps=steps, seed=steps) for steps in (20, 40, 60)]
+        running = [pool.submit(client.generate, "a rocket", steps=steps, seed=steps) for steps in (30, 60, 90)]
         time.sleep(0.7)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)

@@ -56,7 +56,7 @@ def test_each_end_is_counted(client: Client, server: TritonServer) -> None:
 
 def test_running_rows_show_and_go(client: Client, server: TritonServer) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.generate, "a rocket", steps=20, num_images=3)
+        running = pool.submit(client.generate, "a rocket", steps=60, num_images=3)
         while not values(server)["rows_running"]:
             assert not running.done()
         assert values(server)["rows_running"] == 6

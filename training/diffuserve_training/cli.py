@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from diffuserve_training.config import Training
+    from diffuserve_training.dataset import Icons
 
 _PATH = click.Path(path_type=Path)
 _CONFIG = Path("training/configs/tiny-emoji.yaml")
@@ -25,54 +31,51 @@ _cache = click.option(
 _devices = click.option("--devices", default="auto", show_default=True, help="As Lightning takes them: auto, 1, 0,1.")
 
 
+def _stage(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of what trains the bundled model."""
+    for option in (_devices, _cache, _output, _config):
+        function = option(function)
+    return function
+
+
+def _read(config: Path, cache: Path) -> tuple[Training, Icons]:
+    from diffuserve_training.config import Training, read_config
+    from diffuserve_training.dataset import Icons
+
+    training = read_config(config, Training)
+    return training, Icons.load(config, training.data, cache)
+
+
 @click.group("train", short_help="Train the bundled model, or a LoRA for any checkpoint.")
 def command() -> None:
     """Trains, on a CPU or on GPUs. A run that was stopped goes on where it was when it is started again."""
 
 
 @command.command("vae")
-@_config
-@_output
-@_cache
-@_devices
+@_stage
 def vae(config: Path, output: Path, cache: Path, devices: str) -> None:
     """Stage one: the autoencoder."""
-    from diffuserve_training.config import Training, read_config
-    from diffuserve_training.dataset import Icons
     from diffuserve_training.stages import train_vae
 
-    training = read_config(config, Training)
-    train_vae(training, Icons.load(config, training.data, cache), output, devices)
+    train_vae(*_read(config, cache), output, devices)
 
 
 @command.command("decoder")
-@_config
-@_output
-@_cache
-@_devices
+@_stage
 def decoder(config: Path, output: Path, cache: Path, devices: str) -> None:
     """Stage one once more, for the decoder alone: latents stay as they are."""
-    from diffuserve_training.config import Training, read_config
-    from diffuserve_training.dataset import Icons
     from diffuserve_training.stages import train_decoder
 
-    training = read_config(config, Training)
-    train_decoder(training, Icons.load(config, training.data, cache), output, devices)
+    train_decoder(*_read(config, cache), output, devices)
 
 
 @command.command("ldm")
-@_config
-@_output
-@_cache
-@_devices
+@_stage
 def ldm(config: Path, output: Path, cache: Path, devices: str) -> None:
     """Stage two: text encoder and UNet, on the autoencoder of stage one."""
-    from diffuserve_training.config import Training, read_config
-    from diffuserve_training.dataset import Icons
     from diffuserve_training.stages import train_ldm
 
-    training = read_config(config, Training)
-    train_ldm(training, Icons.load(config, training.data, cache), output, cache, devices)
+    train_ldm(*_read(config, cache), output, cache, devices)
 
 
 @command.command("icons")

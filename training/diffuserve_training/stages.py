@@ -26,9 +26,9 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
 
     def save() -> None:
         vae: Any = module.average.module
-        images = image_batch(icons, seed=(0, 0, 0), batch_size=_SCALE_IMAGES)
+        images = _some_images(icons)
         save_vae(vae, scaling_factor_of(vae, images), output / VAE_FOLDER)
-        _reconstructions(vae, images[:_GRID_COLUMNS]).save(output / "vae.png")
+        _reconstructions(vae, images).save(output / "vae.png")
 
     fit(module, output / "vae-run", on_save=save, devices=devices)
 
@@ -54,8 +54,7 @@ def train_decoder(config: Training, icons: Icons, output: Path, devices: str = "
     def save() -> None:
         vae: Any = module.average.module
         save_vae(vae, vae.config.scaling_factor, output / VAE_FOLDER)
-        images = image_batch(icons, seed=(0, 0, 0), batch_size=_GRID_COLUMNS)
-        _reconstructions(vae, images).save(output / "vae.png")
+        _reconstructions(vae, _some_images(icons)).save(output / "vae.png")
 
     fit(module, output / "decoder-run", on_save=save, devices=devices)
 
@@ -124,13 +123,19 @@ def _prompts(icons: Icons) -> list[str]:
     return [plain_caption(icon.name, icon.style, NAMES[index % len(NAMES)]) for index, icon in enumerate(chosen)]
 
 
+def _some_images(icons: Icons) -> Any:
+    """(256, 3, H, W) float32 in -1 .. 1, the same at every checkpoint of both legs."""
+    return image_batch(icons, seed=(0, 0, 0), batch_size=_SCALE_IMAGES)
+
+
 def _reconstructions(vae: Any, images: Any) -> Any:
-    """A PIL image: the originals, and below them what the autoencoder makes of them."""
+    """A PIL image: the first originals, and below them what the autoencoder makes of them."""
     import numpy as np
     import torch
 
     from diffuserve_training.sampling import grid
 
+    images = images[:_GRID_COLUMNS]
     with torch.inference_mode():
         drawn = vae.decode(vae.encode(torch.from_numpy(images)).latent_dist.mean).sample.clamp(-1, 1).numpy()
     both = np.concatenate([images, drawn])

@@ -44,7 +44,7 @@ class StepModule(lightning.LightningModule):
 
 
 class AveragedModule(StepModule):
-    """One that trains all of `network` and keeps `average` of its weights."""
+    """One that trains what requires gradients in `network`, and keeps `average` of its weights."""
 
     def __init__(self, optimisation: Optimisation, network: nn.Module) -> None:
         super().__init__(optimisation)
