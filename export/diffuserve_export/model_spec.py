@@ -63,7 +63,9 @@ def model_spec_from_configs(
     for part, settings in _UNSUPPORTED.items():
         for key, allowed in settings.items():
             _check_setting(name, configs, part, key, allowed)
-    _check_setting(name, configs, "unet", "addition_embed_type", ("text_time",) if _is_xl(configs) else (None,))
+    # "text" is computed by the UNet from the hidden states that it has anyway.
+    added = ("text_time",) if _is_xl(configs) else (None, "text")
+    _check_setting(name, configs, "unet", "addition_embed_type", added)
     _check_scheduler(name, configs["scheduler"])
     if not defaults.sampler:
         defaults = msgspec.structs.replace(defaults, sampler=sampler_from_config(configs["scheduler"]))

@@ -38,7 +38,15 @@ def some_icons(cache: Path, size_px: int = 64) -> Icons:
 
 def small_training(**optimisation: Any) -> Training:
     """64 x 64 pixels, latents 16 x 16, some ten thousand parameters."""
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 1, "every": 2, **optimisation}
+    settings = {
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "matrix_learning_rate": 0.02,
+        "warmup_steps": 1,
+        "every": 2,
+        **optimisation,
+    }
     return msgspec.convert(
         {
             "data": {"size_px": 64, "margin_px": 4, "held_out": 0.2},

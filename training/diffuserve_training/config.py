@@ -48,12 +48,14 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW with a rate that rises linearly, stays, and falls linearly to zero: what was trained can be trained on by raising
-    `steps`, since only the last `cooldown_steps` depend on it (Hägele et al., arXiv:2405.18392).
+    """Muon and AdamW, or AdamW alone, with a rate that rises linearly, stays, and falls linearly to zero: what was trained can
+    be trained on by raising `steps`, since only the last `cooldown_steps` depend on it (Hägele et al., arXiv:2405.18392).
 
     Attributes:
         steps: in all.
         batch_size: on each device.
+        learning_rate: AdamW's.
+        matrix_learning_rate: Muon's, which then trains the matrices inside the networks; None leaves all to AdamW.
         ema_decay: of the averaged weights, which are what is kept.
         every: steps between checkpoints and grids of samples.
     """
@@ -61,6 +63,7 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: Count
     batch_size: Count
     learning_rate: Positive
+    matrix_learning_rate: Positive | None = None
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 200
     cooldown_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
     betas: tuple[float, float] = (0.9, 0.99)

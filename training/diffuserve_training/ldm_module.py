@@ -32,7 +32,6 @@ class Denoiser(nn.Module):
         self.text_encoder: Any = CLIPTextModel(text)
         library: Any = diffusers
         self.unet = library.UNet2DConditionModel(**config.unet, cross_attention_dim=text.hidden_size)
-        self.unet.to(memory_format=torch.channels_last)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """v for (batch x k) noisy latents of (batch) captions, those of one caption standing together."""
@@ -61,7 +60,7 @@ class LdmModule(AveragedModule):
         latents = latents.repeat_interleave(levels, dim=0)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = self._timesteps(len(latents), generator).to(latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         predicted = self.network(noisy, timesteps, input_ids)
         error = functional.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))

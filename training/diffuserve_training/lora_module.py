@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from diffuserve_training.config import ConfigError, Lora
 from diffuserve_training.dataset import to_unit
-from diffuserve_training.optimisation import adamw
+from diffuserve_training.optimisation import optimiser_of
 from diffuserve_training.pictures import Picture, load_square
 from diffuserve_training.step_module import StepModule
 
@@ -54,8 +54,7 @@ class LoraModule(StepModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
-        return adamw(trained, self.optimisation)
+        return optimiser_of(self.unet, self.optimisation)
 
     def batch(self, step: int, seed: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
         choose = random.Random(str(seed))  # noqa: S311 - training data, no secret

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from diffuserve_training.averaging import average_of
 from diffuserve_training.config import Optimisation
 from diffuserve_training.dataset import Steps
-from diffuserve_training.optimisation import adamw
+from diffuserve_training.optimisation import optimiser_of
 
 
 class StepModule(lightning.LightningModule):
@@ -52,7 +52,7 @@ class AveragedModule(StepModule):
         self.average = average_of(network, optimisation.ema_decay)
 
     def configure_optimizers(self) -> Any:
-        return adamw(self.network.parameters(), self.optimisation)
+        return optimiser_of(self.network, self.optimisation)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
