@@ -74,6 +74,29 @@ def test_the_decoder_learns_alone_and_latents_stay(icons: Icons, trained: Path, 
     assert before.config.scaling_factor == after.config.scaling_factor
 
 
+def test_a_checkpoint_can_be_gone_on_from(icons: Icons, trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def largest_change(folder: Path) -> float:
+        file = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
+        before, after = load_file(trained / file), load_file(folder / file)
+        return max(float((before[name] - after[name]).abs().max()) for name in before)
+
+    start = trained / "checkpoint"
+    slow = small_training(steps=1, learning_rate=1e-6, matrix_learning_rate=1e-6)
+    train_ldm(slow, icons, tmp_path / "on", tmp_path / "cache", start=start)
+    assert largest_change(tmp_path / "on") < 1e-3
+    train_decoder(small_training(), icons, tmp_path / "on", start=start)
+    one, other = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        for folder in (start, tmp_path / "on" / "checkpoint")
+    )
+    assert one.keys() == other.keys()
+    assert {tensor.dtype for tensor in other.values()} == {torch.float16}
+    assert not torch.equal(one["decoder.conv_in.weight"], other["decoder.conv_in.weight"])
+    assert torch.equal(one["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
 def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path) -> None:
     from safetensors.torch import load_file
 

@@ -17,10 +17,10 @@ def test_every_step_is_reported_and_previews_when_asked_for(client: Client) -> N
     assert [event.step for event in progress if isinstance(event, Progress)] == [0, 1, 2, 3, 4, 5, 6]
     previews = {event.step: event.preview for event in progress if isinstance(event, Progress) and event.preview}
     assert sorted(previews) == [2, 4, 6]
-    assert all(preview.size == (32, 32) for preview in previews.values())
+    assert all(preview.size == (16, 16) for preview in previews.values())
     # At the last step the preview shows the finished image, small. The map is linear and the decoder is not, so they
     # are alike rather than equal; the manifest has the fit's error.
-    small = result.images[0].resize((32, 32), Image.Resampling.BOX)
+    small = result.images[0].resize((16, 16), Image.Resampling.BOX)
     assert np.corrcoef(np.asarray(previews[6]).ravel(), np.asarray(small).ravel())[0, 1] > 0.5
 
 
@@ -42,7 +42,7 @@ def test_each_format_decodes_to_the_same_picture(client: Client, format: str) ->
 
 
 def test_a_long_prompt_is_cut_with_a_warning(client: Client) -> None:
-    assert client.generate("glossy " * 100, steps=2).warnings == []  # two chunks
+    assert client.generate("glossy " * 40, steps=2).warnings == []  # two chunks
     result = client.generate("glossy " * 300 + "the end", steps=2)
     assert len(result.warnings) == 1
     assert "the end" in result.warnings[0]

@@ -39,9 +39,15 @@ def save_pipeline(
 
     def save(aside: Path) -> None:
         pipeline.save_pretrained(aside, safe_serialization=True)
+        tokenizer.backend_tokenizer.model.save(str(aside / "tokenizer"))  # the files that transformers read before 5
         (aside / "diffuserve.json").write_text(json.dumps(dict(defaults), indent=2) + "\n")
 
     _replace(folder, save)
+
+
+def replace_vae(checkpoint: Path, vae: Any) -> None:
+    """Another autoencoder for a checkpoint, in fp16."""
+    _replace(checkpoint / "vae", _half(vae).save_pretrained)
 
 
 def _half(module: Any) -> Any:

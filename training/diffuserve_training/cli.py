@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _CONFIG = Path("training/configs/tiny-emoji.yaml")
+_STYLES = click.Choice(["glossy", "flat", "noto"])
 _config = click.option("--config", type=_PATH, default=_CONFIG, show_default=True)
 _output = click.option(
     "--output",
@@ -29,6 +30,12 @@ _cache = click.option(
     help="Folder for icons and latents  [default: ~/.cache/diffuserve-training]",
 )
 _devices = click.option("--devices", default="auto", show_default=True, help="As Lightning takes them: auto, 1, 0,1.")
+
+_start = click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A checkpoint of this configuration to go on from, where --output has nothing of its own.",
+)
 
 
 def _stage(function: Callable[..., None]) -> Callable[..., None]:
@@ -62,25 +69,27 @@ def vae(config: Path, output: Path, cache: Path, devices: str) -> None:
 
 @command.command("decoder")
 @_stage
-def decoder(config: Path, output: Path, cache: Path, devices: str) -> None:
+@_start
+def decoder(config: Path, output: Path, cache: Path, devices: str, start: Path | None) -> None:
     """Stage one once more, for the decoder alone: latents stay as they are."""
     from diffuserve_training.stages import train_decoder
 
-    train_decoder(*_read(config, cache), output, devices)
+    train_decoder(*_read(config, cache), output, start=start, devices=devices)
 
 
 @command.command("ldm")
 @_stage
-def ldm(config: Path, output: Path, cache: Path, devices: str) -> None:
+@_start
+def ldm(config: Path, output: Path, cache: Path, devices: str, start: Path | None) -> None:
     """Stage two: text encoder and UNet, on the autoencoder of stage one."""
     from diffuserve_training.stages import train_ldm
 
-    train_ldm(*_read(config, cache), output, cache, devices)
+    train_ldm(*_read(config, cache), output, cache, start=start, devices=devices)
 
 
 @command.command("icons")
 @_config
-@click.option("--style", default="noto", show_default=True, help="glossy, flat or noto.")
+@click.option("--style", type=_STYLES, default="noto", show_default=True)
 @click.option("--output", type=_PATH, default=Path("training-runs/noto"), show_default=True)
 @_cache
 def icons(config: Path, style: str, output: Path, cache: Path) -> None:
@@ -90,9 +99,11 @@ def icons(config: Path, style: str, output: Path, cache: Path) -> None:
     from diffuserve_training.config import Training, read_config
     from diffuserve_training.dataset import Icons
     from diffuserve_training.icon_folder import write_icons
+    from diffuserve_training.icons import STYLES
 
     data = msgspec.structs.replace(read_config(config, Training).data, styles=(style,))
-    click.echo(f"{write_icons(Icons.load(config, data, cache), output)} pictures in {output}")
+    written, package = write_icons(Icons.load(config, data, cache), output), STYLES[style]
+    click.echo(f"{written} pictures in {output}, of {package.name} {package.version}; licence {package.licence}")
 
 
 @command.command("lora")
@@ -116,8 +127,22 @@ def lora(config: Path, output: Path, devices: str) -> None:
 @_cache
 @click.option("--output", type=_PATH, default=Path("training-runs/evaluation"), show_default=True)
 @click.option("--count", type=click.IntRange(5), default=500, show_default=True, help="Pictures of each checkpoint.")
-def evaluation(checkpoints: tuple[Path, ...], config: Path, cache: Path, output: Path, count: int) -> None:
+@click.option("--style", type=_STYLES, help="Ask for this style  [default: those of the configuration]")
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Evaluate each checkpoint without this file and with it.",
+)
+def evaluation(
+    checkpoints: tuple[Path, ...],
+    config: Path,
+    cache: Path,
+    output: Path,
+    count: int,
+    style: str | None,
+    lora: Path | None,
+) -> None:
     """Figures of checkpoints, side by side, with JSON and a sheet of pictures for each."""
     from diffuserve_training.evaluation_table import publish
 
-    publish(checkpoints, config, cache, output, count)
+    publish(checkpoints, config, cache, output, count, style=style, lora=lora)

@@ -50,9 +50,10 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """One checkpoint's figures. `candidates`: icons of one style among which retrieval looks."""
+    """One checkpoint's figures. `candidates`: icons of a style among which retrieval looks."""
 
     checkpoint: str
+    lora: str | None
     vae_psnr_db: float
     candidates: int
     seen: Scores
@@ -71,8 +72,18 @@ def cases_of(icons: Sequence[Icon], held_out: float, count: int) -> list[Case]:
     return cases
 
 
-def evaluate(checkpoint: Path, icons: Icons, data: Data, count: int) -> tuple[Evaluation, NDArray[np.uint8]]:
+def evaluate(
+    checkpoint: Path, icons: Icons, data: Data, count: int, *, styles: Sequence[str], lora: Path | None = None
+) -> tuple[Evaluation, NDArray[np.uint8]]:
     """Draws `count` pictures with 25 steps of DPM++ 2M at the checkpoint's default guidance, each with a seed of its own.
+
+    Args:
+        checkpoint: folder in diffusers' format with diffuserve.json.
+        icons: among which pictures are looked for.
+        data: what is held out, and the pictures' size.
+        count: of pictures.
+        styles: what is asked for; `icons` may have more.
+        lora: a file to draw with, at weight 1.
 
     Returns:
         The figures, and the pictures (count, H, W, 3) uint8 in the order of `cases_of`.
@@ -80,7 +91,9 @@ def evaluate(checkpoint: Path, icons: Icons, data: Data, count: int) -> tuple[Ev
     from diffuserve_training.sampling import draw, load_pipeline
 
     pipeline = load_pipeline(checkpoint)
-    cases = cases_of(icons.icons, data.held_out, count)
+    if lora is not None:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    cases = cases_of([icon for icon in icons.icons if icon.style in styles], data.held_out, count)
     scale = float(json.loads((checkpoint / "diffuserve.json").read_text())["guidance_scale"])
     images = draw(
         pipeline,
@@ -95,9 +108,10 @@ def evaluate(checkpoint: Path, icons: Icons, data: Data, count: int) -> tuple[Ev
         for image, case in zip(_at_size(images, data.size_px), cases, strict=True)
     ]
     pairs = list(zip(cases, found, strict=True))
-    candidates = sum(icon.style == icons.icons[0].style for icon in icons.icons)
+    candidates = sum(icon.style == styles[0] for icon in icons.icons)
     figures = Evaluation(
         str(checkpoint),
+        None if lora is None else str(lora),
         vae_psnr_db(pipeline.vae, icons),
         candidates,
         _scores([(case, each) for case, each in pairs if case.seen]),

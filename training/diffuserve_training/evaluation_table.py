@@ -31,19 +31,42 @@ _ROWS: tuple[tuple[str, Callable[[Evaluation], str]], ...] = (
 )
 
 
-def publish(checkpoints: Sequence[Path], config_path: Path, cache: Path, output: Path, count: int) -> None:
-    """Prints the table and writes evaluation.json and NAME.png into `output`."""
+def publish(
+    checkpoints: Sequence[Path],
+    config_path: Path,
+    cache: Path,
+    output: Path,
+    count: int,
+    *,
+    style: str | None = None,
+    lora: Path | None = None,
+) -> None:
+    """Prints the table and writes evaluation.json and NUMBER-NAME.png into `output`.
+
+    Args:
+        checkpoints: folders.
+        config_path: of the training; its data are what pictures are compared with.
+        cache: for icons.
+        output: folder.
+        count: pictures of each checkpoint.
+        style: asked for instead of those of the configuration, and looked for among them.
+        lora: a file; each checkpoint is evaluated without it and with it.
+    """
     config = read_config(config_path, Training)
-    icons = Icons.load(config_path, config.data, cache)
+    styles = config.data.styles if style is None else (style,)
+    data = msgspec.structs.replace(config.data, styles=tuple(dict.fromkeys((*config.data.styles, *styles))))
+    icons = Icons.load(config_path, data, cache)
     output.mkdir(parents=True, exist_ok=True)
     evaluations = []
-    for number, checkpoint in enumerate(checkpoints):
-        figures, images = evaluate(checkpoint, icons, config.data, count)
+    ways = [(checkpoint, way) for checkpoint in checkpoints for way in ([None] if lora is None else [None, lora])]
+    for number, (checkpoint, way) in enumerate(ways):
+        figures, images = evaluate(checkpoint, icons, data, count, styles=styles, lora=way)
         evaluations.append(figures)
         grid(images[:_SHEET], _COLUMNS).save(output / f"{number}-{checkpoint.name}.png")
     write_whole(output / "evaluation.json", msgspec.json.format(msgspec.json.encode(evaluations), indent=2))
-    widths = [max(len(name) for name, _ in _ROWS), *(max(12, len(each.checkpoint)) for each in evaluations)]
-    lines = [("", *(each.checkpoint for each in evaluations))]
+    titles = [each.checkpoint + (f" + {Path(each.lora).name}" if each.lora else "") for each in evaluations]
+    widths = [max(len(name) for name, _ in _ROWS), *(max(12, len(title)) for title in titles)]
+    lines = [("", *titles)]
     lines += [(name, *(show(each) for each in evaluations)) for name, show in _ROWS]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -16,8 +16,14 @@ from diffuserve_training.step_module import AveragedModule
 class Denoiser(nn.Module):
     """The two networks that are trained together, in one module, so that one average keeps both."""
 
-    def __init__(self, config: Ldm, tokenizer: Any) -> None:
+    def __init__(self, text_encoder: Any, unet: Any) -> None:
         super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    @classmethod
+    def from_config(cls, config: Ldm, tokenizer: Any) -> Denoiser:
+        """Of random weights."""
         import diffusers
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -29,9 +35,10 @@ class Denoiser(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
             **config.text_encoder,
         )
-        self.text_encoder: Any = CLIPTextModel(text)
         library: Any = diffusers
-        self.unet = library.UNet2DConditionModel(**config.unet, cross_attention_dim=text.hidden_size)
+        return cls(
+            CLIPTextModel(text), library.UNet2DConditionModel(**config.unet, cross_attention_dim=text.hidden_size)
+        )
 
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """v for (batch x k) noisy latents of (batch) captions, those of one caption standing together."""
@@ -45,8 +52,8 @@ class LdmModule(AveragedModule):
     """The loss is the squared error of v, uniformly or by min-SNR weighting (Hang et al., arXiv:2303.09556, which for v is
     min(SNR, gamma) / (SNR + 1))."""
 
-    def __init__(self, config: Ldm, latents: Latents, tokenizer: Any) -> None:
-        super().__init__(config.optimisation, Denoiser(config, tokenizer))
+    def __init__(self, config: Ldm, latents: Latents, tokenizer: Any, denoiser: Denoiser) -> None:
+        super().__init__(config.optimisation, denoiser)
         from diffusers import DDIMScheduler
 
         self.config = config

@@ -33,14 +33,19 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
     fit(module, output / "vae-run", on_save=save, devices=devices)
 
 
-def train_decoder(config: Training, icons: Icons, output: Path, devices: str = "auto") -> None:
-    """Stage one's second leg, on `output`/vae, which it replaces; decoder-run/ and vae.png. The next `train_ldm` puts it into
-    the checkpoint.
+def train_decoder(
+    config: Training, icons: Icons, output: Path, *, start: Path | None = None, devices: str = "auto"
+) -> None:
+    """Stage one's second leg, on `output`/vae, which it replaces, and in `output`/checkpoint if that is there; decoder-run/
+    and vae.png.
+
+    Args:
+        start: a checkpoint whose autoencoder is taken if there is none in `output`.
 
     Raises:
         ConfigError: the configuration has none, or stage one has left nothing in `output`.
     """
-    from diffuserve_training.checkpoints import save_vae
+    from diffuserve_training.checkpoints import replace_vae, save_vae
     from diffuserve_training.run import fit, seeded
     from diffuserve_training.vae_module import VaeModule
 
@@ -48,50 +53,66 @@ def train_decoder(config: Training, icons: Icons, output: Path, devices: str = "
     if optimisation is None:
         raise ConfigError("The configuration says nothing of vae.decoder: steps, batch_size, learning_rate.")
     seeded(optimisation)
-    trained = _stage_one(output)
+    trained = _stage_one(output, start)
     module = VaeModule.of_decoder(config.vae, icons, optimisation, trained)
 
     def save() -> None:
         vae: Any = module.average.module
         save_vae(vae, vae.config.scaling_factor, output / VAE_FOLDER)
+        if (checkpoint := output / CHECKPOINT_FOLDER).is_dir():
+            replace_vae(checkpoint, vae)
         _reconstructions(vae, _some_images(icons)).save(output / "vae.png")
 
     fit(module, output / "decoder-run", on_save=save, devices=devices)
 
 
-def _stage_one(output: Path) -> Any:
-    """The autoencoder in `output`; raises `ConfigError` if there is none."""
+def _stage_one(output: Path, start: Path | None) -> Any:
+    """The autoencoder in `output`, or else that of `start`; raises `ConfigError` if there is none."""
+    import torch
     from diffusers import AutoencoderKL
 
     folder = output / VAE_FOLDER
+    if not folder.is_dir() and start is not None:
+        folder = start / VAE_FOLDER
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not there. Train it first: diffuserve train vae --output {output}")
-    vae: Any = AutoencoderKL.from_pretrained(folder)
+    vae: Any = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
     return vae
 
 
-def train_ldm(config: Training, icons: Icons, output: Path, cache: Path, devices: str = "auto") -> None:
+def train_ldm(
+    config: Training, icons: Icons, output: Path, cache: Path, *, start: Path | None = None, devices: str = "auto"
+) -> None:
     """Stage two, on `output`/vae: to `output`/checkpoint (a whole diffusers checkpoint), ldm-run/ and ldm.png.
+
+    Args:
+        start: a checkpoint of this configuration to go on from, instead of random weights: its text encoder, UNet and
+            tokenizer, and its autoencoder if there is none in `output`. A run in `output` goes on from where it was.
 
     Raises:
         ConfigError: stage one has left nothing in `output`.
     """
     from diffuserve_training.checkpoints import save_pipeline
     from diffuserve_training.latents import encode_all
-    from diffuserve_training.ldm_module import LdmModule
+    from diffuserve_training.ldm_module import Denoiser, LdmModule
     from diffuserve_training.run import fit, seeded
     from diffuserve_training.sampling import draw, grid, load_pipeline
     from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
 
-    vae = _stage_one(output).eval()
+    vae = _stage_one(output, start).eval()
     latents = Latents(icons.icons, encode_all(vae, icons, cache), config.data.held_out)
-    tokenizer = tokenizer_from_captions(
-        sample_captions(icons.icons, config.ldm.optimisation.seed),
-        vocabulary=config.ldm.vocabulary,
-        tokens=config.ldm.tokens,
-    )
     seeded(config.ldm.optimisation)
-    module = LdmModule(config.ldm, latents, tokenizer)
+    if start is None:
+        tokenizer = tokenizer_from_captions(
+            sample_captions(icons.icons, config.ldm.optimisation.seed),
+            vocabulary=config.ldm.vocabulary,
+            tokens=config.ldm.tokens,
+        )
+        denoiser = Denoiser.from_config(config.ldm, tokenizer)
+    else:
+        pipeline = load_pipeline(start)
+        tokenizer, denoiser = pipeline.tokenizer, Denoiser(pipeline.text_encoder.train(), pipeline.unet.train())
+    module = LdmModule(config.ldm, latents, tokenizer, denoiser)
     prompts = _prompts(icons)
 
     def save() -> None:
