@@ -95,6 +95,8 @@ def test_a_checkpoint_can_be_gone_on_from(icons: Icons, trained: Path, tmp_path:
     assert {tensor.dtype for tensor in other.values()} == {torch.float16}
     assert not torch.equal(one["decoder.conv_in.weight"], other["decoder.conv_in.weight"])
     assert torch.equal(one["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+    for config in tmp_path.glob("on/checkpoint/*/config.json"):
+        assert str(tmp_path.parent) not in config.read_text()
 
 
 def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path) -> None:
@@ -114,6 +116,17 @@ def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path
     assert (images[0] != images[1]).any()
     assert (trained / "ldm.png").is_file()
     assert (trained / "vae.png").is_file()
+
+
+def test_a_checkpoint_is_evaluated_on_what_is_asked_for(icons: Icons, trained: Path) -> None:
+    from diffuserve_training.evaluate import evaluate
+
+    figures, images = evaluate(trained / "checkpoint", icons, small_training().data, 5, styles=("flat",))
+    assert images.shape == (5, 64, 64, 3)
+    assert (figures.candidates, figures.seen.count, figures.held_out.count) == (4, 4, 1)
+    assert 0 <= figures.seen.top1 <= figures.seen.top5 <= 1
+    assert figures.vae_psnr_db > 0
+    assert figures.lora is None
 
 
 @pytest.mark.timeout(300)

@@ -51,7 +51,10 @@ def replace_vae(checkpoint: Path, vae: Any) -> None:
 
 
 def _half(module: Any) -> Any:
-    return copy.deepcopy(module).to(torch.float16).eval()
+    half = copy.deepcopy(module).to(torch.float16).eval()
+    if hasattr(half, "register_to_config"):  # diffusers would tell everyone from which folder it was loaded
+        half.register_to_config(_name_or_path="")
+    return half
 
 
 def _replace(folder: Path, save: Any) -> None:

@@ -22,11 +22,11 @@ _ENDS = frozenset({"conv_in", "conv_out", "quant_conv", "post_quant_conv"})
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     """The trained weights of linear and convolutional layers, but for those at the ends, where rows are channels of a picture."""
     return [
-        module.weight
+        parameter
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and module.weight.requires_grad
-        and not _ENDS.intersection(name.split("."))
+        if isinstance(module, nn.Linear | nn.Conv2d) and not _ENDS.intersection(name.split("."))
+        for kind, parameter in module.named_parameters(recurse=False)
+        if kind == "weight" and parameter.requires_grad
     ]
 
 
