@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffuserve_training.config import ConfigError, Lora, Optimisation
 from diffuserve_training.lora_module import train_lora
@@ -56,7 +58,10 @@ def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, 
         prompt="a wall",
         rank=4,
         alpha=4,
-        optimisation=Optimisation(steps=8, batch_size=2, learning_rate=1e-2, warmup_steps=0, every=8),
+        target_modules=("to_q", "to_out.0", "conv1", "conv_shortcut"),
+        optimisation=Optimisation(
+            steps=8, batch_size=2, learning_rate=1e-2, matrix_learning_rate=0.1, warmup_steps=0, every=8
+        ),
     )
     path = train_lora(config, read_pictures(folder, config.prompt), tmp_path / "run")
 
@@ -68,6 +73,9 @@ def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, 
 
     before = draw()
     reference_pipeline.load_lora_weights(path)
+    adapted = [name for name, module in reference_pipeline.unet.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert len(adapted) == len({name for name in load_file(path) if name.endswith("lora_A.weight")}) > 8
+    assert {name.rsplit(".", 1)[-1] for name in adapted} == {"to_q", "0", "conv1", "conv_shortcut"}
     try:
         with_lora = draw()
     finally:

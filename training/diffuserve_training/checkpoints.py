@@ -9,12 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from diffuserve_training.half_range import fit_half_range
 
 
-def save_vae(vae: Any, scaling_factor: float, folder: Path) -> None:
-    """The autoencoder in fp32, since stage two measures its latents with it."""
+def save_vae(vae: Any, scaling_factor: float, images: NDArray[np.float32], folder: Path) -> None:
+    """The autoencoder in fp32, since stage two measures its latents with it; in fp16 it will not overflow on images like those
+    that are given."""
     vae = copy.deepcopy(vae)
+    fit_half_range(vae, torch.from_numpy(images))
     vae.register_to_config(scaling_factor=scaling_factor)
     _replace(folder, vae.save_pretrained)
 

@@ -65,14 +65,14 @@ class LoraModule(StepModule):
         return self._latents[chosen], {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
 
     def save(self, path: Path) -> None:
-        """One safetensors file in diffusers' format, which `diffuserve export --lora` reads."""
-        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+        """One safetensors file in PEFT's format, which diffusers' `load_lora_weights` and `diffuserve export --lora` read."""
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save
 
         from diffuserve.files import write_whole
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        # PEFT's names for all: diffusers' own exist for attention only, and of a file that has both it loads a part.
+        layers = get_peft_model_state_dict(self.unet)
         tensors = {f"unet.{name}": value.detach().to(torch.float16).contiguous() for name, value in layers.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, metadata={"format": "pt"}))

@@ -27,7 +27,7 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
     def save() -> None:
         vae: Any = module.average.module
         images = _some_images(icons)
-        save_vae(vae, scaling_factor_of(vae, images), output / VAE_FOLDER)
+        save_vae(vae, scaling_factor_of(vae, images), images, output / VAE_FOLDER)
         _reconstructions(vae, images).save(output / "vae.png")
 
     fit(module, output / "vae-run", on_save=save, devices=devices)
@@ -58,10 +58,11 @@ def train_decoder(
 
     def save() -> None:
         vae: Any = module.average.module
-        save_vae(vae, vae.config.scaling_factor, output / VAE_FOLDER)
+        images = _some_images(icons)
+        save_vae(vae, vae.config.scaling_factor, images, output / VAE_FOLDER)
         if (checkpoint := output / CHECKPOINT_FOLDER).is_dir():
-            replace_vae(checkpoint, vae)
-        _reconstructions(vae, _some_images(icons)).save(output / "vae.png")
+            replace_vae(checkpoint, _stage_one(output, None))
+        _reconstructions(vae, images).save(output / "vae.png")
 
     fit(module, output / "decoder-run", on_save=save, devices=devices)
 
