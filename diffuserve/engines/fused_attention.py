@@ -125,11 +125,19 @@ class _Matcher:
         """The tokens (B, L, H * D) that (B, H, L, D) was made of, and H."""
         transposed = self._made_by("Transpose", name)
         split = self._made_by("Reshape", transposed.input[0]) if transposed else None
-        shape = self._made_by("Concat", split.input[1]) if split else None
-        if transposed is None or split is None or shape is None or _perm(transposed) != _HEADS_FIRST:
+        if transposed is None or split is None or _perm(transposed) != _HEADS_FIRST:
             return None
-        heads = self._numbers(shape.input[2]) if len(shape.input) == 4 else None
-        return (split.input[0], int(heads[0])) if heads is not None else None
+        heads = self._third_of_four(split.input[1])
+        return (split.input[0], heads) if heads is not None else None
+
+    def _third_of_four(self, name: str) -> int | None:
+        """Of a shape, which is a constant where it is known or else put together."""
+        shape = self._made_by("Concat", name)
+        if shape is None:
+            sizes = self._numbers(name)
+            return int(sizes[2]) if sizes is not None and len(sizes) == 4 else None
+        size = self._numbers(shape.input[2]) if len(shape.input) == 4 else None
+        return int(size[0]) if size is not None else None
 
     def _made_by(self, operator: str, name: str) -> NodeProto | None:
         node = self._producer.get(name)

@@ -22,7 +22,7 @@ _SETTINGS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, _CPU: {}}
 _GRAPH_NAME = "model.onnx"
 _STORED_WEIGHTS = "session.optimized_model_external_initializers"
 # Raised whenever `fuse_attention` makes other graphs.
-_FUSION_REVISION = 1
+_FUSION_REVISION = 2
 
 
 class OnnxRuntimeEngine:

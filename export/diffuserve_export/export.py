@@ -45,7 +45,7 @@ from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "5"
+_EXPORTER_REVISION = "6"
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.

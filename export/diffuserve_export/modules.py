@@ -60,10 +60,42 @@ class TextEncoders(nn.Module):
         return hidden_states, second.text_embeds
 
 
+class TextPooling(nn.Module):
+    """diffusers' AttentionPooling, of a UNet whose `addition_embed_type` is "text", in operators that engines treat as they do
+    all other attention, and none of whose results depends on the other rows of a call: ONNX Runtime takes a mean over
+    tokens in another order for one row than for several.
+
+    Args:
+        pooling: whose weights it has.
+    """
+
+    def __init__(self, pooling: Any) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states`: (B, N, D) float32. Returns (B, D) float32."""
+        pooling = self.pooling
+        rows, tokens, width = hidden_states.shape
+        ones = hidden_states.new_ones(rows, 1, tokens)
+        query = ones @ hidden_states / ones.sum(dim=-1, keepdim=True) + pooling.positional_embedding
+        every = torch.cat([query, hidden_states], dim=1)
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.view(rows, -1, pooling.num_heads, pooling.dim_per_head).transpose(1, 2)
+
+        pooled = nn.functional.scaled_dot_product_attention(
+            split(pooling.q_proj(query)), split(pooling.k_proj(every)), split(pooling.v_proj(every))
+        )
+        return pooled.transpose(1, 2).reshape(rows, 1, width)[:, 0]
+
+
 class Unet(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        if unet.config.addition_embed_type == "text":
+            unet.add_embedding.pool = TextPooling(unet.add_embedding.pool)
 
     def forward(
         self,

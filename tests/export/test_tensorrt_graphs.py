@@ -144,8 +144,6 @@ def check_precision(model: onnx.ModelProto, types: dict[str, str]) -> None:
             assert in_fp32 == [node.input[2]]  # the scales
         elif node.op_type in ("Sin", "Cos"):
             assert set(in_fp32) <= {*node.input, *node.output}
-        elif node.op_type == "Einsum":
-            assert "BF16" in types.values()  # ONNX has none for it
         else:
             assert set(node.output) <= angles | images, f"{node.op_type} {node.name} is in fp32"
         if node.op_type in _WEIGHTED:

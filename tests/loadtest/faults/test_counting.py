@@ -22,7 +22,7 @@ FIELDS: dict[str, Any] = {"prompt": "a cat", "seed": 7, "format": "raw"}
 
 def known(address: str, **fields: Any) -> KnownAnswer:
     with Client(address) as client:
-        return KnownAnswer({**FIELDS, **fields}, b"".join(client.generate(**{**FIELDS, **fields}).encoded))
+        return KnownAnswer({**FIELDS, **fields}, background._digest(client.generate(**{**FIELDS, **fields})))
 
 
 def asked(address: str, answer: KnownAnswer, timeout_s: float = 20.0) -> Tally:
@@ -44,21 +44,21 @@ def test_a_right_image_is_an_answer() -> None:
 
 def test_another_image_is_lost() -> None:
     with FakeTriton() as triton:
-        other = KnownAnswer(FIELDS, known(triton.address, seed=80).pixels)
+        other = KnownAnswer(FIELDS, known(triton.address, seed=8).sha256)
         tally = asked(triton.address, other)
     assert (tally.tried, tally.survived, tally.lost) == (1, 0, ["a wrong image"])
 
 
 def test_an_error_is_survived_and_counted_by_its_code() -> None:
     with FakeTriton() as triton:
-        tally = asked(triton.address, KnownAnswer({"prompt": "error [queue_full retry_after_s=1] full"}, b""))
+        tally = asked(triton.address, KnownAnswer({"prompt": "error [queue_full retry_after_s=1] full"}, ""))
     assert (tally.survived, dict(tally.refused), tally.lost) == (1, {"queue_full": 1}, [])
 
 
 def test_no_answer_in_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_GRACE_S", 0.2)
     with FakeTriton() as triton:
-        tally = asked(triton.address, KnownAnswer({"prompt": "silent"}, b""), timeout_s=0.1)
+        tally = asked(triton.address, KnownAnswer({"prompt": "silent"}, ""), timeout_s=0.1)
     assert tally.lost == ["no answer and no error within 0.3 s"]
 
 
