@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffuserve_training import cli
 from diffuserve_training.backgrounds import BACKGROUNDS, COLOURS, NAMES, lay_on, nearest_background
 from diffuserve_training.captions import caption, plain_caption
 from diffuserve_training.config import ConfigError, Training, read_config
 from diffuserve_training.dataset import Icons, Latents, image_batch, is_held_out
+from diffuserve_training.icons import STYLES
 from diffuserve_training.packages import FLUENT_FLAT, TrainingDataError, read_json
 from diffuserve_training.retrieval import Gallery
 from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
@@ -128,3 +130,7 @@ def test_an_archive_with_another_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / FLUENT_FLAT.file).write_bytes(b"something else")
     with pytest.raises(TrainingDataError, match="its hash differs"):
         read_json(FLUENT_FLAT, "icons.json", tmp_path)
+
+
+def test_the_command_line_knows_every_style() -> None:
+    assert list(cli._STYLES.choices) == list(STYLES)

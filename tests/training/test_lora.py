@@ -73,10 +73,12 @@ def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, 
 
     before = draw()
     reference_pipeline.load_lora_weights(path)
-    adapted = [name for name, module in reference_pipeline.unet.named_modules() if isinstance(module, BaseTunerLayer)]
-    assert len(adapted) == len({name for name in load_file(path) if name.endswith("lora_A.weight")}) > 8
-    assert {name.rsplit(".", 1)[-1] for name in adapted} == {"to_q", "0", "conv1", "conv_shortcut"}
     try:
+        adapted = [
+            name for name, module in reference_pipeline.unet.named_modules() if isinstance(module, BaseTunerLayer)
+        ]
+        assert len(adapted) == len({name for name in load_file(path) if name.endswith("lora_A.weight")}) > 8
+        assert {name.rsplit(".", 1)[-1] for name in adapted} == {"to_q", "0", "conv1", "conv_shortcut"}
         with_lora = draw()
     finally:
         reference_pipeline.unload_lora_weights()

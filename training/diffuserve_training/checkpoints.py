@@ -16,13 +16,18 @@ from numpy.typing import NDArray
 from diffuserve_training.half_range import fit_half_range
 
 
-def save_vae(vae: Any, scaling_factor: float, images: NDArray[np.float32], folder: Path) -> None:
+def save_vae(vae: Any, scaling_factor: float, images: NDArray[np.float32], folder: Path) -> Any:
     """The autoencoder in fp32, since stage two measures its latents with it; in fp16 it will not overflow on images like those
-    that are given."""
+    that are given.
+
+    Returns:
+        What was saved.
+    """
     vae = copy.deepcopy(vae)
     fit_half_range(vae, torch.from_numpy(images))
     vae.register_to_config(scaling_factor=scaling_factor)
     _replace(folder, vae.save_pretrained)
+    return vae
 
 
 def save_pipeline(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 # Polar Express (Amsel et al., arXiv:2505.16932): each polynomial of degree five is the one that is nearest to one, in the maximum
 # norm, on the range that those before it leave; here from 0.02 to 1. After three, such singular values lie within 0.907 and
@@ -95,10 +96,18 @@ class Muon(torch.optim.Optimizer):
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
-        state["step"] += 1
-        step = int(state["step"])
-        mean = state["mean"].lerp_(gradient, 1 - beta1)
-        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        deviation = (square / (1 - beta2**step)).sqrt_().add_(1e-8)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1**step))
+        adamw(
+            [parameter],
+            [gradient],
+            [state["mean"]],
+            [state["square"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )

@@ -59,9 +59,9 @@ def train_decoder(
     def save() -> None:
         vae: Any = module.average.module
         images = _some_images(icons)
-        save_vae(vae, vae.config.scaling_factor, images, output / VAE_FOLDER)
+        saved = save_vae(vae, vae.config.scaling_factor, images, output / VAE_FOLDER)
         if (checkpoint := output / CHECKPOINT_FOLDER).is_dir():
-            replace_vae(checkpoint, _stage_one(output, None))
+            replace_vae(checkpoint, saved)
         _reconstructions(vae, images).save(output / "vae.png")
 
     fit(module, output / "decoder-run", on_save=save, devices=devices)
