@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of, sha256_of_files
+from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of_files
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
@@ -99,7 +99,7 @@ class Checkpoint:
     @cached_property
     def fused_loras(self) -> tuple[FusedLora, ...]:
         """The LoRAs as the manifest names them."""
-        return tuple(FusedLora(lora.path.stem, lora.scale, sha256_of(lora.path)) for lora in self.loras)
+        return tuple(lora.fused for lora in self.loras)
 
     @cached_property
     def sha256(self) -> str:
@@ -111,7 +111,7 @@ class Checkpoint:
         files = [describe_file(self.path, file) for file in {*texts, *weights}]
         files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
         for position, (lora, fused) in enumerate(zip(self.loras, self.fused_loras, strict=True)):
-            files.append(File(f"lora {position} {lora.scale!r}", lora.path.stat().st_size, fused.sha256))
+            files.append(File(f"lora {position} {lora.scale!r}", lora.weights.stat().st_size, fused.sha256))
         return sha256_of_files(files)
 
 

@@ -34,7 +34,7 @@ _BUNDLES = Path("model_store/bundles")
     "loras",
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="A LoRA to fuse into the weights, style.safetensors:0.8. May be given several times.",
+    help="A LoRA to fuse into the weights, style.safetensors:0.8, or the folder of one of PEFT's. May be given several times.",
 )
 @click.option(
     "--clip-skip",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import Checkpoint
-from diffuserve_export.lora import fuse_lora
+from diffuserve_export.lora import fuse_loras
 from diffuserve_export.quiet import hide_progress_bars, quiet
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
         _check_vocabulary(checkpoint.path, model.tokenizer, model.text_encoder)
         if model.tokenizer_2 is not None:
             _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
-        for lora in checkpoint.loras:
-            fuse_lora(model, lora)
+        fuse_loras(model, checkpoint.loras)
     return model
 
 

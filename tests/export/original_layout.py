@@ -42,7 +42,8 @@ def write_single_file(pipeline: Any, path: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    tensors = {f"model.diffusion_model.{name}": t for name, t in _unet(pipeline.unet).items()}
+    names = original_unet_names(pipeline.unet)
+    tensors = {f"model.diffusion_model.{names[name]}": t for name, t in pipeline.unet.state_dict().items()}
     tensors |= {f"first_stage_model.{name}": t for name, t in _vae(pipeline.vae).items()}
     if hasattr(pipeline, "text_encoder_2"):
         tensors |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
@@ -55,29 +56,30 @@ def write_single_file(pipeline: Any, path: Path) -> Path:
     return path
 
 
-def _unet(unet: Any) -> Tensors:
+def original_unet_names(unet: Any) -> dict[str, str]:
+    """The original name of each tensor of a UNet, by its name in diffusers."""
     per_block = unet.config.layers_per_block + 1
     attended = [kind.startswith("CrossAttn") for kind in unet.config.up_block_types]
     renamed = {}
-    for name, tensor in unet.state_dict().items():
+    for name in unet.state_dict():
         if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
             side, block, kind, layer, rest = match.groups()
             index = int(block) * per_block + int(layer)
             where = f"input_blocks.{index + 1}" if side == "down" else f"output_blocks.{index}"
-            renamed[f"{where}.{_inner(kind, rest)}"] = tensor
+            renamed[name] = f"{where}.{_inner(kind, rest)}"
         elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
             kind, layer, rest = match.groups()
             place = 1 if kind == "attentions" else 2 * int(layer)
-            renamed[f"middle_block.{place}.{_inner(kind, rest).split('.', 1)[1]}"] = tensor
+            renamed[name] = f"middle_block.{place}.{_inner(kind, rest).split('.', 1)[1]}"
         elif match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
-            renamed[f"input_blocks.{(int(match[1]) + 1) * per_block}.0.op.{match[2]}"] = tensor
+            renamed[name] = f"input_blocks.{(int(match[1]) + 1) * per_block}.0.op.{match[2]}"
         elif match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
             block = int(match[1])
             last = (block + 1) * per_block - 1
-            renamed[f"output_blocks.{last}.{2 if attended[block] else 1}.conv.{match[2]}"] = tensor
+            renamed[name] = f"output_blocks.{last}.{2 if attended[block] else 1}.conv.{match[2]}"
         else:
             end, _, suffix = name.rpartition(".")
-            renamed[f"{_UNET_ENDS[end]}.{suffix}"] = tensor
+            renamed[name] = f"{_UNET_ENDS[end]}.{suffix}"
     return renamed
 
 

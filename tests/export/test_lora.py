@@ -1,104 +1,32 @@
-"""LoRAs in the formats that are shared, fused into the weights."""
+"""LoRAs in the formats that are shared: whose layers their names mean, DoRA, differences, PEFT's own settings, messages."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint
 from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
-from diffuserve_export.lora import Lora, lora_from_text
+from diffuserve_export.lora import Lora, fuse_loras, lora_from_text
+from diffuserve_export.quiet import quiet
+from diffuserve_export.reference_image import reference_from_model
+from tests.export.lora_files import NAMINGS, File, assert_weights, changeable, weights_of
 from tests.export.tiny import write_sdxl_checkpoint
 
-RANK = 2
-# (out, in) of each layer that the LoRAs here change, in the tiny Stable Diffusion 1 checkpoint.
-UNET_LAYERS = {
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (32, 32),
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (32, 32),
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": (32, 32),
-}
-# diffusers tells the format of a text encoder's layers by the last of these.
-TEXT_LAYERS = {"encoder.layers.0.self_attn.q_proj": (32, 32), "encoder.layers.0.self_attn.out_proj": (32, 32)}
-
-Factors = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
-
-
-def factors(layers: dict[str, tuple[int, int]], seed: int = 0) -> Factors:
-    """A (rank, in) and B (out, rank) for each layer."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: (
-            rng.standard_normal((RANK, inputs), dtype=np.float32),
-            rng.standard_normal((outputs, RANK), dtype=np.float32),
-        )
-        for name, (outputs, inputs) in layers.items()
-    }
-
-
-def write_kohya(path: Path, unet: Factors, text: Factors, alpha: float) -> Path:
-    tensors = {}
-    for prefix, layers in (("lora_unet_", unet), ("lora_te_text_model_", text)):
-        for name, (down, up) in layers.items():
-            key = prefix + name.replace(".", "_")
-            tensors[f"{key}.lora_down.weight"] = down
-            tensors[f"{key}.lora_up.weight"] = up
-            tensors[f"{key}.alpha"] = np.array(alpha, np.float32)
-    save_file(tensors, path)
-    return path
-
-
-def write_peft(path: Path, unet: Factors, text: Factors) -> Path:
-    tensors = {}
-    for prefix, layers in (("unet.", unet), ("text_encoder.text_model.", text)):
-        for name, (down, up) in layers.items():
-            tensors[f"{prefix}{name}.lora_A.weight"] = down
-            tensors[f"{prefix}{name}.lora_B.weight"] = up
-    save_file(tensors, path)
-    return path
-
-
-def write_old_diffusers(path: Path, unet: Factors, text: Factors) -> Path:
-    tensors = {}
-    for name, (down, up) in unet.items():
-        block, _, layer = name.replace("to_out.0", "to_out").rpartition(".")
-        tensors[f"unet.{block}.processor.{layer}_lora.down.weight"] = down
-        tensors[f"unet.{block}.processor.{layer}_lora.up.weight"] = up
-    for name, (down, up) in text.items():
-        tensors[f"text_encoder.text_model.{name}.lora_linear_layer.down.weight"] = down
-        tensors[f"text_encoder.text_model.{name}.lora_linear_layer.up.weight"] = up
-    save_file(tensors, path)
-    return path
-
-
-def weights_of(model: LoadedModel) -> dict[str, NDArray[np.float32]]:
-    parts = {"unet": model.unet, "text": model.text_encoder, "vae": model.vae}
-    return {
-        f"{part}.{name.removeprefix('text_model.')}": weight.numpy()
-        for part, module in parts.items()
-        for name, weight in module.state_dict().items()
-    }
-
-
-def assert_fused(actual: LoadedModel, plain: LoadedModel, changes: list[tuple[Factors, Factors, float]]) -> None:
-    """Every weight is the plain one plus factor * B A for each of `changes`, and everything has its plain name."""
-    expected = weights_of(plain)
-    for unet, text, factor in changes:
-        for part, layers in (("unet", unet), ("text", text)):
-            for name, (down, up) in layers.items():
-                expected[f"{part}.{name}.weight"] = expected[f"{part}.{name}.weight"] + factor * up @ down
-    weights = weights_of(actual)
-    assert weights.keys() == expected.keys()
-    for name, array in weights.items():
-        np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)
+ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0."
+QUERY, OUT, CONVOLUTION = f"{ATTENTION}attn1.to_q.weight", f"{ATTENTION}attn1.to_out.0.weight", "unet.conv_in.weight"
+TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -106,55 +34,288 @@ def plain(shared_checkpoint: Path) -> LoadedModel:
     return model_from_checkpoint(open_checkpoint(shared_checkpoint))
 
 
-def load(path: Path, *loras: Lora) -> LoadedModel:
-    return model_from_checkpoint(open_checkpoint(path, loras=loras))
+@pytest.fixture(scope="module")
+def plain_xl(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return model_from_checkpoint(open_checkpoint(write_sdxl_checkpoint(tmp_path_factory.mktemp("xl") / "xl")))
 
 
-def test_kohya_with_alpha(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
-    unet, text = factors(UNET_LAYERS), factors(TEXT_LAYERS)
-    path = write_kohya(tmp_path / "style.safetensors", unet, text, alpha=1.0)
-    assert_fused(load(shared_checkpoint, Lora(path, 0.8)), plain, [(unet, text, 0.8 * 1.0 / RANK)])
+def make(model: LoadedModel, naming: str, *weights: str, seed: int = 0, alpha: float | None = 3.0) -> File:
+    """Every weight with a rank of its own."""
+    rng, file = np.random.default_rng(seed), File(model, naming)
+    for number, weight in enumerate(weights):
+        file.add(weight, rng, rank=2 + number, alpha=None if alpha is None else alpha + number)
+    return file
 
 
-@pytest.mark.parametrize("write", [write_peft, write_old_diffusers])
-def test_formats_of_diffusers(write: Any, shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
-    unet, text = factors(UNET_LAYERS), factors(TEXT_LAYERS)
-    path = write(tmp_path / "style.safetensors", unet, text)
-    assert_fused(load(shared_checkpoint, Lora(path, 0.5)), plain, [(unet, text, 0.5)])
+def fused(model: LoadedModel, *loras: Lora) -> LoadedModel:
+    changed = copy.deepcopy(model)
+    fuse_loras(changed, loras)
+    return changed
+
+
+def with_formula(weights: dict[str, Any], file: File, scale: float) -> dict[str, Any]:
+    return {name: (weight + scale * file.products.get(name, 0)).astype(np.float32) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_layer_is_found_by_its_name(
+    naming: str, plain: LoadedModel, plain_xl: LoadedModel, tmp_path: Path
+) -> None:
+    for model in (plain, plain_xl):
+        file = make(model, naming, *changeable(model))
+        path = file.save(tmp_path / "style.safetensors")
+        assert_weights(fused(model, Lora(path, 0.5)), model, [(0.5, file.products)])
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers", "original"])
+def test_diffusers_finds_the_same_layers(
+    naming: str, plain: LoadedModel, plain_xl: LoadedModel, tmp_path: Path
+) -> None:
+    """Where all alphas are alike, diffusers' own loader is another witness to what the names mean."""
+    model = plain_xl if naming == "original" else plain
+    wanted = [name for name in changeable(model) if ".attn" in name or ".self_attn." in name or "resnets" in name]
+    if naming == "kohya":  # of kohya's convolutions diffusers reads those of the original names only
+        wanted = [name for name in wanted if "resnets" not in name]
+    rng, file = np.random.default_rng(0), File(model, naming)
+    for weight in wanted:
+        file.add(weight, rng, rank=4, alpha=None if naming == "diffusers" else 2.0)
+    path = file.save(tmp_path / "style.safetensors")
+    by_diffusers = copy.deepcopy(model)
+    with quiet():
+        pipeline = by_diffusers.pipeline()
+        pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    ours, theirs = weights_of(fused(model, Lora(path, 1.0))), weights_of(by_diffusers)
+    assert sum((ours[name] != weight).any() for name, weight in weights_of(model).items()) == len(wanted)
+    for name, weight in theirs.items():
+        np.testing.assert_allclose(ours[name], weight, atol=1e-5, err_msg=name)
+
+
+def test_two_namings_in_one_file(plain: LoadedModel, tmp_path: Path) -> None:
+    kohya, diffusers = make(plain, "kohya", QUERY), make(plain, "diffusers", CONVOLUTION, alpha=None)
+    kohya.tensors |= diffusers.tensors
+    path = kohya.save(tmp_path / "style.safetensors")
+    assert_weights(fused(plain, Lora(path, 1.0)), plain, [(1.0, kohya.products), (1.0, diffusers.products)])
+    kohya.tensors |= make(plain, "lycoris", QUERY).tensors
+    with pytest.raises(CheckpointError, match=r"attn1\.to_q has two tensors of one kind: lora_unet_.* and lycoris_"):
+        fused(plain, Lora(kohya.save(path), 1.0))
+
+
+def test_the_oldest_names_of_diffusers(plain: LoadedModel, tmp_path: Path) -> None:
+    file = make(plain, "old diffusers", QUERY, OUT, TEXT, alpha=None)
+    renames = (
+        ("to_out.0", "to_out"),
+        (".self_attn.q_proj.lora.", ".self_attn.to_q_lora."),
+        (".attn1.to_", ".attn1.processor.to_"),
+        (".lora.", "_lora."),
+        ("unet.", ""),
+    )
+    renamed = {reduce(lambda key, pair: key.replace(*pair), renames, key): array for key, array in file.tensors.items()}
+    assert any(key.endswith("transformer_blocks.0.attn1.processor.to_out_lora.down.weight") for key in renamed)
+    save_file(renamed, tmp_path / "style.safetensors")
+    assert_weights(fused(plain, Lora(tmp_path / "style.safetensors", 1.0)), plain, [(1.0, file.products)])
+
+
+def test_bfloat16(plain: LoadedModel, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    file = make(plain, "kohya", QUERY, alpha=None)
+    tensors = {name: torch.from_numpy(array).bfloat16() for name, array in file.tensors.items()}
+    save_torch(tensors, tmp_path / "style.safetensors")
+    down, up = (tensor.float().numpy().astype(np.float64) for tensor in tensors.values())
+    changes = [(0.5, {QUERY: up @ down})]
+    assert_weights(fused(plain, Lora(tmp_path / "style.safetensors", 0.5)), plain, changes)
+
+
+def test_linear_layers_and_convolutions_of_one_pixel_stand_for_each_other(
+    plain: LoadedModel, plain_xl: LoadedModel, tmp_path: Path
+) -> None:
+    """proj_in is a convolution in Stable Diffusion 1 and linear in XL, and files have either form for both."""
+    xl = "unet.down_blocks.1.attentions.0.proj_in.weight"
+    for model, name in ((plain, "unet.down_blocks.0.attentions.0.proj_in.weight"), (plain_xl, xl)):
+        file = make(model, "kohya", name)
+        for key, array in file.tensors.items():
+            if array.ndim:
+                file.tensors[key] = array[:, :, 0, 0] if array.ndim == 4 else array[:, :, None, None]
+        path = file.save(tmp_path / "style.safetensors")
+        assert_weights(fused(model, Lora(path, 1.0)), model, [(1.0, file.products)])
+
+
+def test_dora(plain: LoadedModel, tmp_path: Path) -> None:
+    """W + scale * (m (W + BA) / |W + BA| - W), norms over each output's weights, or over each input's (LyCORIS)."""
+    rng, before = np.random.default_rng(3), weights_of(plain)
+    for naming, part, axis in (
+        ("kohya", "dora_scale", 0),
+        ("kohya", "dora_scale", 1),
+        ("diffusers", "lora_magnitude_vector", 0),
+    ):
+        file, changes = File(plain, naming), {}
+        for name in (QUERY, CONVOLUTION, f"{ATTENTION}ff.net.2.weight"):
+            weight = before[name].astype(np.float64)
+            key = file.add(name, rng, rank=3, alpha=1.5 if naming == "kohya" else None)
+            merged = weight + file.products[name]
+            norms = np.sqrt((merged**2).sum(axis=tuple(i for i in range(weight.ndim) if i != axis), keepdims=True))
+            magnitude = rng.uniform(0.5, 2, norms.shape).astype(np.float32)
+            changes[name] = magnitude * merged / norms - weight
+            # PEFT keeps a linear layer's as a vector, and a convolution's with the outputs second.
+            as_peft = magnitude.ravel() if weight.ndim == 2 else magnitude.reshape(1, -1, 1, 1)
+            file.tensors[f"{key}.{part}"] = magnitude if naming == "kohya" else as_peft
+        path = file.save(tmp_path / "style.safetensors")
+        for scale in (1.0, 0.5, 0.0):
+            assert_weights(fused(plain, Lora(path, scale)), plain, [(scale, changes)])
+
+
+def test_dora_of_peft_is_what_diffusers_fuses(plain: LoadedModel, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    file = make(plain, "diffusers", QUERY, OUT, alpha=None)
+    for name in (QUERY, OUT):
+        magnitude = rng.uniform(0.5, 2, len(weights_of(plain)[name])).astype(np.float32)
+        file.tensors[f"{file.key(name)}.lora_magnitude_vector"] = magnitude
+    path = file.save(tmp_path / "style.safetensors")
+    by_diffusers = copy.deepcopy(plain)
+    with quiet():
+        pipeline = by_diffusers.pipeline()
+        pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    ours, theirs = weights_of(fused(plain, Lora(path, 1.0))), weights_of(by_diffusers)
+    for name, weight in theirs.items():
+        np.testing.assert_allclose(ours[name], weight, atol=1e-5, err_msg=name)
+
+
+def test_differences_of_weights_biases_and_norms(plain: LoadedModel, tmp_path: Path) -> None:
+    before = weights_of(plain)
+    norm = f"{ATTENTION}norm1"
+    changes = {
+        name: np.random.default_rng(5).standard_normal(before[name].shape).astype(np.float32)
+        for name in (QUERY, CONVOLUTION, "unet.conv_in.bias", f"{norm}.weight", f"{norm}.bias")
+    }
+    prefix = "lora_unet_" + norm.removeprefix("unet.").replace(".", "_")
+    tensors = {
+        "lora_unet_conv_in.diff": changes[CONVOLUTION],
+        "lora_unet_conv_in.diff_b": changes["unet.conv_in.bias"],
+        f"{prefix}.w_norm": changes[f"{norm}.weight"],
+        f"{prefix}.b_norm": changes[f"{norm}.bias"],
+        File(plain, "comfyui").key(QUERY) + ".diff": changes[QUERY],
+    }
+    save_file(tensors, tmp_path / "style.safetensors")
+    assert_weights(fused(plain, Lora(tmp_path / "style.safetensors", -0.5)), plain, [(-0.5, changes)])
+    save_file({**tensors, f"{File(plain, 'kohya').key(QUERY)}.diff_b": np.ones(32, "f4")}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"to_q\.diff_b changes a bias, and unet\..*to_q has none"):
+        fused(plain, Lora(tmp_path / "b.safetensors", 1.0))
+
+
+PEFT_SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "init_lora_weights": True}
+
+
+def write_adapter(folder: Path, file: File, **settings: Any) -> Path:
+    """As PEFT's save_pretrained() does."""
+    folder.mkdir(exist_ok=True)
+    tensors = {f"base_model.model.{name.partition('.')[2]}": array for name, array in file.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(PEFT_SETTINGS | settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", [QUERY, TEXT])
+def test_a_folder_of_peft(name: str, plain: LoadedModel, tmp_path: Path) -> None:
+    file = make(plain, "diffusers", name, alpha=None)  # of rank 2
+    for settings, factor in (
+        ({}, 6 / 2),
+        ({"use_rslora": True}, 6 / np.sqrt(2)),
+        ({"alpha_pattern": {"nothing": 1, "attn1.to_q|q_proj": 5}}, 5 / 2),
+        ({"init_lora_weights": "gaussian"}, 6 / 2),
+    ):
+        folder = write_adapter(tmp_path / "my style", file, **settings)
+        for path in (folder, folder / "adapter_model.safetensors"):
+            lora = lora_from_text(f"{path}:0.5")
+            assert lora.fused.name == "my style"
+            assert_weights(fused(plain, lora), plain, [(0.5 * factor, file.products)])
+
+
+def test_the_folder_s_settings_are_part_of_its_hash(plain: LoadedModel, tmp_path: Path) -> None:
+    file = make(plain, "diffusers", QUERY, alpha=None)
+    hashes = {Lora(write_adapter(tmp_path / "a", file, lora_alpha=alpha), 1.0).fused.sha256 for alpha in (1, 2)}
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "says that it is a LOHA"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa_niter_4', which changes the base model's own",
+        ),
+        ({"use_qalora": True}, "has use_qalora, a variant"),
+        ({"lora_alpha": "much"}, "adapter_config.json is damaged: Expected `float`"),
+    ],
+)
+def test_adapters_of_peft_that_are_more_than_lora(
+    settings: dict[str, Any], message: str, plain: LoadedModel, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "a", make(plain, "diffusers", QUERY, alpha=None), **settings)
+    with pytest.raises(CheckpointError, match=message):
+        fused(plain, Lora(folder, 1.0))
+
+
+def test_peft_s_file_without_its_settings(plain: LoadedModel, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", make(plain, "diffusers", QUERY, alpha=None))
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"was written by PEFT, and its strength stands in adapter_config\.json"):
+        fused(plain, Lora(folder, 1.0))
+
+
+def test_settings_in_the_header(plain: LoadedModel, tmp_path: Path) -> None:
+    """diffusers' own training scripts write alpha into the file's header, by part."""
+    unet, text = make(plain, "diffusers", QUERY, alpha=None), make(plain, "diffusers", TEXT, alpha=None)
+    unet.tensors |= text.tensors
+    header = {"unet.r": 2, "unet.lora_alpha": 6, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
+    path = unet.save(tmp_path / "style.safetensors", format="pt", lora_adapter_metadata=json.dumps(header))
+    changes = [(6 / 2, unet.products), (1 / 2, text.products)]
+    assert_weights(fused(plain, Lora(path, 1.0)), plain, changes)
 
 
 def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
-    first, second = factors(UNET_LAYERS), factors(UNET_LAYERS, seed=1)
-    loras = (
-        Lora(write_peft(tmp_path / "a.safetensors", first, {}), 1.0),
-        Lora(write_kohya(tmp_path / "b.safetensors", second, {}, alpha=RANK), -0.25),
-    )
-    assert_fused(load(shared_checkpoint, *loras), plain, [(first, {}, 1.0), (second, {}, -0.25)])
+    first, second = make(plain, "diffusers", QUERY, OUT), make(plain, "kohya", QUERY, seed=1)
+    loras = (Lora(first.save(tmp_path / "a.safetensors"), 1.0), Lora(second.save(tmp_path / "b.safetensors"), -0.25))
     opened = open_checkpoint(shared_checkpoint, loras=loras)
+    assert_weights(model_from_checkpoint(opened), plain, [(1.0, first.products), (-0.25, second.products)])
     assert opened.source == "tiny + a.safetensors:1 + b.safetensors:-0.25"
     assert [(lora.name, lora.scale) for lora in opened.fused_loras] == [("a", 1.0), ("b", -0.25)]
     assert opened.fused_loras[0].sha256 == hashlib.sha256(opened.loras[0].path.read_bytes()).hexdigest()
 
 
-def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
-    checkpoint = write_sdxl_checkpoint(tmp_path / "xl")
-    layers = {f"text_model.encoder.layers.1.self_attn.{part}_proj": (24, 24) for part in ("v", "out")}
-    tensors = {}
-    for name, (down, up) in factors(layers).items():
-        key = "lora_te2_" + name.replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        tensors[f"{key}.alpha"] = np.array(RANK, np.float32)
-    save_file(tensors, tmp_path / "style.safetensors")
-    fused, plain = load(checkpoint, Lora(tmp_path / "style.safetensors", 1.0)), load(checkpoint)
-    for name, (down, up) in factors(layers).items():
-        weight = f"{name}.weight"
-        change = fused.text_encoder_2.state_dict()[weight] - plain.text_encoder_2.state_dict()[weight]
-        np.testing.assert_allclose(change.numpy(), up @ down, atol=1e-5)
+def test_the_reference_image_is_of_weights_merged_by_the_formula(
+    shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path
+) -> None:
+    """Merged here by numpy and drawn by diffusers: the same to the byte, and not the plain checkpoint's."""
+    import torch
+
+    file = File(plain, "kohya")
+    for number, weight in enumerate((QUERY, OUT, CONVOLUTION, TEXT, "unet.conv_out.weight")):
+        file.add(weight, np.random.default_rng(number), rank=4, alpha=0.5 * number)
+    opened = open_checkpoint(shared_checkpoint, loras=(Lora(file.save(tmp_path / "style.safetensors"), 0.7),))
+    merged = copy.deepcopy(plain)
+    for name, weight in with_formula(weights_of(plain), file, 0.7).items():
+        part, _, rest = name.partition(".")
+        module = getattr(merged, part)
+        module.get_parameter(
+            rest if rest in dict(module.named_parameters()) else f"text_model.{rest}"
+        ).data = torch.from_numpy(weight)
+    images = {}
+    for title, model in (("ours", model_from_checkpoint(opened)), ("numpy's", merged), ("plain", plain)):
+        (tmp_path / title).mkdir()
+        reference_from_model(opened, model, tmp_path / title)
+        images[title] = (tmp_path / title / "reference.png").read_bytes()
+    assert images["ours"] == images["numpy's"] != images["plain"]
 
 
-def test_the_hash_follows_file_and_scale(shared_checkpoint: Path, tmp_path: Path) -> None:
-    a = write_peft(tmp_path / "a.safetensors", factors(UNET_LAYERS), {})
-    b = write_peft(tmp_path / "b.safetensors", factors(UNET_LAYERS, seed=1), {})
+def test_the_hash_follows_file_and_scale(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
+    a = make(plain, "diffusers", QUERY).save(tmp_path / "a.safetensors")
+    b = make(plain, "diffusers", QUERY, seed=1).save(tmp_path / "b.safetensors")
     loras: list[tuple[Lora, ...]] = [
         (),
         (Lora(a, 1.0),),
@@ -166,68 +327,105 @@ def test_the_hash_follows_file_and_scale(shared_checkpoint: Path, tmp_path: Path
     assert len(hashes) == len(loras)
 
 
-def rank_mismatch(path: Path) -> Path:
+def other_width(plain: LoadedModel, path: Path) -> Path:
     """Keys of this model, widths of another."""
-    return write_kohya(path, factors(dict.fromkeys(UNET_LAYERS, (32, 64))), {}, 1.0)
+    file = make(plain, "kohya", QUERY)
+    down = next(name for name in file.tensors if "down" in name)
+    file.tensors[down] = np.ones((2, 64), np.float32)
+    return file.save(path)
 
 
-def other_layers(path: Path) -> Path:
+def other_layers(plain: LoadedModel, path: Path) -> Path:
     """A layer that the model has, and one of a deeper model."""
-    deeper = "down_blocks.0.attentions.0.transformer_blocks.1.attn1.to_q"
-    return write_kohya(path, factors({**UNET_LAYERS, deeper: (32, 32)}), {}, 1.0)
+    file = make(plain, "kohya", QUERY)
+    for name in [*file.tensors]:
+        file.tensors[name.replace("blocks_0_attn1", "blocks_9_attn1")] = file.tensors[name]
+    return file.save(path, ss_base_model_version="sdxl_base_v1-0")
 
 
-def second_text_encoder(path: Path) -> Path:
-    down, up = factors({"x": (32, 32)})["x"]
-    key = "lora_te2_text_model_encoder_layers_0_self_attn_v_proj"
-    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, path)
+def second_text_encoder(plain: LoadedModel, path: Path) -> Path:
+    file = make(plain, "kohya", TEXT)
+    tensors = {name.replace("lora_te_", "lora_te2_"): array for name, array in file.tensors.items()}
+    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0"})
     return path
 
 
-@pytest.mark.parametrize("write", [rank_mismatch, other_layers, second_text_encoder])
-def test_of_another_base_model(write: Any, shared_checkpoint: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match=r"style.safetensors does not fit this checkpoint.*text width of 32"):
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (other_width, "its layer leads from 64 to 32 numbers, and the model's from 32 to 32"),
+        (
+            other_layers,
+            r"1 of its 2 layers are not this model's: .*blocks_9_attn1_to_q\. .*base model: sdxl_base_v1-0\.",
+        ),
+        (second_text_encoder, "1 of its 1 layers are not this model's: lora_te2_.*base model: sdxl_base_v1-0"),
+    ],
+)
+def test_of_another_base_model(
+    write: Callable[[LoadedModel, Path], Path], reason: str, shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path
+) -> None:
+    path = write(plain, tmp_path / "style.safetensors")
+    message = rf"style.safetensors does not fit this checkpoint: .*{reason}.*text width of 32"
+    with pytest.raises(CheckpointError, match=message):
         bundle_from_checkpoint(open_checkpoint(shared_checkpoint, loras=(Lora(path, 1.0),)), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_no_lora_at_all(shared_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no LoRA"):
-        load(shared_checkpoint, Lora(shared_checkpoint / "vae" / "diffusion_pytorch_model.safetensors", 1.0))
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        (("lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.hada_w1_b"), "is LoHa: "),
+        (("lora_unet_conv_in.lokr_w1", "lora_unet_conv_in.lokr_w2"), "is LoKr: "),
+        (("lora_unet_conv_in.oft_blocks",), "is OFT: "),
+        (("clip_l",), "is a textual inversion: clip_l"),
+        (("lora_unet_conv_in.a1.weight",), "is GLoRA: "),
+        (("unet.conv_in.lora_B.bias",), "is a LoRA's own bias: "),
+        (("conv_in.weight",), "holds no LoRA: none of its tensors is called .* The first is conv_in.weight"),
+        ((), "holds no LoRA: it is empty"),
+    ],
+)
+def test_what_is_not_a_lora_is_called_what_it_is(
+    keys: tuple[str, ...], kind: str, plain: LoadedModel, tmp_path: Path
+) -> None:
+    save_file({key: np.ones((4, 4), np.float32) for key in keys}, tmp_path / "style.safetensors")
+    with pytest.raises(CheckpointError, match=kind):
+        fused(plain, Lora(tmp_path / "style.safetensors", 1.0))
 
 
-def test_text_form(tmp_path: Path) -> None:
-    path = write_peft(tmp_path / "a:b.safetensors", factors(UNET_LAYERS), {})
-    plain = write_peft(tmp_path / "plain.safetensors", factors(UNET_LAYERS), {})
-    assert lora_from_text(f"{path}:-0.5") == Lora(path, -0.5)
-    assert lora_from_text(f"{plain}") == Lora(plain, 1.0)
+def test_alpha_alone_changes_nothing(plain: LoadedModel, tmp_path: Path) -> None:
+    """As resized files have it for layers of which nothing was left."""
+    file = make(plain, "kohya", QUERY)
+    file.tensors[f"{file.key(OUT)}.alpha"] = np.array(4, np.float32)
+    path = file.save(tmp_path / "style.safetensors")
+    assert_weights(fused(plain, Lora(path, 1.0)), plain, [(1.0, file.products)])
+
+
+def test_text_form(plain: LoadedModel, tmp_path: Path) -> None:
+    path = make(plain, "kohya", QUERY).save(tmp_path / "a:b.safetensors")
+    half = make(plain, "kohya", QUERY).save(tmp_path / "half:0.5")
+    upper = make(plain, "kohya", QUERY).save(tmp_path / "STYLE.SAFETENSORS")
+    folder = write_adapter(tmp_path / "adapter", make(plain, "diffusers", QUERY, alpha=None))
+    for text, expected in (
+        (f"{path}:-0.5", Lora(path, -0.5)),
+        (f"{path}", Lora(path, 1.0)),
+        (f"{upper}:2", Lora(upper, 2.0)),
+        (f"{folder}:2", Lora(folder, 2.0)),
+    ):
+        assert lora_from_text(text) == expected
+    half.rename(tmp_path / "half:0.5.safetensors")
+    assert lora_from_text(f"{half}.safetensors") == Lora(tmp_path / "half:0.5.safetensors", 1.0)
     (tmp_path / "pickle.pt").write_bytes(b"")
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:-1])
     for text, message in (
-        (f"{plain}:strong", "'strong' is no scale"),
-        (f"{plain}:nan", "'nan' is no scale"),
-        (f"{tmp_path}/missing.safetensors:1", "there is no file"),
+        (f"{path}:strong", "'strong' is not a scale"),
+        (f"{path}:nan", "'nan' is not a scale"),
+        (f"{path}:0,8", "'0,8' is not a scale.*Write a decimal point, not a comma"),
+        (f"{path}:", "'' is not a scale"),
+        (f"{tmp_path}/missing.safetensors:1", r"there is no file .*missing\.safetensors\."),
+        (f"{tmp_path}/missing.safetensors", r"there is no file .*missing\.safetensors\."),
         (f"{tmp_path}/pickle.pt:1", "only .safetensors files are read"),
+        (f"{tmp_path}:1", "is a folder without adapter_model.safetensors"),
         (f"{tmp_path}/short.safetensors:1", "is damaged or cut short"),
     ):
         with pytest.raises(CheckpointError, match=message):
             lora_from_text(text)
-
-
-def test_metadata_of_peft_counts(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
-    """diffusers' own training scripts write alpha into the file's header."""
-    unet = factors(UNET_LAYERS)
-    path = write_peft(tmp_path / "style.safetensors", unet, {})
-    config = {
-        "unet.r": RANK,
-        "unet.lora_alpha": 6,
-        "unet.target_modules": [name.split("transformer_blocks.0.")[1] for name in UNET_LAYERS],
-    }
-    from safetensors.numpy import load_file
-
-    save_file(load_file(path), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
-    targets = plain.unet.state_dict()
-    assert all(f"{name}.weight" in targets for name in UNET_LAYERS)
-    fused = load(shared_checkpoint, Lora(path, 1.0))
-    assert_fused(fused, plain, [(unet, {}, 6 / RANK)])

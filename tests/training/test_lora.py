@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffuserve_training.config import ConfigError, Lora, Optimisation
-from diffuserve_training.lora_module import train_lora
+from diffuserve_training.lora_module import adapted, train_lora, write_lora
 from diffuserve_training.pictures import load_square, read_pictures
 from tests.conftest import CHECKPOINT
 
@@ -84,6 +85,37 @@ def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, 
         reference_pipeline.unload_lora_weights()
     assert np.abs(with_lora - before).max() > 0.02
     assert (draw() == before).all()
+
+
+def test_a_file_changes_as_much_as_the_training_did_whatever_alpha_is(tmp_path: Path, reference_pipeline: Any) -> None:
+    config = Lora(
+        checkpoint=str(CHECKPOINT),
+        images="",
+        rank=4,
+        alpha=10,
+        target_modules=("to_k", "conv2"),
+        optimisation=Optimisation(steps=1, batch_size=1, learning_rate=1e-3),
+    )
+    unet, generator = copy.deepcopy(reference_pipeline.unet), torch.Generator().manual_seed(0)
+    trained = adapted(unet, config)
+    for name, weight in trained.named_parameters():
+        if ".lora_B." in name:
+            weight.data = 0.02 * torch.randn(weight.shape, generator=generator)
+    write_lora(trained, config, tmp_path / "lora.safetensors")
+    inputs = {
+        "sample": torch.randn(2, unet.config.in_channels, 16, 16, generator=generator),
+        "timestep": torch.tensor([900, 20]),
+        "encoder_hidden_states": torch.randn(2, 24, unet.config.cross_attention_dim, generator=generator),
+    }
+    with torch.inference_mode():
+        learnt, plain = trained(**inputs).sample, reference_pipeline.unet(**inputs).sample
+        reference_pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+        try:
+            loaded = reference_pipeline.unet(**inputs).sample
+        finally:
+            reference_pipeline.unload_lora_weights()
+    assert (learnt - plain).abs().max() > 0.1
+    torch.testing.assert_close(loaded, learnt, rtol=0, atol=float(0.01 * (learnt - plain).abs().max()))
 
 
 def test_modules_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:

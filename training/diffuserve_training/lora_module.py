@@ -36,7 +36,7 @@ class LoraModule(StepModule):
         self._latents = _encode_pictures(pipeline, pictures, self._size_px)
         self._conditions = [_encode_text(pipeline, picture.caption, self._size_px) for picture in pictures]
         self._empty = _encode_text(pipeline, "", self._size_px)
-        self.unet = _adapted(pipeline.unet, config)
+        self.unet = adapted(pipeline.unet, config)
 
     def training_step(self, batch: tuple[Tensor, Conditioning], batch_index: int) -> Tensor:
         latents, condition = batch
@@ -65,20 +65,40 @@ class LoraModule(StepModule):
         return self._latents[chosen], {name: torch.cat([each[name] for each in conditions]) for name in self._empty}
 
     def save(self, path: Path) -> None:
-        """One safetensors file in PEFT's format, which diffusers' `load_lora_weights` and `diffuserve export --lora` read."""
-        from peft.utils import get_peft_model_state_dict
-        from safetensors.torch import save
-
-        from diffuserve.files import write_whole
-
-        # PEFT's names for all: diffusers' own exist for attention only, and of a file that has both it loads a part.
-        layers = get_peft_model_state_dict(self.unet)
-        tensors = {f"unet.{name}": value.detach().to(torch.float16).contiguous() for name, value in layers.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(tensors, metadata={"format": "pt"}))
+        """What has been learnt so far: `write_lora`."""
+        write_lora(self.unet, self.config, path)
 
 
-def _adapted(unet: Any, config: Lora) -> Any:
+def write_lora(unet: Any, config: Lora, path: Path) -> None:
+    """One safetensors file in PEFT's format, which diffusers' `load_lora_weights` and `diffuserve export --lora` read.
+
+    Args:
+        unet: with the adapter that `adapted` gave it.
+        config: the adapter's.
+        path: the file; its folder is made.
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    from diffuserve.files import write_whole
+
+    # PEFT's names for all: diffusers' own exist for attention only, and of a file that has both it loads a part. They have
+    # no place for alpha, so it is multiplied in: whoever reads the file takes the rank for it.
+    factor = config.alpha / config.rank
+    tensors = {
+        f"unet.{name}": (value.detach() * (factor if ".lora_B." in name else 1)).to(torch.float16).contiguous()
+        for name, value in get_peft_model_state_dict(unet).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save(tensors, metadata={"format": "pt"}))
+
+
+def adapted(unet: Any, config: Lora) -> Any:
+    """The UNet, its own weights frozen, with an adapter to train.
+
+    Raises:
+        ConfigError: it has no such `target_modules`.
+    """
     from peft import LoraConfig
 
     unet.requires_grad_(False)
