@@ -43,7 +43,7 @@ from diffuserve_export.model_index import (
 )
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
 from diffuserve_export.safety import image_processor_from_configs
-from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
+from diffuserve_export.weights import STEMS, Weights, parameters_in, sha256_of_weights, weights_in
 
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
@@ -99,7 +99,15 @@ class Checkpoint:
     @cached_property
     def fused_loras(self) -> tuple[FusedLora, ...]:
         """The LoRAs as the manifest names them."""
-        return tuple(FusedLora(lora.path.stem, lora.scale, sha256_of(lora.path)) for lora in self.loras)
+        return tuple(
+            FusedLora(lora.path.stem, lora.scale, sha256_of(lora.path), sha256_of_weights(lora.path))
+            for lora in self.loras
+        )
+
+    @cached_property
+    def file_sha256(self) -> str:
+        """Of the single file; empty where there is none."""
+        return sha256_of(self.single_file.files[0]) if self.single_file else ""
 
     @cached_property
     def sha256(self) -> str:
@@ -109,7 +117,8 @@ class Checkpoint:
         texts += [file for file in (self.path / "diffuserve.json",) if file.is_file()]
         weights = [file for part in self.weights.values() for file in part.files]
         files = [describe_file(self.path, file) for file in {*texts, *weights}]
-        files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
+        for file in self.single_file.files if self.single_file else ():
+            files.append(File(file.name, file.stat().st_size, self.file_sha256))
         for position, (lora, fused) in enumerate(zip(self.loras, self.fused_loras, strict=True)):
             files.append(File(f"lora {position} {lora.scale!r}", lora.path.stat().st_size, fused.sha256))
         return sha256_of_files(files)

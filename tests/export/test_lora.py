@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint
@@ -133,7 +133,12 @@ def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) ->
     opened = open_checkpoint(shared_checkpoint, loras=loras)
     assert opened.source == "tiny + a.safetensors:1 + b.safetensors:-0.25"
     assert [(lora.name, lora.scale) for lora in opened.fused_loras] == [("a", 1.0), ("b", -0.25)]
-    assert opened.fused_loras[0].sha256 == hashlib.sha256(opened.loras[0].path.read_bytes()).hexdigest()
+    data = opened.loras[0].path.read_bytes()
+    tensors = load_file(opened.loras[0].path)
+    weights = data[-sum(tensor.nbytes for tensor in tensors.values()) :]
+    [fused, _] = opened.fused_loras
+    assert fused.sha256 == hashlib.sha256(data).hexdigest()
+    assert fused.weights_sha256 == hashlib.sha256(weights).hexdigest() != fused.sha256
 
 
 def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
@@ -224,7 +229,6 @@ def test_metadata_of_peft_counts(shared_checkpoint: Path, plain: LoadedModel, tm
         "unet.lora_alpha": 6,
         "unet.target_modules": [name.split("transformer_blocks.0.")[1] for name in UNET_LAYERS],
     }
-    from safetensors.numpy import load_file
 
     save_file(load_file(path), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
     targets = plain.unet.state_dict()
