@@ -229,7 +229,6 @@ def test_metadata_of_peft_counts(shared_checkpoint: Path, plain: LoadedModel, tm
         "unet.lora_alpha": 6,
         "unet.target_modules": [name.split("transformer_blocks.0.")[1] for name in UNET_LAYERS],
     }
-
     save_file(load_file(path), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
     targets = plain.unet.state_dict()
     assert all(f"{name}.weight" in targets for name in UNET_LAYERS)
