@@ -49,6 +49,8 @@ def request_warnings(
 
 
 def _quoted(text: str) -> str:
+    """Of a long text its beginning, where it was cut off, and its end."""
     if len(text) <= _MAX_QUOTED_CHARACTERS:
         return repr(text)
-    return f"{text[:_MAX_QUOTED_CHARACTERS]!r} and {len(text) - _MAX_QUOTED_CHARACTERS} characters more"
+    half = _MAX_QUOTED_CHARACTERS // 2
+    return f"{text[:half]!r} ... {text[-half:]!r}"
