@@ -144,11 +144,13 @@ class ImageProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FusedLora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A LoRA in the weights: its file's name without suffix, how strongly it was applied, and its SHA-256 in hex."""
+    """A LoRA in the weights: its file's name without suffix, how strongly it was applied, its SHA-256 in hex, and
+    `weights_sha256` of what follows the file's header, by which other programs know it whatever its metadata."""
 
     name: str
     scale: float
     sha256: str
+    weights_sha256: str = ""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,7 +183,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`source` names the checkpoint and the LoRAs fused into it, `source_sha256` identifies their files, `bundle_sha256`
-    the exported ones; `created` is ISO 8601, UTC;
+    the exported ones; `checkpoint_sha256` is of the checkpoint's one file, empty if it was a folder; `created` is ISO 8601,
+    UTC;
     `images`: the reference image as drawn on ONNX Runtime in fp32, and on whatever `diffuserve engines --select` has tried;
     `trials`: what led to the components' engines, if that has chosen them;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
@@ -208,6 +211,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_processor: ImageProcessor | None = None
     safety_checker_left_out: bool = False
     loras: tuple[FusedLora, ...] = ()
+    checkpoint_sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.has_safety_checker != (self.image_processor is not None):
@@ -227,10 +231,11 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+def sha256_of(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file's content from the byte `start` on, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
+        stream.seek(start)
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

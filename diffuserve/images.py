@@ -12,7 +12,7 @@ from diffuserve.stages import Float32
 
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
-_EXIF_CHARACTERS = 15_000  # an EXIF block has 64 KiB, and a character of UTF-16 up to four bytes
+_COMMENT_BYTES = 65_000  # a JPEG's EXIF block has 64 KiB, and the rest is more than the tags around it take
 
 
 def encode_image(pixels: NDArray[np.uint8], format: str, parameters: str = "") -> bytes:
@@ -22,7 +22,9 @@ def encode_image(pixels: NDArray[np.uint8], format: str, parameters: str = "") -
         pixels: (H, W, 3) uint8, RGB.
         format: png, jpeg, webp, or raw, which is the pixels themselves, row by row.
         parameters: text that describes how it was drawn: in PNG the text chunk `parameters`, in JPEG and WebP the EXIF
-            user comment, both where AUTOMATIC1111's web UI puts it; raw carries none.
+            user comment, both where AUTOMATIC1111's web UI puts it; raw carries none. A user comment has room for 32,500
+            units of UTF-16, more than a request within the default limits comes to; of a longer text the lines before
+            the last, which are the prompts, are cut.
     """
     if format == "raw":
         return pixels.tobytes()
@@ -40,9 +42,17 @@ def encode_image(pixels: NDArray[np.uint8], format: str, parameters: str = "") -
         exif = Image.Exif()
         if parameters:
             # EXIF 2.32, 4.6.5: a user comment begins with the name of its character code, padded to eight bytes.
-            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters[:_EXIF_CHARACTERS].encode("utf-16-be")
+            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + _cut(parameters)
         image.save(stream, format, quality=95, exif=exif)
     return stream.getvalue()
+
+
+def _cut(parameters: str) -> bytes:
+    """In UTF-16, big-endian, within `_COMMENT_BYTES`."""
+    prompts, line_end, settings = (part.encode("utf-16-be") for part in parameters.rpartition("\n"))
+    room = max(0, _COMMENT_BYTES - len(line_end + settings))
+    cut = (prompts[:room] + line_end + settings)[:_COMMENT_BYTES]
+    return cut.decode("utf-16-be", errors="ignore").encode("utf-16-be")  # without half a pair of surrogates
 
 
 def preview_from_latents(latents: Float32, preview: Preview) -> NDArray[np.uint8]:

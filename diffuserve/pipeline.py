@@ -29,6 +29,7 @@ from diffuserve.inflight import InflightLoop, Job
 from diffuserve.infotext import infotext
 from diffuserve.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.request import Limits, TextToImageRequest
+from diffuserve.request_warnings import request_warnings
 from diffuserve.safety import refuse_without_safety_checker
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import InflightSelection, LatentShape, RequestSelection, Selection
@@ -307,9 +308,8 @@ class Pipeline:
 
     async def _draw(self, request: TextToImageRequest, steps: _Steps, promise: Promise) -> Completed:
         arrival_s = time.monotonic()
-        conditional, unconditional = await self._embeddings.get_pair(
-            request.prompt, request.negative_prompt if request.guided else None
-        )
+        prompts = request.prompt, request.negative_prompt if request.guided else None
+        conditional, unconditional = await self._embeddings.get_pair(*prompts)
 
         def on_step(step: int, denoised: Float32 | None) -> None:
             if steps in self._waiting:
@@ -338,7 +338,8 @@ class Pipeline:
         latents = await self._loop.denoise(job)
         pixels, flags = await self._decoder.decode(latents, request.width, request.height)
         flagged = tuple(flags.tolist())
-        parameters = tuple(infotext(request, self.manifest, seed) for seed in request.seeds)
+        padded = self._embeddings.pads(*prompts)
+        parameters = tuple(infotext(request, self.manifest, seed, padded=padded) for seed in request.seeds)
         images = await asyncio.gather(
             *(
                 self._off_loop(encode_image, image, request.format, text)
@@ -354,7 +355,7 @@ class Pipeline:
             flagged=flagged,
             seeds=request.seeds,
             parameters=parameters,
-            warnings=self._warnings(request, flagged),
+            warnings=request_warnings(request, flagged, self.manifest, self.limits, self._embeddings),
             queue_s=first_step_s - arrival_s,
             denoise_s=job.last_step_s - first_step_s,
             total_s=done_s - arrival_s,
@@ -370,24 +371,6 @@ class Pipeline:
 
     def _off_loop(self, function: Callable[..., bytes], *args: object) -> asyncio.Future[bytes]:
         return asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
-
-    def _warnings(self, request: TextToImageRequest, flagged: tuple[bool, ...]) -> tuple[str, ...]:
-        warnings = []
-        if any(flagged):
-            withheld = ", ".join(str(number) for number, flag in enumerate(flagged, 1) if flag)
-            warnings.append(
-                f"The safety checker withheld {sum(flagged)} of {len(flagged)} images, and black ones take their place: "
-                f"number {withheld}. Another prompt or seed may pass it."
-            )
-        if self.manifest.has_safety_checker and request.progress and request.preview:
-            warnings.append("No previews were sent, since they would show images that the safety checker has not seen.")
-        texts = {"prompt": request.prompt, **({"negative_prompt": request.negative_prompt} if request.guided else {})}
-        for name, text in texts.items():
-            dropped = self._embeddings.dropped_text(text)
-            if dropped:
-                used = self.limits.max_prompt_chunks * (self.manifest.model.max_tokens - 2)
-                warnings.append(f"The {name} is longer than {used} tokens; this end of it was not used: {dropped!r}")
-        return tuple(warnings)
 
 
 def _selection(batching: str, policy: str, max_rows: int, costs: CallCosts) -> Selection:

@@ -60,6 +60,15 @@ class TextEmbeddings:
         """The end of a text that does not fit, without its attention syntax; empty if everything fits."""
         return next(iter(self._tokenizers.values())).encode(parse_prompt(text), self._max_chunks).dropped_text
 
+    def pads(self, prompt: str, negative_prompt: str | None) -> bool:
+        """Whether `get_pair` puts chunks of the empty prompt after one of the two."""
+        if negative_prompt is None or (not negative_prompt and self._zero_empty_negative):
+            return False
+        prompt_chunks, negative_chunks = (
+            len(next(iter(self._encode(text).values())).input_ids) for text in (prompt, negative_prompt)
+        )
+        return prompt_chunks != negative_chunks
+
     async def get_pair(self, prompt: str, negative_prompt: str | None) -> tuple[Conditioning, Conditioning | None]:
         """What guidance leads to and what it leads away from, with the same number of tokens.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import Manifest
 from diffuserve.errors import BundleError
-from diffuserve.prompting import WeightedText
+from diffuserve.prompting import BREAK, WeightedText
 from diffuserve.tensors import TEXT_ENCODER
 
 
@@ -38,6 +38,14 @@ class Encoded:
     input_ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     dropped_text: str
+
+
+@dataclass
+class _Chunk:
+    """The tokens of a chunk and their weights, without start, end and padding."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 class Tokenizer:
@@ -63,34 +71,50 @@ class Tokenizer:
         """Encodes texts with their weights, one after the other, in as many chunks as they need within the bounds.
 
         Each text is encoded for itself, so no token reaches over a change of weight. Chunks are filled to the last
-        place, wherever that cuts the text; those that `min_chunks` asks for beyond are empty.
+        place, wherever that cuts the text, or to a BREAK; those that `min_chunks` asks for beyond are empty. A BREAK
+        ends an empty chunk too, so several of them make empty ones; after the last text it begins none.
         """
-        room = self.max_tokens - 2
-        ids: list[int] = []
-        weights: list[float] = []
-        dropped_text = ""
-        for index, (text, weight) in enumerate(texts):
-            encoding = self._bpe.encode(text, add_special_tokens=False)
-            fitting = encoding.ids[: max_chunks * room - len(ids)]
-            ids += fitting
-            weights += [weight] * len(fitting)
-            if len(fitting) < len(encoding.ids):
-                # Offsets count the characters of the text as it was given, before it was normalised.
-                rest = text[encoding.offsets[len(fitting)][0] :]
-                dropped_text = rest + "".join(text for text, _ in texts[index + 1 :])
-                break
-        shape = (max(min_chunks, -(-len(ids) // room)), self.max_tokens)
+        chunks, dropped_text = self._chunked(texts, max_chunks)
+        shape = (max(min_chunks, len(chunks)), self.max_tokens)
         encoded = Encoded(np.full(shape, self._pad_id, np.int32), np.ones(shape, np.float32), dropped_text)
-        for chunk in range(shape[0]):
-            part = slice(chunk * room, (chunk + 1) * room)
-            end = len(ids[part]) + 1
-            encoded.input_ids[chunk, 0] = self._bos_id
-            encoded.input_ids[chunk, 1:end] = ids[part]
-            encoded.input_ids[chunk, end] = self._eos_id
-            encoded.weights[chunk, 1:end] = weights[part]
+        chunks += [_Chunk() for _ in range(shape[0] - len(chunks))]
+        for row, chunk in enumerate(chunks):
+            end = len(chunk.ids) + 1
+            encoded.input_ids[row, 0] = self._bos_id
+            encoded.input_ids[row, 1:end] = chunk.ids
+            encoded.input_ids[row, end] = self._eos_id
+            encoded.weights[row, 1:end] = chunk.weights
         for array in (encoded.input_ids, encoded.weights):
             array.flags.writeable = False
         return encoded
+
+    def _chunked(self, texts: Sequence[WeightedText], max_chunks: int) -> tuple[list[_Chunk], str]:
+        """The chunks that are used, at least one, and the text that did not fit into them."""
+        room = self.max_tokens - 2
+        chunks = [_Chunk()]
+        for index, (text, weight) in enumerate(texts):
+            following = texts[index + 1 :]
+            if (text, weight) == BREAK:
+                if len(chunks) == max_chunks:
+                    dropped = _joined(following)
+                    return chunks, dropped if dropped.strip() else ""
+                chunks.append(_Chunk())
+                continue
+            encoding = self._bpe.encode(text, add_special_tokens=False)
+            done = 0
+            while done < len(encoding.ids):
+                if len(chunks[-1].ids) == room:
+                    if len(chunks) == max_chunks:
+                        # Offsets count the characters of the text as it was given, before it was normalised.
+                        return chunks, text[encoding.offsets[done][0] :] + _joined(following)
+                    chunks.append(_Chunk())
+                part = encoding.ids[done : done + room - len(chunks[-1].ids)]
+                chunks[-1].ids += part
+                chunks[-1].weights += [weight] * len(part)
+                done += len(part)
+        if len(chunks) > 1 and not chunks[-1].ids:
+            chunks.pop()
+        return chunks, ""
 
     def _token_id(self, path: Path, config: dict[str, Any], name: str) -> int:
         token = config.get(name)
@@ -119,6 +143,10 @@ def tokenizers_of(bundle: Path, manifest: Manifest) -> dict[str, Tokenizer]:
     return {
         name: Tokenizer(bundle / name.replace("input_ids", "tokenizer"), manifest.model.max_tokens) for name in inputs
     }
+
+
+def _joined(texts: Sequence[WeightedText]) -> str:
+    return "".join(" BREAK " if each == BREAK else each[0] for each in texts)
 
 
 def _read_bpe(path: Path) -> tokenizers.Tokenizer:

@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of_files
+from diffuserve.bundle import File, FusedLora, ImageProcessor, ModelSpec, describe_file, sha256_of, sha256_of_files
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
 from diffuserve_export.hub import folder_from_hub, is_hub_id
@@ -102,6 +102,11 @@ class Checkpoint:
         return tuple(lora.fused for lora in self.loras)
 
     @cached_property
+    def file_sha256(self) -> str:
+        """Of the single file; empty where there is none."""
+        return sha256_of(self.single_file.files[0]) if self.single_file else ""
+
+    @cached_property
     def sha256(self) -> str:
         """Identifies everything that an export reads: configs, tokenizer, weights and LoRAs."""
         texts = [file for part in self.configs for file in (self.path / part).iterdir() if file.suffix in _TEXTS]
@@ -109,7 +114,8 @@ class Checkpoint:
         texts += [file for file in (self.path / "diffuserve.json",) if file.is_file()]
         weights = [file for part in self.weights.values() for file in part.files]
         files = [describe_file(self.path, file) for file in {*texts, *weights}]
-        files += [describe_file(file.parent, file) for file in (self.single_file.files if self.single_file else ())]
+        for file in self.single_file.files if self.single_file else ():
+            files.append(File(file.name, file.stat().st_size, self.file_sha256))
         for position, (lora, fused) in enumerate(zip(self.loras, self.fused_loras, strict=True)):
             files.append(File(f"lora {position} {lora.scale!r}", lora.weights.stat().st_size, fused.sha256))
         return sha256_of_files(files)

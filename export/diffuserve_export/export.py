@@ -107,6 +107,7 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
             and manifest.versions == _versions()
             and manifest.loras == checkpoint.fused_loras
             and manifest.source_sha256 == checkpoint.sha256
+            and manifest.checkpoint_sha256 == checkpoint.file_sha256
         ):
             verify(output, manifest)
             return manifest
@@ -211,6 +212,7 @@ def manifest_from_parts(
         image_processor=checkpoint.image_processor,
         safety_checker_left_out=checkpoint.safety_checker_left_out,
         loras=checkpoint.fused_loras,
+        checkpoint_sha256=checkpoint.file_sha256,
     )
 
 

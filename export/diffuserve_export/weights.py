@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from diffuserve.bundle import sha256_of
 from diffuserve.errors import CheckpointError
 
 # Component: the name of its weights without suffix, as diffusers and transformers save them.
@@ -98,6 +99,14 @@ def parameters_in(file: Path) -> int:
             "tell. Take the checkpoint in fp32, bf16 or fp16."
         )
     return parameters
+
+
+def sha256_of_weights(file: Path) -> str:
+    """SHA-256 of what follows the header of a safetensors file, in hex: kohya's trainers and the programs that read their
+    files know a LoRA by it, since it stays the same when the metadata are edited."""
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+    return sha256_of(file, 8 + header_bytes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -47,8 +47,7 @@ def repository_with(repository: Path, folder: Path, parameters: Mapping[str, str
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Both keep the time of the last change, which the server compares."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copy(source, target)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve import __version__
-from diffuserve.bundle import FusedLora, Preview
+from diffuserve.bundle import Preview
 from diffuserve.images import encode_image, preview_from_latents
-from diffuserve.infotext import infotext
-from diffuserve.request import Limits, request_from_fields
 from diffuserve.similarity import psnr_db
-from tests.core.fakes import MODEL, PREVIEW, make_bundle
+from tests.core.fakes import PREVIEW
 
-TEXTS = ["plain ASCII", "Grüße", "日本語 😀 \u200b", "lines\nand \t tabs", "", "long " * 2900]
+TEXTS = ["plain ASCII", "Grüße", "日本語 😀 \u200b", "lines\nand \t tabs", "", "long " * 6500]
 
 
 def _pixels() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -29,7 +25,7 @@ def _pixels() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 PIXELS = _pixels()
 
 
-def _text_of(image: Image.Image, format: str) -> str:
+def text_of(image: Image.Image, format: str) -> str:
     if format == "png":
         return str(image.info.get("parameters", ""))
     exif = image.getexif()
@@ -45,11 +41,23 @@ def test_files(format: str, text: str) -> None:
     with Image.open(io.BytesIO(encode_image(PIXELS, format, text))) as image:
         assert image.format == format.upper()
         assert (image.size, image.mode) == ((40, 24), "RGB")
-        assert _text_of(image, format) == text
+        assert text_of(image, format) == text
         if format == "png":
             np.testing.assert_array_equal(np.asarray(image), PIXELS)
         else:
             assert psnr_db(image, PIXELS) > 35
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+@pytest.mark.parametrize("character", ["a", "é", "😀"])
+def test_prompts_that_a_comment_cannot_hold_are_cut_and_the_settings_are_not(format: str, character: str) -> None:
+    settings = "Steps: 20, Sampler: Euler, CFG scale: 7"
+    text = f"{'x' if character == 'a' else ''}{character * 40_000}\nNegative prompt: {character * 40_000}\n{settings}"
+    with Image.open(io.BytesIO(encode_image(PIXELS, format, text))) as image:
+        *prompts, last = text_of(image, format).split("\n")
+    assert last == settings
+    assert text.startswith("\n".join(prompts))
+    assert 64_900 < len("\n".join([*prompts, last]).encode("utf-16-be")) <= 65_000
 
 
 def test_raw_is_the_pixels() -> None:
@@ -70,46 +78,3 @@ def test_previews_are_clipped() -> None:
     identity = Preview(matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)), bias=(0, 0, 0), rmse=0)
     latents = np.array([-3, 1.001, 1e30, 0], np.float32).reshape(4, 1, 1)
     assert preview_from_latents(latents, identity).tolist() == [[[0, 255, 255]]]
-
-
-@pytest.mark.parametrize(
-    ("sampler", "name"),
-    [
-        ("ddim", "DDIM"),
-        ("euler", "Euler"),
-        ("euler_a", "Euler a"),
-        ("dpmpp_2m", "DPM++ 2M"),
-        ("dpmpp_2m_karras", "DPM++ 2M Karras"),
-        ("dpmpp_2m_sde_karras", "DPM++ 2M SDE Karras"),
-        ("unipc", "UniPC"),
-        ("lcm", "LCM"),
-    ],
-)
-def test_infotext(tmp_path: Path, sampler: str, name: str) -> None:
-    manifest = make_bundle(tmp_path)
-    fields = {"prompt": "a cat,\nblue", "negative_prompt": "a dog", "steps": 9, "guidance_scale": 4.5}
-    request = request_from_fields({**fields, "sampler": sampler, "width": 32}, MODEL, Limits.for_model(MODEL))
-    assert infotext(request, manifest, 41) == (
-        "a cat,\nblue\n"
-        "Negative prompt: a dog\n"
-        f"Steps: 9, Sampler: {name}, CFG scale: 4.5, Seed: 41, Size: 32x48, Model hash: 0123456789, Model: fake, "
-        f"Engine: onnxruntime fp32, Bundle hash: {manifest.bundle_sha256[:10]}, Version: diffuserve {__version__}"
-    )
-
-
-def test_infotext_without_negative_prompt(tmp_path: Path) -> None:
-    request = request_from_fields({"prompt": "", "seed": 1}, MODEL, Limits.for_model(MODEL))
-    text = infotext(request, make_bundle(tmp_path), 1)
-    assert text.startswith("\nSteps: 7, Sampler: Euler, CFG scale: 3.5, Seed: 1, Size: 64x48, ")
-    assert "Negative" not in text
-
-
-def test_infotext_names_the_loras_in_the_weights(tmp_path: Path) -> None:
-    request = request_from_fields({"prompt": "a cat"}, MODEL, Limits.for_model(MODEL))
-    loras = (FusedLora("style", 0.8, "ab" * 32), FusedLora('de"tail, fine', -1.0, "cd" * 32))
-    text = infotext(request, make_bundle(tmp_path, loras=loras), 1)
-    assert (
-        r', Model: fake, Fused LoRAs: "style: 0.8, de\"tail, fine: -1", '
-        r'Lora hashes: "style: ababababab, de\"tail, fine: cdcdcdcdcd", Engine: '
-    ) in text
-    assert text.startswith("a cat\nSteps")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import io
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -197,18 +198,61 @@ def test_long_prompts_are_warned_about(fake_bundle: Path) -> None:
     async def main() -> None:
         long = "red blue cat dog " * 10
         tokenizer = Tokenizer(fake_bundle / "tokenizer", MODEL.max_tokens)
-        for chunks, tokens in ((1, 10), (3, 30)):
+        for chunks in (1, 3):
             dropped = tokenizer.encode([(long, 1.0)], chunks).dropped_text
             limits = replace(Limits.for_model(MODEL), max_prompt_chunks=chunks)
             async with serving(fake_bundle, FakeStages(), limits) as pipeline:
                 assert (await completed(pipeline, prompt=long)).warnings == (
-                    f"The prompt is longer than {tokens} tokens; this end of it was not used: {dropped!r}",
+                    f"The prompt does not fit into {chunks} x 10 tokens; this end of it was not used: {dropped!r}",
                 )
                 [warning] = (await completed(pipeline, negative_prompt=f"({long}:0.9)")).warnings
                 assert warning == (
-                    f"The negative_prompt is longer than {tokens} tokens; this end of it was not used: {dropped!r}"
+                    f"The negative_prompt does not fit into {chunks} x 10 tokens; this end of it was not used: {dropped!r}"
                 )
                 assert (await completed(pipeline, prompt=long.removesuffix(dropped))).warnings == ()
+                [warning] = (await completed(pipeline, prompt=long * 9 + "the end")).warnings
+                assert re.search(r"not used: '[a-z ]{100}' \.\.\. '[a-z ]{93}the end'$", warning)
+
+    run(main)
+
+
+def test_a_break_takes_chunks(fake_bundle: Path) -> None:
+    async def main() -> None:
+        limits = replace(Limits.for_model(MODEL), max_prompt_chunks=2)
+        stages = Recording()
+        async with serving(fake_bundle, stages, limits) as pipeline:
+            done = await completed(pipeline, prompt="a dog BREAK red", negative_prompt="blue BREAK", steps=1)
+            assert done.warnings == ()
+            assert ", Pad conds: True, " in done.parameters[0]
+            done = await completed(pipeline, prompt="a dog", negative_prompt="a BREAK b BREAK c BREAK d", steps=1)
+            assert done.warnings == (
+                "The negative_prompt does not fit into 2 x 10 tokens; this end of it was not used: 'c BREAK d'",
+            )
+            done = await completed(pipeline, prompt="a BREAK b", negative_prompt="BREAK BREAK", steps=1)
+            assert "Pad conds" not in done.parameters[0]
+            assert "Pad conds" not in (await completed(pipeline, prompt="a BREAK b", guidance_scale=1)).parameters[0]
+        assert {conditioning["encoder_hidden_states"].shape[1] for conditioning in stages.conditionings} == {24}
+
+    run(main)
+
+
+def test_what_is_drawn_as_text_is_warned_about(fake_bundle: Path) -> None:
+    async def main() -> None:
+        async with serving(fake_bundle, FakeStages()) as pipeline:
+            syntax = "a [cat:dog:0.5] AND [a|b] <lora:x:1>"
+            both = (await completed(pipeline, prompt=syntax, negative_prompt=syntax)).warnings
+            assert [re.sub(r"^Drawn as text: the (\w+) has (\S+?),? .*", r"\1 \2", warning) for warning in both] == [
+                "prompt <lora:...>",
+                "prompt AND",
+                "prompt [from:to:when]",
+                "prompt [this|that]",
+                "negative_prompt <lora:...>",
+                "negative_prompt [from:to:when]",
+                "negative_prompt [this|that]",
+            ]
+            assert not any("dog" in warning or "x:1" in warning for warning in both)
+            # Without guidance there is no negative prompt.
+            assert (await completed(pipeline, prompt="a", negative_prompt=syntax, guidance_scale=1)).warnings == ()
 
     run(main)
 

@@ -17,12 +17,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffuserve.engines.local import LocalStages
 from diffuserve.pipeline import Completed, Pipeline
+from diffuserve.prompting import BREAK
 from diffuserve.request import request_from_fields
 from diffuserve.similarity import psnr_db
 from diffuserve.stages import Conditioning
 from diffuserve.text_embeddings import TextEmbeddings
 from diffuserve.tokenizer import Tokenizer
 from tests.core.fakes import TOKENIZER, FakeStages
+from tests.core.webui import chunks_of
 
 LENGTH = 77
 APPLES = "a red apple on a blue table, " * 20
@@ -35,6 +37,9 @@ PROMPTS: dict[str, list[tuple[str, float]]] = {
     APPLES: [(APPLES, 1.0)],
     f"{APPLES}(a glossy:1.3) dog": [(APPLES, 1.0), ("a glossy", 1.3), (" dog", 1.0)],
     f"({APPLES}:0.8)a dog": [(APPLES, 0.8), ("a dog", 1.0)],
+    "a dog BREAK (a cat:1.3) BREAK": [("a dog", 1.0), BREAK, ("a cat", 1.3), BREAK],
+    f"BREAK {APPLES}(glossy) BREAK BREAK dog": [BREAK, (APPLES, 1.0), ("glossy", 1.1), BREAK, BREAK, ("dog", 1.0)],
+    r"(a\, BREAK dog)": [("a,", 1.1), ("BREAK", -1.1), ("dog", 1.1)],
 }
 
 Encode = Callable[[Any], Any]  # (1, L) int64 -> (1, L, D)
@@ -90,15 +95,10 @@ def text_encoder(model_class: Any, seed: int, hidden_size: int) -> Any:
 
 def expected_hidden(encode: Encode, tokenizer: Any, texts: list[tuple[str, float]], length: int = LENGTH) -> Any:
     """What AUTOMATIC1111's web UI computes: chunks of `length` - 2 tokens, each encoded, weighted and brought back to its mean."""
-    ids, weights = [], []
-    for text, weight in texts:
-        of_text = tokenizer(text, add_special_tokens=False).input_ids
-        ids += of_text
-        weights += [weight] * len(of_text)
     chunks = []
-    for start in range(0, max(len(ids), 1), length - 2):
-        row = [tokenizer.bos_token_id, *ids[start : start + length - 2], tokenizer.eos_token_id]
-        row_weights = [1.0, *weights[start : start + length - 2], 1.0]
+    for chunk in chunks_of(texts, lambda text: tokenizer(text, add_special_tokens=False).input_ids, length - 2):
+        row = [tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id]
+        row_weights = [1.0, *(weight for _, weight in chunk), 1.0]
         row += [tokenizer.pad_token_id] * (length - len(row))
         row_weights += [1.0] * (length - len(row_weights))
         z = encode(torch.tensor([row]))[0]
@@ -170,8 +170,10 @@ def test_two_text_encoders(prompt: str, tmp_path: Path) -> None:
 
     expected = expected_hidden(encode_both, tokenizers[0], PROMPTS[prompt])
     np.testing.assert_allclose(actual["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
-    texts = "".join(text for text, _ in PROMPTS[prompt])
-    ids_2 = tokenizers[1](texts, padding="max_length", truncation=True, max_length=LENGTH).input_ids
+    tokenizer = tokenizers[1]
+    chunk = chunks_of(PROMPTS[prompt], lambda text: tokenizer(text, add_special_tokens=False).input_ids, LENGTH - 2)[0]
+    ids_2 = [tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id]
+    ids_2 += [tokenizer.pad_token_id] * (LENGTH - len(ids_2))
     pooled = second(torch.tensor([ids_2])).text_embeds[0].numpy()
     assert actual["text_embeds"].shape == pooled.shape
     np.testing.assert_allclose(actual["text_embeds"], pooled, rtol=1e-4, atol=1e-4)

@@ -6,10 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffuserve.prompting import MAX_WEIGHT, parse_prompt
+from diffuserve.prompting import BREAK, MAX_WEIGHT, parse_prompt
+from tests.core.webui import read_prompt
 
 SPECIAL = r"\()[]"
 # Texts of which the syntax's own characters are a good part.
@@ -56,14 +57,35 @@ def assert_close(actual: list[tuple[str, float]], expected: list[tuple[str, floa
         # What follows from its rules: a symbol that matches nothing is text.
         ("", [("", 1.0)]),
         ("([])", [("", 1.0)]),
-        ("a) b] c:1.2) :) \\", [("a) b] c:1.2) :) \\", 1.0)]),
+        ("a) b] c:1.2) :)", [("a) b] c:1.2) :)", 1.0)]),
         ("[a:0.5]", [("a:0.5", 1 / 1.1)]),
         ("(a:) (b:1.2.3) (c: -0.5 )", [("a:", 1.1), (" ", 1.0), ("b:1.2.3", 1.1), (" ", 1.0), ("c", -0.5)]),
         ("(a:+2)(b:.5)(c:3.)", [("a", 2.0), ("b", 0.5), ("c", 3.0)]),
         ("(a:1e3)(b:٣)", [("a:1e3b:٣", 1.1)]),
         ("(a [b) c] d", [("a ", 1.1), ("b", 1.0), (" c", 1 / 1.1), (" d", 1.0)]),
         ("[a (b", [("a ", 1 / 1.1), ("b", 1.0)]),
-        (r"\\(a) \b", [("\\", 1.0), ("a", 1.1), (r" \b", 1.0)]),
+        # A backslash goes, and what follows is read as without it, unless it is a bracket or another backslash.
+        (r"\\(a) \b", [("\\", 1.0), ("a", 1.1), (" b", 1.0)]),
+        (r"(\<3\, (a\:1.2)\:0.5)", [("<3, ", 0.5), ("a", 0.5 * 1.2)]),
+        ("\\", [("", 1.0)]),
+        ("tail\\", [("tail", 1.0)]),
+        ("\\\\\\", [("\\", 1.0)]),
+        ("a\\\nb", [("a\nb", 1.0)]),
+        # BREAK, a word of its own, with the blanks around it.
+        ("a BREAK b", [("a", 1.0), BREAK, ("b", 1.0)]),
+        ("BREAK", [BREAK]),
+        (" BREAK\n\tBREAK,b", [BREAK, BREAK, (",b", 1.0)]),
+        ("(a)BREAK[b]:BREAK", [("a", 1.1), BREAK, ("b", 1 / 1.1), (":", 1.0), BREAK]),
+        (r"\BREAK\\BREAK\(BREAK", [BREAK, ("\\", 1.0), BREAK, ("(", 1.0), BREAK]),
+        ("BREAKS unBREAK BREAK_ Break BREAK1", [("BREAKS unBREAK BREAK_ Break BREAK1", 1.0)]),
+        # Within brackets it is multiplied as the texts are, and marks a break only if it is -1 in the end.
+        ("(a BREAK b) c", [("a", 1.1), ("BREAK", -1.1), ("b", 1.1), (" c", 1.0)]),
+        ("(a BREAK b", [("a", 1.1), ("BREAK", -1.1), ("b", 1.1)]),
+        ("(a BREAK b:1)", [("a", 1.0), BREAK, ("b", 1.0)]),
+        ("([a BREAK b])", [("a", 1.0), BREAK, ("b", 1.0)]),
+        ("(a BREAK b:0)", [("aBREAKb", 0.0)]),
+        ("(a BREAK b:-1)", [("a", -1.0), ("BREAK", 1.0), ("b", -1.0)]),
+        ("(a:-1) BREAK (b:-1)", [("a", -1.0), BREAK, ("b", -1.0)]),
         # Bounds.
         ("(a:99)(b:-99)(c:" + "9" * 400 + ")", [("a", 10.0), ("b", -10.0), ("c", 10.0)]),
         ("((a:9):9)", [("a", 10.0)]),
@@ -81,13 +103,32 @@ def test_any_text_is_a_prompt(prompt: str) -> None:
     assert texts
     assert texts == [("", 1.0)] or all(text for text, _ in texts)
     assert all(math.isfinite(weight) and abs(weight) <= MAX_WEIGHT for _, weight in texts)
-    assert all(one[1] != other[1] for one, other in pairwise(texts))
+    assert all(one[1] != other[1] for one, other in pairwise(texts) if BREAK not in (one, other))
     remaining = iter(prompt)  # nothing is added, and the order stays
     assert all(letter in remaining for letter, _ in letters(texts))
 
 
+PIECES = [
+    *["(", "(", "[", ")", "]", ":1.3)", ": 0.5 )", ":-1)", ":1)", ":+2)", ":x)"],
+    *["\\", "\\(", "\\]", "\\\\", "a", "b, ", " ", "\n", "é", ":", "1.2", "AND", "_"],
+    *["BREAK", "BREAK", " BREAK ", "BREAKS"],
+]
+
+
+@settings(max_examples=2000)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_any_prompt_is_read_as_the_web_ui_reads_it(prompt: str) -> None:
+    expected = [(text, weight) for text, weight in read_prompt(prompt) if text] or [("", 1.0)]
+    # Products are taken in another order here. What is off by rounding only is neither a break nor one text there.
+    weights = [weight for _, weight in expected]
+    assume(all(one == other or abs(one - other) > 1e-9 for one in (*weights, -1.0) for other in weights))
+    assume(all(abs(weight) < MAX_WEIGHT for weight in weights))
+    assert_close(parse_prompt(prompt), expected)
+
+
 @given(TEXTS)
 def test_escaped_text_means_itself(text: str) -> None:
+    assume("BREAK" not in text)
     assert parse_prompt(escaped(text)) == [(text, 1.0)]
     if text:
         assert parse_prompt(f"({escaped(text)})") == [(text, 1.1)] or ":" in text
@@ -95,6 +136,7 @@ def test_escaped_text_means_itself(text: str) -> None:
 
 @given(st.text(alphabet=st.characters(exclude_characters=SPECIAL)))
 def test_text_without_special_characters_is_untouched(text: str) -> None:
+    assume("BREAK" not in text)
     assert parse_prompt(text) == [(text, 1.0)]
 
 

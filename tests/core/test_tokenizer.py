@@ -11,7 +11,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from diffuserve.errors import BundleError
+from diffuserve.prompting import BREAK, parse_prompt
 from diffuserve.tokenizer import Tokenizer
+from tests.core.webui import chunks_of, read_prompt
 
 FOLDER = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji" / "tokenizer"
 LENGTHS = (8, 77)
@@ -133,6 +135,91 @@ def test_what_is_dropped_may_be_several_texts() -> None:
     assert dropped.endswith(" a blue cat")
     assert "a red dog and a blue cat".endswith(dropped)
     assert tokenizer.encode(texts, max_chunks=9).dropped_text == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        ("a dog BREAK cat", ["a dog", "cat"]),
+        ("BREAK a dog", ["", "a dog"]),
+        ("a dog BREAK", ["a dog"]),
+        ("a dog BREAK BREAK", ["a dog", ""]),
+        ("a dog BREAK BREAK BREAK cat", ["a dog", "", "", "cat"]),
+        ("BREAK", [""]),
+        ("BREAK BREAK", ["", ""]),
+        # A chunk that is full to its last place is not followed by an empty one.
+        ("dog " * 10 + "BREAK cat", ["dog " * 10, "cat"]),
+        ("dog " * 11 + "BREAK cat", ["dog " * 10, "dog", "cat"]),
+        ("dog " * 20 + "BREAK", ["dog " * 10, "dog " * 10]),
+    ],
+)
+def test_a_break_ends_a_chunk(prompt: str, chunks: list[str]) -> None:
+    tokenizer = Tokenizer(FOLDER, 12)
+    encoded = tokenizer.encode(parse_prompt(prompt), max_chunks=9)
+    expected = [tokenizer.encode([(chunk, 1.0)]).input_ids for chunk in chunks]
+    np.testing.assert_array_equal(encoded.input_ids, np.concatenate(expected))
+    assert encoded.dropped_text == ""
+    assert (encoded.weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_chunks", "kept", "dropped"),
+    [
+        ("a dog BREAK cat", 1, "a dog", "cat"),
+        ("a dog BREAK (red:1.3) cat BREAK blue", 1, "a dog", "red cat BREAK blue"),
+        ("a dog BREAK cat BREAK blue", 2, "a dog BREAK cat", "blue"),
+        ("a dog BREAK", 1, "a dog", ""),
+        ("a dog BREAK (  )", 1, "a dog", ""),
+        ("BREAK BREAK BREAK", 2, "BREAK BREAK", " BREAK "),
+        ("dog " * 12 + "BREAK cat", 1, "dog " * 10, "dog dog BREAK cat"),
+        ("dog " * 10 + "BREAK cat", 1, "dog " * 10, "cat"),
+    ],
+)
+def test_what_is_dropped_may_have_breaks(prompt: str, max_chunks: int, kept: str, dropped: str) -> None:
+    tokenizer = Tokenizer(FOLDER, 12)
+    encoded = tokenizer.encode(parse_prompt(prompt), max_chunks)
+    assert encoded.dropped_text == dropped
+    np.testing.assert_array_equal(encoded.input_ids, tokenizer.encode(parse_prompt(kept), max_chunks).input_ids)
+
+
+def test_random_prompts_have_the_chunks_of_the_web_ui() -> None:
+    rng = random.Random(4)  # noqa: S311
+    pieces = [
+        "red ",
+        "dog, ",
+        "glossy cat",
+        "BREAK",
+        " BREAK ",
+        "BREAKS",
+        "(",
+        ":1.3)",
+        "[",
+        "]",
+        ")",
+        "\\",
+        "\\(",
+        "\n",
+        "x:",
+    ]
+    reference = CLIPTokenizer.from_pretrained(FOLDER)
+    tokenizer = Tokenizer(FOLDER, 8)
+    breaks = 0
+    for _ in range(1000):
+        prompt = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 14)))
+        texts = read_prompt(prompt)
+        if any(abs(abs(weight) - 1) < 1e-9 and abs(weight) != 1 for _, weight in texts):
+            continue  # of which web UI's order of rounding decides
+        chunks = chunks_of(texts, lambda text: reference(text, add_special_tokens=False).input_ids, 6)
+        encoded = tokenizer.encode(parse_prompt(prompt), max_chunks=99)
+        assert len(encoded.input_ids) == len(chunks), prompt
+        for ids, weights, chunk in zip(encoded.input_ids, encoded.weights, chunks, strict=True):
+            end = 1 + len(chunk)
+            assert ids[1:end].tolist() == [token for token, _ in chunk], prompt
+            assert (ids[end:] == reference.eos_token_id).all()
+            np.testing.assert_allclose(weights[1:end], [weight for _, weight in chunk], rtol=1e-6)
+            assert (weights[end:] == 1).all()
+        breaks += BREAK in parse_prompt(prompt)
+    assert breaks > 200
 
 
 def test_dropped_text_starts_with_a_whole_character() -> None:

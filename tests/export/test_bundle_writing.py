@@ -47,6 +47,7 @@ def test_manifest(tiny_bundle: Path, shared_checkpoint: Path) -> None:
     with Image.open(tiny_bundle / manifest.reference.file.path) as drawn:
         assert drawn.size == (manifest.reference.width, manifest.reference.height) == (96, 64)
     assert manifest.source_sha256 == open_checkpoint(shared_checkpoint).sha256
+    assert manifest.checkpoint_sha256 == ""  # it is a folder
     assert {"python", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "diffuserve"} <= set(
         manifest.versions
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint
@@ -285,7 +285,12 @@ def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) ->
     assert_weights(model_from_checkpoint(opened), plain, [(1.0, first.products), (-0.25, second.products)])
     assert opened.source == "tiny + a.safetensors:1 + b.safetensors:-0.25"
     assert [(lora.name, lora.scale) for lora in opened.fused_loras] == [("a", 1.0), ("b", -0.25)]
-    assert opened.fused_loras[0].sha256 == hashlib.sha256(opened.loras[0].path.read_bytes()).hexdigest()
+    data = opened.loras[0].path.read_bytes()
+    tensors = load_file(opened.loras[0].path)
+    weights = data[-sum(tensor.nbytes for tensor in tensors.values()) :]
+    [named, _] = opened.fused_loras
+    assert named.sha256 == hashlib.sha256(data).hexdigest()
+    assert named.weights_sha256 == hashlib.sha256(weights).hexdigest() != named.sha256
 
 
 def test_the_reference_image_is_of_weights_merged_by_the_formula(

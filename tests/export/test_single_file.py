@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -71,6 +72,8 @@ def test_weights_are_those_of_the_folder(family: str, single_files: dict[str, Si
 def test_the_hash_follows_file_and_configs(single_files: dict[str, SingleFile], tmp_path: Path) -> None:
     files = single_files["sd1"]
     before = open_checkpoint(files.path, config=files.configs)
+    assert before.file_sha256 == hashlib.sha256(files.path.read_bytes()).hexdigest()
+    assert open_checkpoint(files.folder).file_sha256 == ""
     configs = Path(shutil.copytree(files.configs, tmp_path / "configs"))
     assert open_checkpoint(files.path, config=configs).sha256 == before.sha256
     (configs / "diffuserve.json").write_text('{"steps": 4}')

@@ -239,3 +239,9 @@ def test_the_image_is_the_one_that_triton_serves(sampler: str, torchserve_client
     print(f"{sampler}: PSNR of TorchServe's image against Triton's: {figure:.1f} dB")
     assert figure >= 50
     assert on_torchserve.parameters == on_triton.parameters
+
+
+def test_warnings_come_too(torchserve_client: Client) -> None:
+    result = torchserve_client.generate("a cat AND a dog", steps=1)
+    [warning] = result.warnings
+    assert "AND" in warning

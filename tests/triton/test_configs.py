@@ -59,6 +59,8 @@ def test_a_file_that_changed_after_assembly_is_not_started(bundle: Path, tmp_pat
     copy = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").unlink()  # it may be a link to the bundle's own file
     (folder / "model.onnx").write_bytes(copy)
+    assert read_placement(folder).files
+    (folder / "model.onnx").write_bytes(copy[:-1] + bytes([copy[-1] ^ 1]))
     with pytest.raises(BundleError, match="has changed since it was assembled"):
         read_placement(folder)
     (folder / PLACEMENT_NAME).unlink()

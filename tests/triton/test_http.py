@@ -40,6 +40,14 @@ def test_generate_returns_one_json_with_the_image_in_base64(server: TritonServer
     assert (image.format, image.size) == ("PNG", (128, 128))
 
 
+def test_warnings_come_as_a_list(server: TritonServer) -> None:
+    answer = json.loads(post(server, "generate", {"prompt": 'a [cat|dog] AND "a [house:tree:3]"', "steps": 1})[1])
+    assert len(answer["warnings"]) == 3
+    assert all(warning.startswith("Drawn as text: the prompt has ") for warning in answer["warnings"])
+    # The settings as they stand in the image, too.
+    assert answer["parameters"].startswith('a [cat|dog] AND "a [house:tree:3]"\nSteps: 1, ')
+
+
 def test_generate_stream_sends_progress_as_server_sent_events(server: TritonServer) -> None:
     status, text = post(server, "generate_stream", {"prompt": "a rocket", "steps": 4, "progress": True, "preview": 2})
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]

@@ -126,7 +126,7 @@ def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository:
     from diffuserve.triton.placement import place_file, read_placement, write_placement
 
     spoiled = tmp_path / "repository"
-    shutil.copytree(repository, spoiled, copy_function=shutil.copy2)
+    shutil.copytree(repository, spoiled)
     folder = spoiled / "unet" / "1"
     placement = read_placement(folder)
     (folder / "model.onnx").write_bytes(b"not a model")

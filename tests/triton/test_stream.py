@@ -31,9 +31,9 @@ def test_each_format_decodes_to_the_same_picture(client: Client, format: str) ->
     assert image.size == (128, 128)
     [text] = result.parameters
     assert text.startswith(
-        "a red heart, flat\nNegative prompt: blue\nSteps: 8, Sampler: DPM++ 2M, CFG scale: 4, Seed: 3, Size: 128x128"
+        "a red heart, flat\nNegative prompt: blue\n"
+        "Steps: 8, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 4, Seed: 3, Size: 128x128, Model: tiny-emoji"
     )
-    assert "Model: tiny-emoji" in text
     if format == "png":
         assert image.info["parameters"] == text
     elif format != "raw":
@@ -47,6 +47,12 @@ def test_a_long_prompt_is_cut_with_a_warning(client: Client) -> None:
     assert len(result.warnings) == 1
     assert "the end" in result.warnings[0]
     assert client.generate("", steps=2).warnings == []
+
+
+def test_prompt_syntax_that_is_drawn_as_text_is_warned_about(client: Client) -> None:
+    [lora, alternation] = client.generate("a [cat|dog] <lora:style:1>", steps=2).warnings
+    assert "LoRA" in lora
+    assert "alternate" in alternation
 
 
 def test_a_request_that_runs_out_of_time_says_so(client: Client) -> None:

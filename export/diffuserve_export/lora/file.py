@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffuserve.bundle import FusedLora, describe_file, sha256_of, sha256_of_files
 from diffuserve.errors import CheckpointError
-from diffuserve_export.weights import parameters_in
+from diffuserve_export.weights import parameters_in, sha256_of_weights
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -41,11 +41,12 @@ class Lora:
     @cached_property
     def fused(self) -> FusedLora:
         """As the manifest names it."""
+        weights_sha256 = sha256_of_weights(self.weights)
         if self.config is None:
-            return FusedLora(self.path.stem, self.scale, sha256_of(self.weights))
+            return FusedLora(self.path.stem, self.scale, sha256_of(self.weights), weights_sha256)
         files = [describe_file(self.weights.parent, file) for file in (self.weights, self.config)]
         name = self.weights.resolve().parent.name
-        return FusedLora(name, self.scale, sha256_of_files(files))
+        return FusedLora(name, self.scale, sha256_of_files(files), weights_sha256)
 
 
 def lora_from_text(text: str) -> Lora:
