@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import Component, Manifest
+from diffuserve.bundle import Component, Manifest, read_manifest
 from diffuserve.engines import load_engine, processor
 from diffuserve.engines.compiled_cache import cache_folders
 from diffuserve.engines.example import Arrays, example_inputs
@@ -65,6 +65,21 @@ def test_it_gives_what_onnxruntime_gives(manifest: Manifest, folder: Path, stage
             assert array.std() > 0.1
             tolerance = 1 if array.dtype == np.uint8 else 1e-5
             np.testing.assert_allclose(actual[name].astype(np.float64), array, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("smallest_first", [True, False])
+def test_what_was_called_before_does_not_matter(bundle: Path, smallest_first: bool, tmp_path: Path) -> None:
+    """On the bundled UNet: a server warms its engines at the smallest size, where some kernels are others."""
+    manifest = read_manifest(bundle)
+    component, model, path = manifest.components[UNET], manifest.model, tmp_path / UNET / "model.onnx"
+    shutil.copytree(bundle / UNET, path.parent)
+    ours, theirs = load_engine(path, on_openvino(component), 0), load_engine(path, component, 0)
+    sizes = [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 3), (1, 4, 4), (5, 4, 4), (1, 1, 1), (3, 1, 2)]
+    for rows, height, width in sizes if smallest_first else reversed(sizes):
+        sized = msgspec.structs.replace(model, height=height * model.size_multiple, width=width * model.size_multiple)
+        inputs = example_inputs(component.tensors, sized, rows)
+        [expected], [actual] = theirs(inputs).values(), ours(inputs).values()
+        np.testing.assert_allclose(actual, expected, atol=1e-3, err_msg=f"{rows} rows of {height} x {width}")
 
 
 def test_calls_from_several_threads_do_not_mix(manifest: Manifest, folder: Path) -> None:
