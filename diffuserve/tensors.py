@@ -47,6 +47,8 @@ ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 TEXT_EMBEDS = "text_embeds"
 TIME_IDS = "time_ids"
 TIMESTEP_COND = "timestep_cond"
+# Whether all that an image was rounded from is finite: bytes cannot tell black from not a number.
+FINITE = "finite"
 CLIP_INPUT = "clip_input"
 CONCEPT_SCORES = "concept_scores"
 
@@ -94,7 +96,7 @@ def stage_specs(
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
         UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context, *added), (noise_pred,)),
-        VAE_DECODER: StageSpec((latent_sample,), (image,)),
+        VAE_DECODER: StageSpec((latent_sample,), (image, TensorSpec(FINITE, "BOOL", (1,)))),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }
     if checked_px:
