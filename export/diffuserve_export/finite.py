@@ -65,11 +65,13 @@ def watched(model: LoadedModel, name: str) -> Iterator[dict[str, Any]]:
     """
     import torch
 
-    encoders = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
+    encoders: dict[str, Any] = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
+    unet: Any = model.unet
+    vae: Any = model.vae
     parts: dict[str, dict[str, nn.Module]] = {
         TEXT_ENCODER: {part: encoder for part, encoder in encoders.items() if encoder is not None},
-        UNET: {"unet": model.unet},
-        VAE_DECODER: {"vae": model.vae},
+        UNET: {"unet": unet},
+        VAE_DECODER: {"vae": vae},
     }
 
     def check(stage: str, values: Tensor) -> None:
@@ -87,7 +89,7 @@ def watched(model: LoadedModel, name: str) -> Iterator[dict[str, Any]]:
         check(VAE_DECODER, decoded)
 
     seen = _TEXTS if model.text_encoder_2 is not None else _TEXTS[:1]
-    hook = model.vae.decoder.register_forward_hook(after_decoding)
+    hook = vae.decoder.register_forward_hook(after_decoding)
     try:
         yield {"callback_on_step_end": after_step, "callback_on_step_end_tensor_inputs": ["latents", *seen]}
     finally:
