@@ -62,36 +62,37 @@ class Decoder:
         """
         parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
         decoded = await asyncio.gather(*(self._decode_part(part, width, height) for part in parts))
-        images = np.concatenate([images for images, _ in decoded])
-        flagged = np.concatenate([flags for _, flags in decoded])
+        images, finite, flagged = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
+        self._refuse_not_finite(finite)
         images[flagged] = 0
         return images, flagged
 
-    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
+    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags, Flags]:
+        """The images, which of them are finite, and which the safety checker withholds."""
         images, finite = await checked(VAE_DECODER, self._stages.decode(latents), self._call_timeout_s)
         expected = (len(latents), height, width, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise StageFailed(
                 f"The VAE decoder returned {images.dtype} {images.shape} where uint8 {expected} was expected."
             )
-        self._refuse_not_finite(finite, len(latents))
-        return images, await self._check(images)
-
-    def _refuse_not_finite(self, finite: Flags, images: int) -> None:
-        """Not a number would be shown as black, and infinity as white."""
-        if finite.shape != (images,) or finite.dtype != np.bool_:
+        if finite.shape != (len(latents),) or finite.dtype != np.bool_:
             raise StageFailed(
                 f"The VAE decoder said with {finite.dtype} {finite.shape} which images are finite, where bool "
-                f"{(images,)} was expected."
+                f"{(len(latents),)} was expected."
             )
-        if not finite.all():
-            count = int(images - finite.sum())
-            self._stats.count("images_not_finite", count)
-            raise StageFailed(
-                f"The VAE decoder returned values that are not finite for {count} of {images} images, which would be black "
-                "or white. VAEs that overflow in fp16 do so: if it runs in fp16, select bf16 or fp32 for it, diffuserve "
-                "engines BUNDLE --select ENGINE --precision PRECISION. Otherwise try another seed, or less guidance."
-            )
+        return images, finite, await self._check(images)
+
+    def _refuse_not_finite(self, finite: Flags) -> None:
+        """Not a number would be shown as black, and infinity as white."""
+        if finite.all():
+            return
+        count = int((~finite).sum())
+        self._stats.count("images_not_finite", count)
+        raise StageFailed(
+            f"The VAE decoder returned values that are not finite for {count} of {len(finite)} images, which would be black or "
+            "white. VAEs that overflow in fp16 do so: if it runs in fp16, select bf16 or fp32 for it, diffuserve engines "
+            "BUNDLE --select ENGINE --precision PRECISION. Otherwise try another seed, or less guidance."
+        )
 
     async def _check(self, images: Images) -> Flags:
         processor = self._manifest.image_processor

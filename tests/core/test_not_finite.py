@@ -102,6 +102,18 @@ def test_one_of_several_images_fails_them_all(fake_bundle: Path) -> None:
     run(main)
 
 
+def test_images_of_several_calls_are_counted_together(fake_bundle: Path) -> None:
+    async def main() -> None:
+        stages = FakeStages(undecodable=lambda latent: True)
+        async with serving(fake_bundle, stages) as pipeline:
+            with pytest.raises(StageFailed, match="not finite for 11 of 11 images"):
+                await completed(pipeline, num_images=11)
+            assert stages.rows("decode") == [8, 3]
+            assert pipeline.stats.total("images_not_finite") == 11
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     "flags",
     [np.ones(2, np.float32), np.ones((2, 1), bool), np.ones(1, bool)],
