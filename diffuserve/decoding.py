@@ -12,6 +12,7 @@ from diffuserve.bundle import Manifest
 from diffuserve.errors import StageFailed
 from diffuserve.safety import clip_input_from_image, flagged_from_scores
 from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages, checked
+from diffuserve.stats import Stats
 from diffuserve.tensors import SAFETY_CHECKER, VAE_DECODER
 
 # Images of one call: activations at full image size are the largest of all stages.
@@ -22,21 +23,28 @@ Flags = NDArray[np.bool_]
 
 
 class Decoder:
-    """Decodes and checks; an image that could not be checked is never returned.
+    """Decodes and checks; an image that is not finite, or could not be checked, is never returned.
 
     Args:
         manifest: the bundle's.
         stages: the engine calls.
         workers: where images are prepared for the safety checker, off the event loop.
+        stats: where images that are not finite are counted.
         call_timeout_s: seconds after which a stage's call counts as hung.
     """
 
     def __init__(
-        self, manifest: Manifest, stages: Stages, workers: Executor, call_timeout_s: float = CALL_TIMEOUT_S
+        self,
+        manifest: Manifest,
+        stages: Stages,
+        workers: Executor,
+        stats: Stats | None = None,
+        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._manifest = manifest
         self._stages = stages
         self._workers = workers
+        self._stats = stats or Stats()
         self._call_timeout_s = call_timeout_s
 
     async def decode(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
@@ -49,23 +57,42 @@ class Decoder:
             are.
 
         Raises:
-            StageFailed: the decoder or the safety checker failed, or returned something else than expected.
+            StageFailed: the decoder or the safety checker failed, or returned something else than expected or an image
+                that is not finite.
         """
         parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
         decoded = await asyncio.gather(*(self._decode_part(part, width, height) for part in parts))
-        images = np.concatenate([images for images, _ in decoded])
-        flagged = np.concatenate([flags for _, flags in decoded])
+        images, finite, flagged = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
+        self._refuse_not_finite(finite)
         images[flagged] = 0
         return images, flagged
 
-    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
-        images = await checked(VAE_DECODER, self._stages.decode(latents), self._call_timeout_s)
+    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags, Flags]:
+        """The images, which of them are finite, and which the safety checker withholds."""
+        images, finite = await checked(VAE_DECODER, self._stages.decode(latents), self._call_timeout_s)
         expected = (len(latents), height, width, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise StageFailed(
                 f"The VAE decoder returned {images.dtype} {images.shape} where uint8 {expected} was expected."
             )
-        return images, await self._check(images)
+        if finite.shape != (len(latents),) or finite.dtype != np.bool_:
+            raise StageFailed(
+                f"The VAE decoder said with {finite.dtype} {finite.shape} which images are finite, where bool "
+                f"{(len(latents),)} was expected."
+            )
+        return images, finite, await self._check(images)
+
+    def _refuse_not_finite(self, finite: Flags) -> None:
+        """Not a number would be shown as black, and infinity as white."""
+        if finite.all():
+            return
+        count = int((~finite).sum())
+        self._stats.count("images_not_finite", count)
+        raise StageFailed(
+            f"The VAE decoder returned values that are not finite for {count} of {len(finite)} images, which would be black or "
+            "white. VAEs that overflow in fp16 do so: if it runs in fp16, select bf16 or fp32 for it, diffuserve engines "
+            "BUNDLE --select ENGINE --precision PRECISION. Otherwise try another seed, or less guidance."
+        )
 
     async def _check(self, images: Images) -> Flags:
         processor = self._manifest.image_processor

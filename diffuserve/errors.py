@@ -14,8 +14,8 @@
 
 Triton's status codes lack several of these, and errors on a gRPC stream arrive as text only. So a message on the wire
 begins with a machine-readable code, `[queue_full retry_after_s=2.5] 64 requests are waiting ...`; `to_wire` writes it
-and `from_wire` reads it back. `TRITON_CODE` is the one table from the tree to Triton's codes, and so to the HTTP statuses
-of its front end; `HTTP_STATUS` the one to HTTP's where a server lets us choose.
+and `from_wire` reads it back. `TRITON_CODE` is the one table from the tree to Triton's codes; `HTTP_STATUS` the one to
+HTTP's where a server lets us choose.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LaunchError(DiffuserveError):
     code = "launch_error"
 
 
-# Triton's HTTP front end answers these codes with 400, 499, 500 and 503.
+# Triton's HTTP front end has 400, 500 and 503 for these codes, but answers all that a model says with 400: see docs/http.md.
 TRITON_CODE: dict[type[DiffuserveError], str] = {
     InvalidRequest: "INVALID_ARG",
     Cancelled: "CANCELLED",

@@ -155,7 +155,7 @@ class Pipeline:
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
-        self._decoder = Decoder(self.manifest, stages, self._encoders, call_timeout_s)
+        self._decoder = Decoder(self.manifest, stages, self._encoders, self.stats, call_timeout_s)
         # In order of arrival: those not past their first step, and those past it.
         self._waiting: dict[_Steps, TextToImageRequest] = {}
         self._running: dict[_Steps, TextToImageRequest] = {}
@@ -192,7 +192,7 @@ class Pipeline:
             Draining: the server is shutting down.
             QueueFull: too many requests wait already, or it could not be finished within its `timeout_ms` beside them.
             DeadlineExceeded: the request's `timeout_ms` passed.
-            StageFailed: an engine failed.
+            StageFailed: an engine failed, or returned values that are not finite.
         """
         self._refuse_if_full(request)
         promise = self._promise(request)

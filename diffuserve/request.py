@@ -18,6 +18,8 @@ ENCODINGS = ("base64", "binary")
 PRIORITIES = (0, 9)
 MAX_CLIENT_ID_BYTES = 128
 MAX_TIMEOUT_MS = 24 * 3600 * 1000
+# Of a refused value in a message.
+_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
@@ -211,17 +213,17 @@ class _Checker:
     def integer(self, name: str, default: int | Callable[[], int], low: int, high: int) -> int:
         value = self._take(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest(f"{name} is {value!r}; it must be a whole number from {low} to {high}.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be a whole number from {low} to {high}.")
         if not low <= value <= high:
-            raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be from {low} to {high}.")
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         value = self._take(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise InvalidRequest(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be a number from {low:g} to {high:g}.")
         if not low <= value <= high:  # also refuses NaN
-            raise InvalidRequest(f"{name} is {value}; it must be from {low:g} to {high:g}.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be from {low:g} to {high:g}.")
         return float(value)
 
     def side(self, name: str, default: int, multiple: int, high: int) -> int:
@@ -229,7 +231,7 @@ class _Checker:
         value = self._take(name, min(default, high))
         if isinstance(value, bool) or not isinstance(value, int) or not multiple <= value <= high:
             raise InvalidRequest(
-                f"{name} is {value!r} px; it must be a multiple of {multiple} from {multiple} to {high}."
+                f"{name} is {_shown(value)} px; it must be a multiple of {multiple} from {multiple} to {high}."
             )
         if value % multiple:
             below = value - value % multiple
@@ -244,17 +246,23 @@ class _Checker:
         if isinstance(value, bytes):
             value = value.decode(errors="replace")
         if value not in allowed:
-            shown = value if not isinstance(value, str) or len(value) <= 40 else value[:40] + "..."
-            raise InvalidRequest(f"{name} is {shown!r}; it must be one of {', '.join(allowed)}.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be one of {', '.join(allowed)}.")
         return str(value)
 
     def flag(self, name: str) -> bool:
         value = self._take(name, False)
         if not isinstance(value, bool):
-            raise InvalidRequest(f"{name} is {value!r}; it must be true or false.")
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be true or false.")
         return value
 
     def nothing_left(self) -> None:
         if self._values:
             unknown = ", ".join(sorted(name[:40] for name in self._values))
             raise InvalidRequest(f"Unknown: {unknown}. A request has these fields: {', '.join(self._known)}.")
+
+
+def _shown(value: Any) -> str:
+    """A value of any length in a message, in Python's spelling."""
+    text = value if isinstance(value, str) else repr(value)
+    shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+    return repr(shown) if isinstance(value, str) else shown

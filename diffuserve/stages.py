@@ -30,8 +30,9 @@ class Stages(Protocol):
         own. Returns the prediction, (B, C, h, w) float32."""
         ...
 
-    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
-        """`latent_sample`: (B, C, h, w) float32, unit variance. Returns RGB images, (B, H, W, 3) uint8."""
+    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """`latent_sample`: (B, C, h, w) float32, unit variance. Returns RGB images, (B, H, W, 3) uint8, and which of them
+        were finite before they were rounded to bytes, (B,) bool."""
         ...
 
     async def score_concepts(self, clip_input: Float32) -> Float32:

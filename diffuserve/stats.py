@@ -37,6 +37,11 @@ METRICS = (
     Metric("requests_refused", COUNTER, "Requests refused: queue full, not to be finished in time, or draining."),
     Metric("images", COUNTER, "Images finished."),
     Metric("images_withheld", COUNTER, "Of these, images that the safety checker withheld."),
+    Metric(
+        "images_not_finite",
+        COUNTER,
+        "Images that the VAE decoder made of values that are not finite; their requests failed.",
+    ),
     Metric("unet_calls", COUNTER, "UNet calls; its rate is steps per second."),
     Metric("unet_rows", COUNTER, "UNet rows executed."),
     Metric(

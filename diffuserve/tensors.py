@@ -12,6 +12,7 @@ NUMPY_DTYPE = {
     "FP32": "float32",
     "INT32": "int32",
     "INT64": "int64",
+    "FP64": "float64",
     "UINT8": "uint8",
     "BOOL": "bool",
     "BYTES": "object",
@@ -47,6 +48,8 @@ ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 TEXT_EMBEDS = "text_embeds"
 TIME_IDS = "time_ids"
 TIMESTEP_COND = "timestep_cond"
+# Whether all that an image was rounded from is finite: bytes cannot tell black from not a number.
+FINITE = "finite"
 CLIP_INPUT = "clip_input"
 CONCEPT_SCORES = "concept_scores"
 
@@ -94,7 +97,7 @@ def stage_specs(
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
         UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context, *added), (noise_pred,)),
-        VAE_DECODER: StageSpec((latent_sample,), (image,)),
+        VAE_DECODER: StageSpec((latent_sample,), (image, TensorSpec(FINITE, "BOOL", (1,)))),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }
     if checked_px:
@@ -105,25 +108,44 @@ def stage_specs(
 
 STABLE_DIFFUSION = "stable_diffusion"
 
-# The text-to-image model. Every dim is 1: its requests are not batched by Triton, the in-flight loop does that.
+
+class RequestField(msgspec.Struct, frozen=True):
+    """One field of a request to the text-to-image model.
+
+    `dtype`: BYTES for text, INT64 for whole numbers, FP64 for others, BOOL. `tensor`: whether Triton carries it as an input
+    of one value; the others are parameters of the request.
+    """
+
+    name: str
+    dtype: str
+    tensor: bool = False
+
+
+# A parameter of Triton's request reaches the model as it was sent: a whole number of 64 bits, a double, text, or true or
+# false, so that every value is checked and refused in one place. An input would be cut to its dtype by Triton's HTTP front
+# end without a word (2^32 + 2 to 2), and what does not fit refused in Triton's words. Prompts are inputs nevertheless, since a
+# parameter's text ends at its first NUL; and the priority, since Triton keeps a parameter of that name for itself.
 REQUEST = (
-    TensorSpec("prompt", "BYTES", (1,)),
-    TensorSpec("negative_prompt", "BYTES", (1,), optional=True),
-    TensorSpec("steps", "INT32", (1,), optional=True),
-    TensorSpec("guidance_scale", "FP32", (1,), optional=True),
-    TensorSpec("seed", "INT64", (1,), optional=True),
-    TensorSpec("width", "INT32", (1,), optional=True),
-    TensorSpec("height", "INT32", (1,), optional=True),
-    TensorSpec("sampler", "BYTES", (1,), optional=True),
-    TensorSpec("num_images", "INT32", (1,), optional=True),
-    TensorSpec("priority", "INT32", (1,), optional=True),
-    TensorSpec("client_id", "BYTES", (1,), optional=True),
-    TensorSpec("timeout_ms", "INT32", (1,), optional=True),
-    TensorSpec("format", "BYTES", (1,), optional=True),
-    TensorSpec("encoding", "BYTES", (1,), optional=True),
-    TensorSpec("progress", "BOOL", (1,), optional=True),
-    TensorSpec("preview", "INT32", (1,), optional=True),
+    RequestField("prompt", "BYTES", tensor=True),
+    RequestField("negative_prompt", "BYTES", tensor=True),
+    RequestField("steps", "INT64"),
+    RequestField("guidance_scale", "FP64"),
+    RequestField("seed", "INT64"),
+    RequestField("width", "INT64"),
+    RequestField("height", "INT64"),
+    RequestField("sampler", "BYTES"),
+    RequestField("num_images", "INT64"),
+    RequestField("priority", "INT64", tensor=True),
+    RequestField("client_id", "BYTES"),
+    RequestField("timeout_ms", "INT64"),
+    RequestField("format", "BYTES"),
+    RequestField("encoding", "BYTES"),
+    RequestField("progress", "BOOL"),
+    RequestField("preview", "INT64"),
 )
+# Every dim is 1: requests are not batched by Triton, the in-flight loop does that. All are optional to Triton, so that a
+# missing one is told in our words.
+REQUEST_INPUTS = tuple(TensorSpec(field.name, field.dtype, (1,), optional=True) for field in REQUEST if field.tensor)
 RESPONSE = (
     TensorSpec("event", "BYTES", (1,)),
     TensorSpec("step", "INT32", (1,)),

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from diffuserve.errors import StageFailed
+from diffuserve.finite import finite_rows
 from diffuserve.prompting import parse_prompt
 from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, Stages, checked
 from diffuserve.stats import Stats
@@ -23,7 +25,8 @@ from diffuserve.tokenizer import Encoded, Tokenizer
 class TextEmbeddings:
     """Embeddings by text, the least recently used dropped beyond `max_bytes`.
 
-    Requests with the same text that arrive together wait for one call of the encoder. A failed call is not kept.
+    Requests with the same text that arrive together wait for one call of the encoder. A failed call is not kept, nor what
+    is not finite.
 
     Args:
         tokenizers: by input of the text encoder, as `diffuserve.tokenizer.tokenizers_of` gives them. Where two of them
@@ -76,7 +79,7 @@ class TextEmbeddings:
         does. None for `negative_prompt` means no guidance.
 
         Raises:
-            StageFailed: the encoder failed.
+            StageFailed: the encoder failed, or returned values that are not finite.
         """
         if negative_prompt is None:
             return await self.get(prompt), None
@@ -94,7 +97,7 @@ class TextEmbeddings:
         `encoder_hidden_states` is (k * L, D), k chunks one after the other; a pooled embedding is the first chunk's.
 
         Raises:
-            StageFailed: the encoder failed.
+            StageFailed: the encoder failed, or returned values that are not finite.
         """
         if text in self._cache:
             self._stats.count("text_cache_hits")
@@ -129,6 +132,11 @@ class TextEmbeddings:
         input_ids = {name: each.input_ids for name, each in encoded.items()}
         chunks = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids), self._call_timeout_s)
         hidden = weighted(chunks[ENCODER_HIDDEN_STATES], next(iter(encoded.values())).weights)
+        if not finite_rows({**chunks, ENCODER_HIDDEN_STATES: hidden}).all():
+            raise StageFailed(
+                "The text encoder returned values that are not finite for this text, so nothing can be drawn of it. If it "
+                "runs in fp16, select bf16 or fp32 for it: diffuserve engines BUNDLE --select ENGINE --precision PRECISION"
+            )
         # Each output's first chunk, and of the hidden states all chunks, joined along the tokens.
         embedding = {name: array[0] for name, array in chunks.items()}
         embedding[ENCODER_HIDDEN_STATES] = hidden.reshape(-1, hidden.shape[-1])

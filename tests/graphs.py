@@ -1,4 +1,4 @@
-"""Types and shapes of the values of ONNX graphs, and bf16 graphs on a CPU."""
+"""Types and shapes of the values of ONNX graphs, and graphs in 16 bits on a CPU."""
 
 from __future__ import annotations
 
@@ -47,9 +47,12 @@ def check_profiles(path: Path, tensors: StageSpec, model: ModelSpec) -> None:
                 assert all(size == dim for size, dim in zip(found[1:], spec.dims, strict=True) if dim != -1)
 
 
-def run_bf16(path: Path, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """Runs a graph in bf16 on the CPU, for which ONNX Runtime has casts of bf16 and nothing else: each operator is computed
-    in fp32, and what it makes is rounded to bf16, as hardware that sums in fp32 does it."""
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def run_rounded(path: Path, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """Runs a graph in fp16 or bf16 on the CPU, for which ONNX Runtime has casts of bf16 and nothing else: each operator is
+    computed in fp32, and what it makes is rounded, as hardware that sums in fp32 does it."""
     import onnxruntime
 
     model = onnx.load(path)
@@ -60,14 +63,14 @@ def run_bf16(path: Path, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any
             nodes.append(node)
             continue
         for at, name in enumerate(node.input):
-            if types.get(name) == TensorProto.BFLOAT16:
+            if types.get(name) in _NARROW:
                 node.input[at] = f"{name}.for.{number}"
                 nodes.append(helper.make_node("Cast", [name], [node.input[at]], to=TensorProto.FLOAT))
         nodes.append(node)
         for at, name in enumerate(node.output):
-            if types.get(name) == TensorProto.BFLOAT16:
+            if types.get(name) in _NARROW:
                 node.output[at] = f"{name}.exact"
-                nodes.append(helper.make_node("Cast", [node.output[at]], [name], to=TensorProto.BFLOAT16))
+                nodes.append(helper.make_node("Cast", [node.output[at]], [name], to=types[name]))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     options = onnxruntime.SessionOptions()

@@ -11,7 +11,7 @@ from typing import Any
 from diffuserve.errors import DiffuserveError, ServerUnavailable
 from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.failures import error_from_status
-from diffuserve_client.fields import tensor_fields
+from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.server import Server
 
@@ -38,16 +38,16 @@ class Exchange:
         """Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
         # Without progress there would be no sign of life to measure the silence by.
         progress = progress or endpoint.idle_timeout_s is not None
-        self._tensors = tensor_fields(prompt, fields, progress=progress, preview=preview)
+        self._fields = wire_fields(prompt, fields, progress=progress, preview=preview)
         self._request_id = request_id or uuid.uuid4().hex
-        self._request = server.request(endpoint.model, self._request_id, self._tensors)
-        timeout_ms: int | None = self._tensors.get("timeout_ms")
+        self._request = server.request(endpoint.model, self._request_id, self._fields)
+        timeout_ms: int | None = self._fields.get("timeout_ms")
         self.timeout_s = None if timeout_ms is None else timeout_ms / 1000
         self.finished = False
         self._error: DiffuserveError | None = None
         self._server = server
         self._endpoint = endpoint
-        self._format: str = self._tensors.get("format", "png")
+        self._format: str = self._fields.get("format", "png")
         self._heard = False
         self._begun_s: float | None = None
 
@@ -60,8 +60,8 @@ class Exchange:
             self._begun_s = now_s
         elif self.timeout_s is not None:
             left_ms = max(1, math.ceil(1000 * (self.timeout_s - (now_s - self._begun_s))))
-            tensors = {**self._tensors, "timeout_ms": left_ms}
-            return self._server.request(self._endpoint.model, self._request_id, tensors)
+            fields = {**self._fields, "timeout_ms": left_ms}
+            return self._server.request(self._endpoint.model, self._request_id, fields)
         return self._request
 
     def take(self, message: Any) -> Progress | Result | None:

@@ -41,14 +41,14 @@ class RequestFields(TypedDict, total=False):
     """png, jpeg, webp, or raw (uncompressed RGB); None means png."""
 
 
-def tensor_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, preview: int) -> dict[str, Any]:
-    """The request's fields by tensor name, those that are None left out.
+def wire_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, preview: int) -> dict[str, Any]:
+    """The request's fields by their names on the wire, those that are None left out.
 
     Args:
         prompt: any text.
         fields: as in `RequestFields`.
         progress: whether the server sends an event for every step.
-        preview: a small image with every k-th step; 0 means none.
+        preview: k for a small image with every k-th step; 0 or False means none, True every step.
 
     Raises:
         TypeError: a keyword is unknown.
@@ -58,11 +58,12 @@ def tensor_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, pre
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise TypeError(f"unknown keyword {', '.join(unknown)}; a request takes {', '.join(known)}")
-    tensors = {"prompt": prompt, **fields, "progress": progress or None, "preview": int(preview) or None}
-    timeout_s = tensors.pop("timeout_s", None)
+    every = int(preview) if isinstance(preview, bool) else preview
+    wire = {"prompt": prompt, **fields, "progress": progress or None, "preview": every or None}
+    timeout_s = wire.pop("timeout_s", None)
     if timeout_s is not None:
-        tensors["timeout_ms"] = _milliseconds(timeout_s)
-    return {name: value for name, value in tensors.items() if value is not None}
+        wire["timeout_ms"] = _milliseconds(timeout_s)
+    return {name: value for name, value in wire.items() if value is not None}
 
 
 def _milliseconds(timeout_s: float) -> int:

@@ -13,7 +13,7 @@ from diffuserve.local import LocalPipeline
 from diffuserve.pipeline import Event
 from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.responses import values_from_event
-from diffuserve_client.fields import tensor_fields
+from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result, event_from_values, result_from_events
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class LocalClient:
         **fields: Unpack[RequestFields],
     ) -> Generator[Progress | Result, None, None]:
         """As `Client.stream`."""
-        tensors = tensor_fields(prompt, fields, progress=True, preview=preview)
+        wire = wire_fields(prompt, fields, progress=True, preview=preview)
         pipeline = self._local.pipeline
-        request = request_from_fields(tensors, pipeline.manifest.model, pipeline.limits)
+        request = request_from_fields(wire, pipeline.manifest.model, pipeline.limits)
         return self._events(request, request_id or uuid.uuid4().hex)
 
     def _events(self, request: TextToImageRequest, request_id: str) -> Generator[Progress | Result, None, None]:

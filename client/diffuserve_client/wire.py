@@ -1,4 +1,4 @@
-"""Requests to protobuf and responses from it, by the tables in `diffuserve.tensors`."""
+"""Requests to Triton's protobuf and responses from it, by the tables in `diffuserve.tensors`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from diffuserve.errors import InvalidRequest, StageFailed
-from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE, TensorSpec
+from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE, RequestField
 from diffuserve_client.result import Progress, Result, event_from_values
 
-# How a value is packed, and what it has to be.
+# How a number is packed, and what it has to be.
 _PACKED = {
-    "BOOL": ("?", "True or False"),
-    "FP32": ("<f", "a number of 32 bits"),
-    "INT32": ("<i", "a whole number of 32 bits"),
+    "BOOL": ("<?", "True or False"),
+    "FP64": ("<d", "a number"),
     "INT64": ("<q", "a whole number of 64 bits"),
 }
+# Which of a parameter's kinds carries a value.
+_PARAMETER = {"BYTES": "string_param", "BOOL": "bool_param", "FP64": "double_param", "INT64": "int64_param"}
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
 
@@ -33,35 +34,57 @@ def request_from_fields(model: str, request_id: str, fields: Mapping[str, Any]) 
         fields: values by name of `tensors.REQUEST`, in Python's types; only those to be sent.
 
     Raises:
-        InvalidRequest: a value does not fit its tensor's dtype.
+        InvalidRequest: a value does not fit its field's dtype.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-    for spec in REQUEST:
-        if spec.name in fields:
-            request.inputs.add(name=spec.name, datatype=spec.dtype, shape=[1])
-            request.raw_input_contents.append(_encode(spec, fields[spec.name]))
+    for field in REQUEST:
+        if field.name not in fields:
+            continue
+        value = (_text if field.dtype == "BYTES" else _number)(field, fields[field.name])
+        if field.tensor:
+            request.inputs.add(name=field.name, datatype=field.dtype, shape=[1])
+            request.raw_input_contents.append(_element(field, value))
+        else:
+            setattr(request.parameters[field.name], _PARAMETER[field.dtype], value)
     return request
 
 
-def _encode(spec: TensorSpec, value: Any) -> bytes:
-    if spec.dtype == "BYTES":
-        if not isinstance(value, str):
-            raise InvalidRequest(f"{spec.name} is of type {type(value).__name__}; it must be text.")
-        try:
-            data = value.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"{spec.name} has a lone surrogate at position {error.start}; it must be valid Unicode."
-            ) from None
-        encoded: bytes = serialize_byte_tensor(np.array([data], dtype=object)).item()
-        return encoded
-    code, kind = _PACKED[spec.dtype]
-    if isinstance(value, (bool, np.bool_)) != (spec.dtype == "BOOL"):
-        raise InvalidRequest(f"{spec.name} is {value!r}; it must be {kind}.")
+def _text(field: RequestField, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field.name} is of type {type(value).__name__}; it must be text.")
     try:
-        return struct.pack(code, value)  # unlike numpy, it neither cuts 2.5 to 2 nor wraps what is too large
-    except (struct.error, OverflowError):
-        raise InvalidRequest(f"{spec.name} is {value!r}; it must be {kind}.") from None
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field.name} has a lone surrogate at position {error.start}; it must be valid Unicode."
+        ) from None
+    if not field.tensor and "\0" in value:
+        at = value.index("\0")
+        raise InvalidRequest(
+            f"{field.name} has a NUL at position {at}, where Triton would take it to end. Leave it out."
+        )
+    return value
+
+
+def _number(field: RequestField, value: Any) -> float:
+    code, expected = _PACKED[field.dtype]
+    if isinstance(value, (bool, np.bool_)) == (field.dtype == "BOOL"):
+        try:
+            # Also of numpy's scalars; unlike numpy, it neither cuts 2.5 to 2 nor wraps what is too large.
+            [number] = struct.unpack(code, struct.pack(code, value))
+        except (struct.error, OverflowError):
+            pass
+        else:
+            return number  # type: ignore[no-any-return]
+    raise InvalidRequest(f"{field.name} is {value!r}; it must be {expected}.")
+
+
+def _element(field: RequestField, value: Any) -> bytes:
+    """A tensor of one value."""
+    if field.dtype == "BYTES":
+        text: bytes = serialize_byte_tensor(np.array([value.encode()], dtype=object)).item()
+        return text
+    return struct.pack(_PACKED[field.dtype][0], value)
 
 
 def event_from_response(response: service_pb2.ModelInferResponse, *, format: str) -> Progress | Result | None:

@@ -16,7 +16,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Engine, Float32
-from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
 # Those that an image passes.
 _STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, SAFETY_CHECKER)
@@ -38,10 +38,9 @@ class EngineStages:
         noise_pred: Float32 = (await self._run(UNET, lambda engine: engine(inputs)))["noise_pred"]
         return noise_pred
 
-    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
+    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         outputs = await self._run(VAE_DECODER, lambda engine: engine({"latent_sample": latent_sample}))
-        image: NDArray[np.uint8] = outputs["image"]
-        return image
+        return outputs["image"], outputs[FINITE][:, 0]
 
     async def score_concepts(self, clip_input: Float32) -> Float32:
         outputs = await self._run(SAFETY_CHECKER, lambda engine: engine({CLIP_INPUT: clip_input}))

@@ -4,7 +4,8 @@ engine's judgement, as TensorRT 11 demands and ONNX Runtime on a GPU profits fro
 Inputs and outputs keep their types. What loses too much in 16 bits stays in fp32:
 - what sines and cosines are taken of: a timestep near 1000 is known to half a unit in fp16, which is a wrong angle;
 - normalisations, whose sums overflow fp16 and lose digits in bf16;
-- what becomes an image, from the last convolution on: 8 bits of brightness are rounded at the very end;
+- what becomes an image, and what tells whether it is finite, from the last convolution on: 8 bits of brightness are
+  rounded at the very end;
 - what ONNX has in fp32 only.
 """
 
@@ -196,19 +197,16 @@ def _fp32_nodes(model: ModelProto, precision: str) -> set[int]:
         return found
 
     numbered = list(enumerate(graph.node))
-    to_image = [number for number, node in numbered if _cast_type(node) == TensorProto.UINT8]
+    no_floats = [
+        producer[output.name]
+        for output in graph.output
+        if output.type.tensor_type.elem_type in (TensorProto.UINT8, TensorProto.BOOL)
+    ]
     return (
         {number for number, node in numbered if node.op_type in _FP32_OPS or not _exists(node, model, precision)}
         | upstream(number for number, node in numbered if node.op_type in _TRIGONOMETRIC)
-        | upstream(to_image, stop_at=_WEIGHTED)
+        | upstream(no_floats, stop_at=_WEIGHTED)
     )
-
-
-def _cast_type(node: NodeProto) -> int | None:
-    """The type that a cast makes, None for other nodes."""
-    if node.op_type != "Cast":
-        return None
-    return int(next(attribute.i for attribute in node.attribute if attribute.name == "to"))
 
 
 def _exists(node: NodeProto, model: ModelProto, precision: str) -> bool:

@@ -36,7 +36,8 @@ from diffuserve.engines.image_parity import image_parity, same_engines
 from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.engines.tensorrt_plan import build_plan
 from diffuserve.engines.tolerance import tolerance_of
-from diffuserve.errors import BundleError
+from diffuserve.errors import BundleError, StageFailed
+from diffuserve.finite import finite_rows
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
 
@@ -130,27 +131,29 @@ def _choose(bundle: Path, tried: Mapping[str, Sequence[Trial]], engine: str) -> 
 
 def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]]) -> list[ImageParity]:
     """The reference image by each way that runs the UNet, with the reference in the place of what it does not run. A way
-    that draws another image is rejected in `tried`."""
+    that draws another image, or none that is finite, is rejected in `tried`."""
     images = []
     for position, unet in enumerate(tried[UNET]):
         if unet.rejected:
             continue
         kept = {name: trials[0] if trials[position].rejected else trials[position] for name, trials in tried.items()}
-        image = image_parity(
-            bundle,
-            manifest,
-            {
-                name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
-                for name, trial in kept.items()
-            },
-        )
-        images.append(image)
-        if position and not image.passed:
+        components = {
+            name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
+            for name, trial in kept.items()
+        }
+        try:
+            image = image_parity(bundle, manifest, components)
+        except StageFailed as error:
+            if not position:
+                raise
+            rejected = f"it draws no image: {error}"
+        else:
+            images.append(image)
+            rejected = "" if image.passed else f"it draws another image: {image}"
+        if position and rejected:
             for trials in tried.values():
                 if not trials[position].rejected:
-                    trials[position] = msgspec.structs.replace(
-                        trials[position], seconds={}, rejected=f"it draws another image: {image}"
-                    )
+                    trials[position] = msgspec.structs.replace(trials[position], seconds={}, rejected=rejected)
     return images
 
 
@@ -222,6 +225,11 @@ def _try(
 
     engines = {REFERENCE: load(REFERENCE)}
     expected = [engines[REFERENCE](arrays) for arrays in inputs]
+    if not all(finite_rows(outputs).all() for outputs in expected):
+        raise BundleError(
+            f"{name} of {bundle} returns values that are not finite on {' in '.join(REFERENCE)}, so nothing can be compared "
+            "with it. Export the checkpoint again."
+        )
     known.update(expected[len(batches) - 1])
     trials = {REFERENCE: Trial(name, *REFERENCE, {}, 0.0, 0.0, "")}
     for way in ways[1:]:
@@ -230,15 +238,14 @@ def _try(
         if not rejected:
             try:
                 engine = load(way)
-                error = _largest_error([engine(arrays) for arrays in inputs], expected)
+                outputs = [engine(arrays) for arrays in inputs]
             except Exception as failure:  # whatever an engine raises, it is not the one to take
                 rejected = f"it fails: {failure}"
             else:
-                if error is None:
-                    rejected = "its output has another shape or dtype, or is not finite"
-                elif error > tolerance:
+                rejected = _flaw(outputs, expected)
+                if not rejected and (error := _largest_error(outputs, expected)) > tolerance:
                     rejected = f"it differs by up to {error:.3g}, and {tolerance:.3g} is allowed"
-                else:
+                if not rejected:
                     engines[way] = engine
         trials[way] = Trial(name, *way, {}, error, tolerance, rejected)
     seconds = _seconds(engines, dict(zip(batches, inputs, strict=False)))
@@ -280,18 +287,25 @@ def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
             file.unlink()
 
 
-def _largest_error(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> float | None:
-    """Over all elements of all outputs; None if they differ in shape or dtype, or one is not finite."""
-    largest = 0.0
+def _flaw(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> str:
+    """Why outputs cannot be compared with what is expected; empty if they can."""
     for arrays, references in zip(outputs, expected, strict=True):
         for name, reference in references.items():
             actual = arrays[name]
             if (actual.shape, actual.dtype) != (reference.shape, reference.dtype):
-                return None
-            largest = max(largest, float(np.abs(actual.astype(np.float64) - reference).max()))
-            if not math.isfinite(largest) or not np.isfinite(actual).all():
-                return None
-    return largest
+                return f"its {name} is {actual.dtype} {actual.shape}, where {reference.dtype} {reference.shape} is expected"
+        if not finite_rows(arrays).all():
+            return "its output is not finite"
+    return ""
+
+
+def _largest_error(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> float:
+    """Over all elements of all outputs."""
+    return max(
+        float(np.abs(arrays[name].astype(np.float64) - reference).max())
+        for arrays, references in zip(outputs, expected, strict=True)
+        for name, reference in references.items()
+    )
 
 
 def _seconds(engines: Mapping[Way, Engine], inputs: Mapping[int, Arrays]) -> dict[Way, dict[int, float]]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Float32
-from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve.triton.model_control import ModelControl
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ class BlsStages:
         outputs = await self._call(UNET, {"sample": sample, "timestep": timestep[:, np.newaxis], **conditioning})
         return outputs["noise_pred"]
 
-    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
-        return (await self._call(VAE_DECODER, {"latent_sample": latent_sample}))["image"]
+    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        outputs = await self._call(VAE_DECODER, {"latent_sample": latent_sample})
+        return outputs["image"], outputs[FINITE][:, 0]
 
     async def score_concepts(self, clip_input: Float32) -> Float32:
         return (await self._call(SAFETY_CHECKER, {CLIP_INPUT: clip_input}))[CONCEPT_SCORES]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ from diffuserve.errors import (
 from diffuserve.pipeline import Completed, Event, Pipeline
 from diffuserve.request import Limits, TextToImageRequest, request_from_fields
 from diffuserve.serving.lifecycle import LifeSign
-from diffuserve.tensors import REQUEST
+from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
@@ -38,8 +39,8 @@ from diffuserve.triton.responses import tensors_from_event
 
 log = logging.getLogger(__name__)
 
-# Request parameters that Triton's own front ends and clients add.
-_TRITON_PARAMETERS = ("triton_", "binary_data_output")
+# Parameters that are Triton's own: what its front ends and clients add, and the id that a body of JSON may give a request.
+_TRITON_PARAMETERS = re.compile(r"triton_.*|binary_data_output|id")
 
 
 # Triton 2.51 notes an `execute` that it has started only afterwards, and keeps for good the note of one that ended sooner.
@@ -164,12 +165,15 @@ class StableDiffusionModel:
         raise StageFailed("The pipeline ended without a result.")
 
     def _parse(self, triton_request: Any) -> TextToImageRequest:
-        parameters = json.loads(triton_request.parameters() or "{}")
-        unknown = [name for name in parameters if not name.startswith(_TRITON_PARAMETERS)]
-        if unknown:
-            allowed = ", ".join(spec.name for spec in REQUEST)
-            raise InvalidRequest(f"Unknown: {', '.join(sorted(unknown))}. A request has these fields: {allowed}.")
-        fields: dict[str, Any] = {}
+        try:
+            parameters = json.loads(triton_request.parameters() or "{}")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"The request has text that is not UTF-8 ({error.reason}). Encode it as UTF-8."
+            ) from None
+        fields = {name: value for name, value in parameters.items() if not _TRITON_PARAMETERS.fullmatch(name)}
+        for name in [spec.name for spec in REQUEST_INPUTS if spec.name in fields]:
+            raise InvalidRequest(f"{name} came as a parameter of the request. Send it as an input tensor of shape [1].")
         for tensor in triton_request.inputs():
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()

@@ -31,7 +31,7 @@ from diffuserve.bundle import (
     write_manifest,
 )
 from diffuserve.engines.image_parity import image_parity
-from diffuserve.errors import BundleError, CheckpointError
+from diffuserve.errors import BundleError, CheckpointError, StageFailed
 from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.load import LoadedModel, model_from_checkpoint
@@ -45,7 +45,7 @@ from diffuserve_export.room import check_room
 from diffuserve_export.staging import staged
 
 # Raised whenever this package writes other graphs from the same checkpoint, so that existing bundles are made anew.
-_EXPORTER_REVISION = "6"
+_EXPORTER_REVISION = "7"
 _PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 # Called with what is about to be done; the work is done within the context that it returns.
@@ -71,14 +71,15 @@ def bundle_from_checkpoint(
         output: the bundle's folder. An older bundle there is replaced once the new one is complete.
         force: export even if nothing has changed.
         strict: whether to fail where a component or the reference image differs from PyTorch's by more than its
-            tolerance. The figures are in the manifest in either case.
+            tolerance, or the image is of one colour. The figures are in the manifest in either case.
         progress: called with what is about to be done, for a context manager around it.
 
     Returns:
         `output`.
 
     Raises:
-        CheckpointError: the checkpoint is not supported or damaged, or the export differs from PyTorch.
+        CheckpointError: the checkpoint is not supported or damaged, makes values that are not finite, or the export
+            differs from PyTorch.
         BundleError: `output` is something other than a bundle, or cannot be written; or there is too little memory.
     """
     if isinstance(checkpoint, Path):
@@ -133,7 +134,7 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
     with progress("load"):
         model = model_from_checkpoint(checkpoint)
     with progress("draw reference"):
-        reference = reference_from_model(checkpoint, model, folder)
+        reference = reference_from_model(checkpoint, model, folder, strict=strict)
     files_beside = (*write_files_beside(checkpoint, model, folder), reference.file)
     texts = random_input_ids(tuple(model.tokenizers.values()), tensors[TEXT_ENCODER])
     modules = modules_from_model(model, spec)
@@ -167,7 +168,12 @@ def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, stri
     manifest = manifest_from_parts(checkpoint, components, files_beside, preview, reference)
     write_manifest(folder, manifest)
     with progress("compare images"):
-        image = image_parity(folder, manifest, components)
+        try:
+            image = image_parity(folder, manifest, components)
+        except StageFailed as error:
+            raise CheckpointError(
+                f"The export of {spec.name} draws no image: {error} No bundle was written."
+            ) from error
     if strict and not image.passed:
         raise CheckpointError(
             f"{spec.name} draws another image than diffusers: {image}. No bundle was written; --allow-differences writes it "

@@ -19,9 +19,11 @@ from diffuserve.conditioning import guidance_embedding, time_ids
 from diffuserve.engines import load_engine
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
+from diffuserve.finite import finite_rows
 from diffuserve.tensors import (
     CLIP_INPUT,
     ENCODER_HIDDEN_STATES,
+    FINITE,
     SAFETY_CHECKER,
     TEXT_ENCODER,
     TIME_IDS,
@@ -31,6 +33,7 @@ from diffuserve.tensors import (
     VAE_ENCODER,
     StageSpec,
 )
+from diffuserve_export.finite import not_finite
 from diffuserve_export.sizes import native_units
 
 if TYPE_CHECKING:
@@ -84,10 +87,17 @@ def references_of(
 
     Returns:
         The native size, or what stands for it, first.
+
+    Raises:
+        CheckpointError: what the module makes is not finite.
     """
-    return tuple(
-        Reference(inputs, _run_module(module, inputs, tensors)) for inputs in _inputs(stage, tensors, spec, texts)
-    )
+    references = []
+    for inputs in _inputs(stage, tensors, spec, texts):
+        outputs = _run_module(module, inputs, tensors)
+        if not finite_rows(outputs).all():
+            raise not_finite(f"{stage} of {spec.name}", {stage: module})
+        references.append(Reference(inputs, outputs))
+    return tuple(references)
 
 
 def parity_of_onnx(
@@ -107,7 +117,7 @@ def parity_of_onnx(
         The tolerance, in the output's unit, and one record for each reference.
 
     Raises:
-        CheckpointError: an output's shape differs, its error exceeds the tolerance, or the module's is not finite.
+        CheckpointError: an output's shape differs, its error exceeds the tolerance, or it is not finite.
     """
     engine = load_engine(path, component, threads=0)
     tolerance = tolerance_of(component.tensors, component.precision, references[0].outputs)
@@ -117,7 +127,7 @@ def parity_of_onnx(
 
 
 def _compare(what: str, inputs: Arrays, actual: Arrays, expected: Arrays, tolerance: float, strict: bool) -> Parity:
-    """`actual`, `expected`: outputs of ONNX Runtime and PyTorch, of any equal shapes and dtypes."""
+    """`actual`, `expected`: outputs of ONNX Runtime and PyTorch, of any equal shapes and dtypes; the latter are finite."""
     shapes = {name: tuple(array.shape) for name, array in inputs.items()}
     for name, array in expected.items():
         if actual[name].shape != array.shape or actual[name].dtype != array.dtype:
@@ -125,17 +135,20 @@ def _compare(what: str, inputs: Arrays, actual: Arrays, expected: Arrays, tolera
                 f"The export of the {what} is wrong: for inputs {shapes} its {name} is {actual[name].dtype} "
                 f"{actual[name].shape}, and PyTorch's {array.dtype} {array.shape}. No bundle was written."
             )
-    error = np.concatenate(
-        [np.abs(actual[name].astype(np.float64) - array).ravel() for name, array in expected.items()]
-    )
-    deviation = np.concatenate([array.ravel() for array in expected.values()]).std()
+    if not finite_rows(actual).all():
+        raise CheckpointError(
+            f"The export of the {what} is wrong: for inputs {shapes} it makes values that are not finite, and PyTorch does "
+            "not. No bundle was written."
+        )
+    numbers = {name: array for name, array in expected.items() if name != FINITE}
+    error = np.concatenate([np.abs(actual[name].astype(np.float64) - array).ravel() for name, array in numbers.items()])
+    deviation = np.concatenate([array.ravel() for array in numbers.values()]).std()
     record = Parity(shapes, float(error.max()), float(error.mean()), float(deviation))
-    if strict and not record.max_abs_error <= tolerance:  # so written, NaN is a failure
+    if strict and record.max_abs_error > tolerance:
         raise CheckpointError(
             f"The export of the {what} differs from PyTorch: for inputs {shapes} by up to {record.max_abs_error:.3g}, "
             f"on average by {record.mean_abs_error:.3g}; allowed is {tolerance:.3g} (the output's deviation is "
-            f"{record.output_std:.3g}). No bundle was written. If these are not finite, the checkpoint's weights are "
-            "damaged or overflow in fp32; otherwise --allow-differences writes it anyway."
+            f"{record.output_std:.3g}). No bundle was written; --allow-differences writes it anyway."
         )
     return record
 

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle import ModelSpec, Preview
+from diffuserve.tensors import VAE_ENCODER
+from diffuserve_export.finite import not_finite
 from diffuserve_export.sizes import native_units
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ def preview_from_vae_encoder(vae_encoder: nn.Module, spec: ModelSpec) -> Preview
     Args:
         vae_encoder: the module of the stage vae_encoder.
         spec: the model's; images have its native size, or a smaller one where that is large.
+
+    Raises:
+        CheckpointError: the encoder makes values that are not finite.
     """
     import torch
 
@@ -35,6 +40,8 @@ def preview_from_vae_encoder(vae_encoder: nn.Module, spec: ModelSpec) -> Preview
         images = np.stack([_synthetic_image(rng, height, width) for _ in range(_IMAGES_PER_CALL)])
         with torch.inference_mode():
             encoded = vae_encoder(torch.from_numpy(images)).numpy()
+        if not np.isfinite(encoded).all():
+            raise not_finite(f"{VAE_ENCODER} of {spec.name}", {VAE_ENCODER: vae_encoder})
         latents.append(encoded.transpose(0, 2, 3, 1).reshape(-1, spec.latent_channels))
         blocks = images.reshape(len(images), height // factor, factor, width // factor, factor, 3)
         colours.append(blocks.mean(axis=(2, 4)).reshape(-1, 3) / 255)

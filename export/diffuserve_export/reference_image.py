@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffuserve.bundle import ModelSpec, ReferenceImage, describe_file
+from diffuserve.errors import CheckpointError
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve_export.checkpoint import Checkpoint
+from diffuserve_export.finite import watched
 from diffuserve_export.load import LoadedModel
 from diffuserve_export.quiet import quiet
 from diffuserve_export.schedulers import scheduler_from_sampler
@@ -21,13 +25,20 @@ _WORK = 4e12
 _MIN_STEPS = 4  # some checkpoints' pndm takes no fewer
 
 
-def reference_from_model(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> ReferenceImage:
+def reference_from_model(
+    checkpoint: Checkpoint, model: LoadedModel, folder: Path, *, strict: bool = True
+) -> ReferenceImage:
     """Draws the image into `folder`.
 
     Args:
         checkpoint: what the model was loaded from.
         model: in fp32.
         folder: the bundle's.
+        strict: whether an image of one colour raises.
+
+    Raises:
+        CheckpointError: a component makes values that are not finite, or the image is of one colour, to which any other
+            model that draws nothing would compare equal.
     """
     import torch
 
@@ -39,7 +50,7 @@ def reference_from_model(checkpoint: Checkpoint, model: LoadedModel, folder: Pat
     steps = min(spec.default_steps, max(_MIN_STEPS, affordable))
     # Bundles leave layers out for every text, diffusers not for the negative prompt: so there is none then.
     guidance_scale = 1.0 if spec.clip_skip else spec.default_guidance_scale
-    with quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode(), watched(model, spec.name) as watch:
         pipeline = model.pipeline()
         pipeline.scheduler = scheduler_from_sampler(spec.default_sampler, checkpoint.configs["scheduler"])
         pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +61,17 @@ def reference_from_model(checkpoint: Checkpoint, model: LoadedModel, folder: Pat
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(_SEED),
+            **watch,
         ).images[0]
+    pixels = np.asarray(image).reshape(-1, 3)
+    if strict and (pixels == pixels[0]).all():
+        colour = "#{:02x}{:02x}{:02x}".format(*pixels[0])
+        raise CheckpointError(
+            f"{spec.name}: the image that diffusers draws to compare with has one colour, {colour}, so no difference would be "
+            "found. Either a weight is wrong, or the scheduler's config is not the one it was trained with: see what "
+            "diffusers draws of other prompts. If it is meant to draw that, export it with --allow-differences. No bundle "
+            "was written."
+        )
     image.save(folder / FILE_NAME)
     return ReferenceImage(
         file=describe_file(folder, folder / FILE_NAME),

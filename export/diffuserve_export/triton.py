@@ -11,7 +11,7 @@ from diffuserve.policies import DEFAULT_POLICY
 from diffuserve.request import Limits
 from diffuserve.stages import CALL_TIMEOUT_S
 from diffuserve.tensors import (
-    REQUEST,
+    REQUEST_INPUTS,
     RESPONSE,
     SAFETY_CHECKER,
     STABLE_DIFFUSION,
@@ -116,7 +116,7 @@ def _stage_config(
 
 
 def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
-    config = _config(STABLE_DIFFUSION, REQUEST, RESPONSE, max_batch_size=0)
+    config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
     for name, value in {**asdict(limits), **asdict(serving)}.items():
         config.parameters[name].string_value = str(value)

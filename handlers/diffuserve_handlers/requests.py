@@ -11,6 +11,7 @@ The encoding is `binary` unless the request says otherwise.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,8 +105,15 @@ def _bool(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT32": int, "INT64": int, "FP32": float}
-_DTYPE = {spec.name: spec.dtype for spec in REQUEST}
+def _int(text: str) -> int:
+    if not _DIGITS.fullmatch(text):
+        raise ValueError  # Python's own takes 1_000 and digits of other scripts too
+    return int(text)
+
+
+_DIGITS = re.compile(r"[+-]?[0-9]+")
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT64": _int, "FP64": float}
+_DTYPE = {field.name: field.dtype for field in REQUEST}
 
 
 def _value_from_text(name: str, value: Any) -> Any:

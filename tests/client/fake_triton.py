@@ -28,7 +28,8 @@ from diffuserve.images import encode_image
 from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE
 
 SIDE_PX = 8
-_REQUEST_DTYPE = {spec.name: spec.dtype for spec in REQUEST}
+_REQUEST = {field.name: field for field in REQUEST}
+_KIND = {"BYTES": "string_param", "INT64": "int64_param", "FP64": "double_param", "BOOL": "bool_param"}
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
 
@@ -48,10 +49,16 @@ def response(request_id: str = "", **values: list[Any]) -> service_pb2.ModelInfe
 
 
 def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any]:
-    """The inputs by name, in Python's types; fails on a dtype that is not the table's."""
-    fields = {}
+    """Inputs and parameters by name, in Python's types; fails on one that is not as the table says."""
+    fields: dict[str, Any] = {}
+    for name, parameter in request.parameters.items():
+        assert not _REQUEST[name].tensor
+        kind = parameter.WhichOneof("parameter_choice")
+        assert kind == _KIND[_REQUEST[name].dtype]
+        fields[name] = getattr(parameter, kind)
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        assert tensor.datatype == _REQUEST_DTYPE[tensor.name]
+        assert _REQUEST[tensor.name].tensor
+        assert tensor.datatype == _REQUEST[tensor.name].dtype
         assert list(tensor.shape) == [1]
         if tensor.datatype == "BYTES":
             [value] = deserialize_bytes_tensor(raw)

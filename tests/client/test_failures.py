@@ -20,9 +20,9 @@ from diffuserve_client.triton import Triton
         ("[deadline_exceeded] too late", DeadlineExceeded),
         ("Request for unknown model: 'nope' is not found", ServerUnavailable),
         ("Request for unknown model: 'stable_diffusion' has no available versions", ServerUnavailable),
-        ("unexpected inference input 'foo' for model 'stable_diffusion'", InvalidRequest),
+        ("unexpected inference input 'steps' for model 'stable_diffusion'", InvalidRequest),
         (
-            "[request id: abc] inference input 'steps' data-type is 'FP32', but model 'm' expects 'INT32'",
+            "[request id: abc] inference input 'priority' data-type is 'INT32', but model 'm' expects 'INT64'",
             InvalidRequest,
         ),
         ("[request id: abc] unexpected shape for input 'steps' for model 'm'. Expected [1], got [2]. ", InvalidRequest),

@@ -9,7 +9,7 @@ from tritonclient.grpc import service_pb2
 from diffuserve.errors import InvalidRequest, StageFailed
 from diffuserve.images import encode_image
 from diffuserve.tensors import REQUEST
-from diffuserve_client.fields import RequestFields, tensor_fields
+from diffuserve_client.fields import RequestFields, wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.wire import event_from_response, request_from_fields
 from tests.client.fake_triton import fields_from_request, response
@@ -55,9 +55,14 @@ def test_numpy_scalars_arrive() -> None:
         ("steps", 2.5, "steps is 2.5; it must be a whole number"),
         ("steps", "20", "steps is '20'; it must be a whole number"),
         ("steps", True, "steps is True; it must be a whole number"),
-        ("steps", 2**31, "steps is 2147483648; it must be a whole number of 32 bits"),
+        ("steps", 2**63, "steps is 9223372036854775808; it must be a whole number of 64 bits"),
+        ("priority", -(2**63) - 1, "priority is -9223372036854775809; it must be a whole number of 64 bits"),
+        ("priority", 2.0, "priority is 2.0; it must be a whole number"),
         ("guidance_scale", "7", "guidance_scale is '7'; it must be a number"),
-        ("guidance_scale", 1e39, "guidance_scale is 1e\\+39; it must be a number of 32 bits"),
+        ("guidance_scale", 10**400, "guidance_scale is 1000.*; it must be a number"),
+        ("guidance_scale", False, "guidance_scale is False; it must be a number"),
+        ("client_id", "a\0b", "client_id has a NUL at position 1, where Triton would take it to end"),
+        ("sampler", "euler\0", "sampler has a NUL at position 5"),
         ("prompt", b"bytes", "prompt is of type bytes; it must be text"),
         ("prompt", "\ud800", "lone surrogate at position 0"),
         ("progress", 1, "progress is 1; it must be True or False"),
@@ -68,14 +73,27 @@ def test_wrong_types_are_refused(field: str, value: Any, message: str) -> None:
         round_trip(**{field: value})
 
 
+def test_numbers_arrive_as_they_were_sent() -> None:
+    """For the server to refuse, which knows what it allows."""
+    fields = {"steps": 2**32 + 2, "width": -(2**40), "priority": 2**33, "seed": 2**63 - 1, "guidance_scale": 1e39}
+    assert round_trip(**fields) == fields
+    assert round_trip(guidance_scale=4.1)["guidance_scale"] == 4.1
+    assert np.isnan(round_trip(guidance_scale=float("nan"))["guidance_scale"])
+
+
+def test_a_nul_in_a_prompt_arrives() -> None:
+    fields = {"prompt": "a\0b", "negative_prompt": "\0"}
+    assert round_trip(**fields) == fields
+
+
 def test_fields_that_are_none_are_not_sent() -> None:
     fields = dict.fromkeys(RequestFields.__annotations__)
-    assert tensor_fields("a cat", fields, progress=False, preview=0) == {"prompt": "a cat"}
+    assert wire_fields("a cat", fields, progress=False, preview=0) == {"prompt": "a cat"}
 
 
 def test_timeout_becomes_milliseconds() -> None:
     def timeout_ms(timeout_s: Any) -> Any:
-        return tensor_fields("", {"timeout_s": timeout_s}, progress=False, preview=0)["timeout_ms"]
+        return wire_fields("", {"timeout_s": timeout_s}, progress=False, preview=0)["timeout_ms"]
 
     assert timeout_ms(1.5) == 1500
     assert timeout_ms(0.0001) == 1  # not 0, which would be no limit at all
@@ -86,7 +104,7 @@ def test_timeout_becomes_milliseconds() -> None:
 
 def test_unknown_keyword() -> None:
     with pytest.raises(TypeError, match=r"unknown keyword stepps; a request takes .*steps"):
-        tensor_fields("", {"stepps": 3}, progress=False, preview=0)
+        wire_fields("", {"stepps": 3}, progress=False, preview=0)
 
 
 def test_accepted_and_progress() -> None:

@@ -110,11 +110,13 @@ class FakeStages:
     """Implements `diffuserve.stages.Stages`; each row depends on that row alone.
 
     `unsafe` says of an image as the safety checker sees it, (3, S, S), whether it is flagged.
+    `undecodable` says of a latent, (4, h, w), whether its image overflows in the VAE decoder.
     `on_call` may raise in a stage's place; a stage named in `held` waits for `release` and sets `entered` before.
     """
 
     on_call: Callable[[str, NDArray[Any]], None] = lambda stage, array: None
     unsafe: Callable[[Float32], bool] = lambda clip_input: False
+    undecodable: Callable[[Float32], bool] = lambda latent: False
     held: str = ""
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -139,10 +141,12 @@ class FakeStages:
         output: Float32 = np.float32(0.4) * np.tanh(sample) + text[:, None, None, None].astype(np.float32)
         return output
 
-    async def decode(self, latent_sample: Float32) -> NDArray[np.uint8]:
+    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         await self._enter("decode", latent_sample)
         rgb = (latent_sample[:, :3].clip(-1, 1) * 127 + 128).astype(np.uint8).transpose(0, 2, 3, 1)
-        return rgb.repeat(MODEL.vae_scale_factor, axis=1).repeat(MODEL.vae_scale_factor, axis=2)
+        finite = np.array([not self.undecodable(latent) for latent in latent_sample])
+        rgb[~finite] = 0
+        return rgb.repeat(MODEL.vae_scale_factor, axis=1).repeat(MODEL.vae_scale_factor, axis=2), finite
 
     async def score_concepts(self, clip_input: Float32) -> Float32:
         await self._enter("score_concepts", clip_input)

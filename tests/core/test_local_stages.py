@@ -66,9 +66,10 @@ def test_shapes(bundle: Path, stages: LocalStages) -> None:
         }
         noise = await stages.denoise(sample, np.array([999, 3], np.float32), conditioning)
         assert (noise.dtype, noise.shape) == (np.float32, sample.shape)
-        image = await stages.decode(sample)
+        image, finite = await stages.decode(sample)
         factor = model.vae_scale_factor
         assert (image.dtype, image.shape) == (np.uint8, (2, 16 * factor, 24 * factor, 3))
+        assert finite.tolist() == [True, True]
 
     asyncio.run(main())
 

@@ -18,7 +18,7 @@ from diffuserve.engines import load_engine, processor
 from diffuserve.engines.compiled_cache import cache_folders
 from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.errors import BundleError
-from diffuserve.tensors import UNET, VAE_DECODER
+from diffuserve.tensors import FINITE, UNET, VAE_DECODER
 from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 RNG = np.random.default_rng(3)
@@ -62,7 +62,7 @@ def test_it_gives_what_onnxruntime_gives(manifest: Manifest, folder: Path, stage
         assert actual.keys() == expected.keys() == {spec.name for spec in component.tensors.outputs}
         for name, array in expected.items():
             assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape)
-            assert array.std() > 0.1
+            assert array.std() > 0.1 or name == FINITE
             tolerance = 1 if array.dtype == np.uint8 else 1e-5
             np.testing.assert_allclose(actual[name].astype(np.float64), array, rtol=0, atol=tolerance)
 

@@ -503,7 +503,8 @@ def test_a_stage_fails_one_request_only(fake_bundle: Path, stage: str, error: Ex
 def test_wrong_decoder_output(fake_bundle: Path, decoded: Callable[[Any], Any]) -> None:
     class Stages(FakeStages):
         async def decode(self, latent_sample: Any) -> Any:
-            return decoded(await super().decode(latent_sample))
+            pixels, finite = await super().decode(latent_sample)
+            return decoded(pixels), finite
 
     async def main() -> None:
         async with serving(fake_bundle, Stages()) as pipeline:

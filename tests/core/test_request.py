@@ -79,10 +79,19 @@ def test_bounds(name: str, low: int, high: int) -> None:
         assert refusal(**{name: 3.0}).startswith(f"{name} is 3.0; it must be a whole number")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 10.000001, 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 10.000001, 1e39])
 def test_guidance_that_is_not_a_number_in_range(value: float) -> None:
     message = refusal(guidance_scale=value)
     assert message.startswith(f"guidance_scale is {value}; it must be from 0 to 10")
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "steps", "width", "progress", "format"])
+@pytest.mark.parametrize("value", [10**400, "9" * 1_000_000, [1] * 1_000_000], ids=["number", "text", "list"])
+def test_a_value_of_any_length_is_shown_in_part(name: str, value: Any) -> None:
+    message = refusal(**{name: value})
+    start = repr(value).lstrip("'")[:30]
+    assert start in message
+    assert len(message) < 250
 
 
 @pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.0001, True), (7.5, True)])

@@ -1,5 +1,5 @@
 """fp32 graphs in 16 bits: ONNX Runtime runs fp16 on the CPU too, by casting back and forth, so its rounding shows here, and
-`tests.graphs.run_bf16` does the same for bf16."""
+`tests.graphs.run_rounded` does the same for bf16."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from diffuserve.engines.example import example_inputs
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.errors import BundleError
-from diffuserve.tensors import STAGES
+from diffuserve.tensors import STAGES, VAE_DECODER
 from tests.core.tiny_graphs import make_real_bundle
-from tests.graphs import rounded_to_bf16, run_bf16, value_types
+from tests.graphs import rounded_to_bf16, run_rounded, value_types
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 both = pytest.mark.parametrize("precision", PRECISIONS)
@@ -36,15 +36,14 @@ def convert(text: str, path: Path, precision: str, **weights: NDArray[Any]) -> o
 
 
 def run(path: Path, **inputs: NDArray[Any]) -> NDArray[Any]:
-    (output,) = OnnxRuntimeEngine(path)(inputs).values()
-    return output
+    """The first output."""
+    return next(iter(OnnxRuntimeEngine(path)(inputs).values()))
 
 
 def run_narrow(path: Path, precision: str, **inputs: NDArray[Any]) -> NDArray[Any]:
     if precision == "fp16":
         return run(path / "narrow.onnx", **inputs)
-    (output,) = run_bf16(path / "narrow.onnx", inputs)
-    return output
+    return run_rounded(path / "narrow.onnx", inputs)[0]
 
 
 @both
@@ -126,6 +125,20 @@ def test_an_image_is_rounded_in_fp32(tmp_path: Path, precision: str) -> None:
 
 
 @both
+def test_whether_an_image_is_finite_is_told_of_what_16_bits_made(tmp_path: Path, precision: str) -> None:
+    """In fp16 the second row overflows, and only there."""
+    manifest = make_real_bundle(tmp_path / "bundle")
+    latents = example_inputs(manifest.components[VAE_DECODER].tensors, manifest.model, 3)["latent_sample"]
+    latents[1] *= 1e5
+    path = tmp_path / "bundle" / VAE_DECODER / "model.onnx"
+    sixteen_bit_from_onnx(path, tmp_path / "narrow.onnx", precision)
+    assert OnnxRuntimeEngine(path)({"latent_sample": latents})["finite"].all()
+    # Rounded after every operator, which ONNX Runtime's optimisations would leave out.
+    _, finite = run_rounded(tmp_path / "narrow.onnx", {"latent_sample": latents})
+    assert finite.tolist() == [[True], [precision == "bf16"], [True]]
+
+
+@both
 def test_normalisations_are_computed_in_fp32(tmp_path: Path, precision: str) -> None:
     """The variance of numbers around 300 would overflow fp16."""
     convert(
@@ -168,7 +181,7 @@ def test_masks_constants_and_values_that_are_used_in_both_precisions(tmp_path: P
     if precision == "fp16":
         narrow = OnnxRuntimeEngine(tmp_path / "narrow.onnx")({"x": x})
     else:
-        narrow = dict(zip(exact, run_bf16(tmp_path / "narrow.onnx", {"x": x}), strict=True))
+        narrow = dict(zip(exact, run_rounded(tmp_path / "narrow.onnx", {"x": x}), strict=True))
     np.testing.assert_array_equal(narrow["whole"], exact["whole"])
     scale = {"fp16": 1, "bf16": 8}[precision]
     np.testing.assert_allclose(narrow["y"], exact["y"], atol=scale * 0.01)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from PIL import Image
 
 from diffuserve.bundle import Component, Manifest, Trial, describe_file, read_manifest, verify, write_manifest
 from diffuserve.engines import ENGINES, image_parity, load_engine, processor, tolerance, trials
 from diffuserve.engines.availability import Availability, availability
 from diffuserve.engines.cli import command
+from diffuserve.engines.example import Arrays
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.trials import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
-from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.tensors import FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 
@@ -79,7 +83,7 @@ def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) 
         async def main() -> list[np.ndarray]:
             text = await stages.encode_text({"input_ids": np.arange(36, dtype=np.int32).reshape(3, 12)})
             noise = await stages.denoise(sample, np.array([1, 500, 999], np.float32), text)
-            return [noise, await stages.decode(noise)]
+            return [noise, *await stages.decode(noise)]
 
         stages = LocalStages(tmp_path, threads=1)
         try:
@@ -207,6 +211,73 @@ def test_a_component_that_overflows_is_not_run_in_fp16(
     back = select_engines(tmp_path, "onnxruntime")
     assert back.all_files() == manifest.all_files()
     assert not list(tmp_path.rglob("*.fp16.onnx"))
+
+
+class Spoiling:
+    """An engine that makes something not finite of the last row of each of its calls from number `after` on."""
+
+    def __init__(self, engine: Engine, after: int = 0) -> None:
+        self._engine = engine
+        self._calls_to_go = after
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        outputs = self._engine(inputs)
+        self._calls_to_go -= 1
+        if self._calls_to_go < 0:
+            for name, array in outputs.items():
+                if name == FINITE or array.dtype == np.float32:
+                    array[-1] = False if name == FINITE else np.nan
+        return outputs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_whose_output_is_not_finite_is_not_taken(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The bytes of an image are right, so that the decoder's word alone tells."""
+
+    def load(path: Path, component: Component, threads: int) -> Engine:
+        engine = load_engine(path, component, threads)
+        return Spoiling(engine) if component.engine == "openvino" and path.parent.name == stage else engine
+
+    monkeypatch.setattr(trials, "load_engine", load)
+    with pytest.raises(BundleError, match=f"{stage} of .* does not run on openvino in fp32: its output is not finite"):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == manifest
+    selected = select_engines(tmp_path, "auto", "fp32")
+    [rejected] = [each for each in selected.trials if each.rejected]
+    assert (rejected.component, rejected.engine, rejected.rejected) == (stage, "openvino", "its output is not finite")
+    assert (rejected.max_abs_error, rejected.seconds) == (None, {})
+    assert selected.components[stage].engine == "onnxruntime"
+
+
+def test_an_engine_whose_image_is_not_finite_is_not_taken(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compares well on the trials' numbers, and overflows on those of a real image."""
+
+    def load(path: Path, component: Component, threads: int) -> Engine:
+        engine = load_engine(path, component, threads)
+        return Spoiling(engine) if component.engine == "openvino" and path.parent.name == VAE_DECODER else engine
+
+    monkeypatch.setattr(image_parity, "load_engine", load)
+    with pytest.raises(
+        BundleError, match=r"does not run on openvino in fp32: it draws no image: .* not finite for 1 of 1"
+    ):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == manifest
+    selected = select_engines(tmp_path, "auto", "fp32")
+    assert {component.engine for component in selected.components.values()} == {"onnxruntime"}
+    assert {each.engine for each in selected.trials if each.rejected} == {"openvino"}
+
+
+def test_a_bundle_whose_reference_is_not_finite(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "load_engine", lambda *args, **more: Spoiling(load_engine(*args, **more), after=3))
+    with pytest.raises(BundleError, match=r"unet of .* not finite on onnxruntime in fp32.* Export the checkpoint"):
+        select_engines(tmp_path, "openvino")
+    assert read_manifest(tmp_path) == manifest
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ _GRAPHS = {
         row = Add (text_of_row, time_of_row)
         noise_pred = Add (image, row)
     }""",
-    VAE_DECODER: """vae_decoder (float[B, 4, h, w] latent_sample) => (uint8[B, H, W, 3] image) {
+    VAE_DECODER: """vae_decoder (float[B, 4, h, w] latent_sample) => (uint8[B, H, W, 3] image, bool[B, 1] finite) {
         large = ConvTranspose <strides = [8, 8]> (latent_sample, rgb)
         levels = Constant <value = float[1] {127.5}> ()
         lowest = Constant <value = float {0.0}> ()
@@ -44,6 +44,16 @@ _GRAPHS = {
         rounded = Round (clamped)
         laid_out = Transpose <perm = [0, 2, 3, 1]> (rounded)
         image = Cast <to = 2> (laid_out)
+        infinite = IsInf (large)
+        nan = IsNaN (large)
+        either = Or (infinite, nan)
+        neither = Not (either)
+        numbers = Cast <to = 1> (neither)
+        axes = Constant <value = int64[3] {1, 2, 3}> ()
+        least = ReduceMin <keepdims = 0> (numbers, axes)
+        of_row = Cast <to = 9> (least)
+        one = Constant <value = int64[1] {1}> ()
+        finite = Unsqueeze (of_row, one)
     }""",
     VAE_ENCODER: """vae_encoder (uint8[B, H, W, 3] image) => (float[B, 4, h, w] latent_sample) {
         numbers = Cast <to = 1> (image)

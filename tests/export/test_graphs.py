@@ -31,8 +31,8 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 
 def run(bundle: Path, stage: str, **inputs: NDArray[Any]) -> NDArray[Any]:
-    (output,) = OnnxRuntimeEngine(bundle / stage / "model.onnx")(inputs).values()
-    return output
+    """The first output."""
+    return next(iter(OnnxRuntimeEngine(bundle / stage / "model.onnx")(inputs).values()))
 
 
 def normal(*shape: int) -> NDArray[np.float32]:
@@ -162,13 +162,12 @@ def test_a_wrong_export_is_refused(tiny_bundle: Path, shared_checkpoint: Path) -
     tensors = checkpoint.tensors["vae_encoder"]
     path = tiny_bundle / "vae_encoder" / "model.onnx"
     component = read_manifest(tiny_bundle).components["vae_encoder"]
-    for wrong, figure in ((1.01, "by up to 0"), (float("nan"), "by up to nan")):
-        modules["vae_encoder"].scaling_factor = torch.tensor(wrong * 0.5)
-        references = references_of(modules["vae_encoder"], "vae_encoder", tensors, checkpoint.spec, {})
-        with pytest.raises(CheckpointError, match=f"vae_encoder of tiny differs from PyTorch.*{figure}.*allowed is"):
-            parity_of_onnx(path, component, references, "vae_encoder of tiny")
-        tolerance, records = parity_of_onnx(path, component, references, "vae_encoder of tiny", strict=False)
-        assert not max(record.max_abs_error for record in records) <= tolerance
+    modules["vae_encoder"].scaling_factor = torch.tensor(1.01 * 0.5)
+    references = references_of(modules["vae_encoder"], "vae_encoder", tensors, checkpoint.spec, {})
+    with pytest.raises(CheckpointError, match=r"vae_encoder of tiny differs from PyTorch.*by up to 0.*allowed is"):
+        parity_of_onnx(path, component, references, "vae_encoder of tiny")
+    tolerance, records = parity_of_onnx(path, component, references, "vae_encoder of tiny", strict=False)
+    assert max(record.max_abs_error for record in records) > tolerance
 
 
 def test_preview_map_follows_the_colours(bundle: Path) -> None:

@@ -135,7 +135,7 @@ def check_precision(model: onnx.ModelProto, types: dict[str, str]) -> None:
         return found
 
     angles = before((name for node in graph.node if node.op_type in ("Sin", "Cos") for name in node.input), ())
-    images = before((value.name for value in graph.output if types[value.name] == "UINT8"), _WEIGHTED)
+    images = before((value.name for value in graph.output if types[value.name] in ("UINT8", "BOOL")), _WEIGHTED)
     for node in graph.node:
         in_fp32 = [name for name in (*node.input, *node.output) if name and types[name] == "FP32"]
         if not in_fp32 or node.op_type in ("Cast", *_NORMALISATIONS):

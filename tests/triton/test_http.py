@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +110,41 @@ def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer) 
         if cancelled() > before:
             break
     assert cancelled() > before
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"), re.findall(r"^\| `(\{.*\})` \| (\d+) \| `(.*)` \|$", DOCS, re.MULTILINE)
+)
+def test_the_documented_answers(server: TritonServer, fields: str, status: str, words: str) -> None:
+    """A body that is fine but for these fields."""
+    body = '{"steps": 1, "width": 32, "height": 32, '
+    if '"steps"' in fields:
+        body = body.replace('"steps": 1, ', "")
+    if '"width"' in fields:
+        body = body.replace('"width": 32, ', "")
+    if '"prompt"' not in fields:
+        body += '"prompt": "a cat", '
+    found, answer = post(server, "generate", (body + fields.removeprefix("{")).encode())
+    assert str(found) == status, answer
+    said = json.loads(answer)
+    assert words in (said["parameters"] if found == 200 else said["error"])
+
+
+def test_what_is_too_late_is_answered_with_400_too(server: TritonServer) -> None:
+    """As docs/http.md says: the code in brackets tells, since Triton has forgotten the status."""
+    body = {"prompt": "a cat", "steps": 150, "num_images": 16, "timeout_ms": 1}
+    status, text = post(server, "generate", body)
+    assert status == 400
+    assert json.loads(text)["error"].startswith("[deadline_exceeded] ")
+
+
+def test_the_documented_code_for_grpc(server: TritonServer, tmp_path: Path) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
+    code = code.replace("localhost:8001", server.address.grpc)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "pizza.png") as image:
+        assert image.size == (128, 128)

@@ -1,4 +1,4 @@
-"""Requests that are none: random bytes on both ports, JSON that says something else, tensors of other kinds."""
+"""Requests that are none: random bytes on both ports, JSON that says something else, tensors and parameters of other kinds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ _THREADS = 8
 _TIMEOUT_S = 30.0
 _VALID: dict[str, Any] = {"prompt": "x", "steps": 1, "width": 32, "height": 32, "guidance_scale": 1.0}
 _NUMBERS = ("steps", "guidance_scale", "seed", "width", "height", "num_images", "priority", "timeout_ms")
+_NAMES = (*(field.name for field in REQUEST if field.name != "prompt"), "colour", "")
+_PARAMETERS = (
+    ("bool_param", True),
+    ("int64_param", 2**32 + 2),
+    ("int64_param", -(2**63)),
+    ("uint64_param", 2**64 - 1),
+    ("double_param", math.nan),
+    ("double_param", -math.inf),
+    ("string_param", "\0\u202e\U0001f355" * 50),
+)
 _DTYPES = ("BOOL", "INT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64", "BYTES", "FP7", "")
 
 Attack = Callable[[Trial, random.Random], None]
@@ -27,7 +37,7 @@ Attack = Callable[[Trial, random.Random], None]
 
 def send_garbage(trial: Trial) -> None:
     """Each must be refused, and cost nobody else anything. Seeded by its number, so that a run can be repeated."""
-    attacks: tuple[Attack, ...] = (_bytes_to_http, _bytes_to_grpc, _json, _json, _tensors)
+    attacks: tuple[Attack, ...] = (_bytes_to_http, _bytes_to_grpc, _json, _json, _messages)
 
     def attack(number: int) -> None:
         chosen = attacks[number % len(attacks)]
@@ -133,19 +143,22 @@ def _random_json(choose: random.Random, depth: int) -> Any:
     return {f"key{index}": _random_json(choose, depth - 1) for index in range(choose.randrange(5))}
 
 
-def _tensors(trial: Trial, choose: random.Random) -> None:
-    """Over gRPC: names, dtypes, shapes and lengths that do not go together."""
+def _messages(trial: Trial, choose: random.Random) -> None:
+    """Over gRPC: names, dtypes, shapes and lengths that do not go together, and parameters of all kinds."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
     model = STABLE_DIFFUSION if choose.random() < 0.8 else choose.choice(("", "unet", "x" * 300))
     request = service_pb2.ModelInferRequest(model_name=model)
     for _ in range(choose.randrange(4)):
-        name = choose.choice([*(spec.name for spec in REQUEST if spec.name != "prompt"), "colour", ""])
+        name = choose.choice(_NAMES)
         shape = [choose.choice((1, 0, -1, 2, 2**40)) for _ in range(choose.randrange(4))]
         request.inputs.add(name=name, datatype=choose.choice(_DTYPES), shape=shape)
         if choose.random() < 0.9:
             request.raw_input_contents.append(choose.randbytes(choose.choice((0, 1, 4, 8, 100))))
+    for _ in range(choose.randrange(3)):
+        kind, value = choose.choice(_PARAMETERS)
+        setattr(request.parameters[choose.choice(_NAMES)], kind, value)
     with grpc.insecure_channel(trial.address.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
@@ -159,7 +172,7 @@ def _tensors(trial: Trial, choose: random.Random) -> None:
     if errors and len(errors) == len(answers):
         trial.tally.refuse("error_message")
     else:
-        trial.tally.lose(f"{len(answers)} answers, of them {len(errors)} errors, to tensors without a prompt")
+        trial.tally.lose(f"{len(answers)} answers, of them {len(errors)} errors, to a message without a prompt")
 
 
 CASES: Cases = {"garbage": ("10,000 requests that are none", send_garbage)}
