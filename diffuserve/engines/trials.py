@@ -36,6 +36,7 @@ from diffuserve.engines.image_parity import image_parity, same_engines
 from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.engines.tensorrt_plan import build_plan
 from diffuserve.engines.tolerance import tolerance_of
+from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed
 from diffuserve.finite import finite_rows
 from diffuserve.stages import Engine
@@ -221,7 +222,9 @@ def _try(
 
     def load(way: Way) -> Engine:
         candidate = _on(bundle, component, way, model)
-        return load_engine(bundle / candidate.files[0].path, candidate, threads=0)
+        engine = load_engine(bundle / candidate.files[0].path, candidate, threads=0)
+        warm(engine, candidate, model)  # as a server does: what is called first has mattered
+        return engine
 
     engines = {REFERENCE: load(REFERENCE)}
     expected = [engines[REFERENCE](arrays) for arrays in inputs]

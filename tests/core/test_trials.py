@@ -18,7 +18,7 @@ from diffuserve.bundle import Component, Manifest, Trial, describe_file, read_ma
 from diffuserve.engines import ENGINES, image_parity, load_engine, processor, tolerance, trials
 from diffuserve.engines.availability import Availability, availability
 from diffuserve.engines.cli import command
-from diffuserve.engines.example import Arrays
+from diffuserve.engines.example import WARM_BATCHES, Arrays
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.local import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
@@ -213,6 +213,34 @@ def test_a_component_that_overflows_is_not_run_in_fp16(
     assert not list(tmp_path.rglob("*.fp16.onnx"))
 
 
+class SmallestFirst:
+    """An engine that is wrong for good if it is called first at a size below the native one, as OpenVINO has been."""
+
+    def __init__(self, engine: Engine, native: tuple[int, ...]) -> None:
+        self._engine, self._native = engine, native
+        self._wrong: bool | None = None
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        if self._wrong is None:
+            self._wrong = inputs["sample"].shape[2:] < self._native
+        return {name: array + self._wrong for name, array in self._engine(inputs).items()}
+
+
+def test_an_engine_is_tried_after_the_calls_that_a_server_begins_with(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factor = manifest.model.vae_scale_factor
+    native = (manifest.model.height // factor, manifest.model.width // factor)
+
+    def load(path: Path, component: Component, threads: int) -> Engine:
+        engine = load_engine(path, component, threads)
+        return SmallestFirst(engine, native) if component.engine == "openvino" and path.parent.name == UNET else engine
+
+    monkeypatch.setattr(trials, "load_engine", load)
+    with pytest.raises(BundleError, match=r"unet of .* does not run on openvino in fp32: it differs by up to 1"):
+        select_engines(tmp_path, "openvino")
+
+
 class Spoiling:
     """An engine that makes something not finite of the last row of each of its calls from number `after` on."""
 
@@ -274,7 +302,9 @@ def test_an_engine_whose_image_is_not_finite_is_not_taken(
 def test_a_bundle_whose_reference_is_not_finite(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "load_engine", lambda *args, **more: Spoiling(load_engine(*args, **more), after=3))
+    monkeypatch.setattr(
+        trials, "load_engine", lambda *args, **more: Spoiling(load_engine(*args, **more), after=len(WARM_BATCHES) + 3)
+    )
     with pytest.raises(BundleError, match=r"unet of .* not finite on onnxruntime in fp32.* Export the checkpoint"):
         select_engines(tmp_path, "openvino")
     assert read_manifest(tmp_path) == manifest
