@@ -6,13 +6,13 @@ import io
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from diffuserve.images.stripped import MAX_PROFILE_BYTES
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_PROFILE_BYTES = 4 * 2**20  # the largest, those for printing, have 3 MB
 
-def srgb_from(image: Image, icc_profile: bytes) -> Image:
+
+def srgb_from(image: Image, icc_profile: bytes | None) -> Image:
     """The picture in sRGB, with perceptual intent.
 
     A profile that is missing, broken, too large, or for other channels than the picture's is ignored: without one, RGB and
@@ -20,12 +20,12 @@ def srgb_from(image: Image, icc_profile: bytes) -> Image:
 
     Args:
         image: of mode L, RGB or CMYK.
-        icc_profile: ICC.1, may be empty.
+        icc_profile: ICC.1, may be missing or empty.
 
     Returns:
         An image of mode RGB.
     """
-    if 0 < len(icc_profile) <= MAX_PROFILE_BYTES:
+    if icc_profile and len(icc_profile) <= MAX_PROFILE_BYTES:
         from PIL import ImageCms
 
         with suppress(Exception):  # of several kinds, also where the channels differ

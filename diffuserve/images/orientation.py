@@ -7,6 +7,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
+_MARK = b"Exif\0\0"
 _TAG = 0x0112
 _SHORT, _LONG = 3, 4
 
@@ -14,9 +15,16 @@ _SHORT, _LONG = 3, 4
 def orientation_of(exif: bytes) -> int:
     """The orientation, 1 .. 8, in the first directory of an EXIF block (EXIF 2.32, 4.6.4; TIFF 6.0, section 2).
 
-    1, upright, if the block says nothing or is broken.
+    Read here since Pillow warns of every other tag that is broken, through the filters of the whole process, and many
+    cameras and editors write such.
+
+    Args:
+        exif: may begin with EXIF's mark.
+
+    Returns:
+        1, upright, if the block says nothing or is broken.
     """
-    exif = exif.removeprefix(b"Exif\0\0")  # which some put before it in WebP, too
+    exif = exif.removeprefix(_MARK).removeprefix(_MARK)  # JPEG's own, and before it one that some write
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return 1

@@ -139,15 +139,6 @@ def jpeg_with(data: bytes, *segments: tuple[int, bytes]) -> bytes:
     )
 
 
-def webp_chunk(name: bytes, body: bytes) -> bytes:
-    return name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-
-
-def webp_of(*chunks: tuple[bytes, bytes]) -> bytes:
-    inside = b"WEBP" + b"".join(webp_chunk(*chunk) for chunk in chunks)
-    return b"RIFF" + struct.pack("<I", len(inside)) + inside
-
-
 def webp_with(data: bytes, width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A lossless WebP of one chunk, extended by others."""
     assert data[12:16] == b"VP8L"
@@ -156,7 +147,11 @@ def webp_with(data: bytes, width: int, height: int, *chunks: tuple[bytes, bytes]
     canvas = bytes([flags, 0, 0, 0]) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     first = [chunk for chunk in chunks if chunk[0] == b"ICCP"]
     last = [chunk for chunk in chunks if chunk[0] != b"ICCP"]
-    return webp_of((b"VP8X", canvas), *first, (b"VP8L", data[20 : 20 + size_bytes]), *last)
+    inside = b"WEBP" + b"".join(
+        name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+        for name, body in ((b"VP8X", canvas), *first, (b"VP8L", data[20 : 20 + size_bytes]), *last)
+    )
+    return b"RIFF" + struct.pack("<I", len(inside)) + inside
 
 
 def exif(orientation: int, order: str = ">", kind: int = 3) -> bytes:

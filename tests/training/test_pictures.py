@@ -168,8 +168,11 @@ def test_load_square(tmp_path: Path) -> None:
     [
         (b"none", "none of PNG, JPEG, WebP, GIF, BMP"),
         (b"", "The file is empty"),
-        (files.png_header(20_000, 20_000, 1, files.GREY), "20000 x 20000 px; at most 100000000 pixels"),
-        (files.encoded(np.zeros((9, 9, 3), np.uint8), "jpeg")[:-2], "JPEG file ends before its picture does"),
+        (
+            files.png_header(20_000, 20_000, 1, files.GREY) + files.png_chunk(b"IDAT", b""),
+            "20000 x 20000 px; at most 100000000 pixels",
+        ),
+        (files.encoded(np.zeros((9, 9, 3), np.uint8), "jpeg")[:-2], "JPEG file is damaged, incomplete"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, data: bytes, reason: str) -> None:
