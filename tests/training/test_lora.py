@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from diffuserve_training.config import ConfigError, Lora, Optimisation
 from diffuserve_training.lora_module import adapted, train_lora, write_lora
-from diffuserve_training.pictures import load_square, read_pictures
+from diffuserve_training.pictures import read_pictures
 from tests.conftest import CHECKPOINT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about data loaders and logs
@@ -32,23 +32,6 @@ def folder(tmp_path: Path) -> Path:
     (folder / "a.txt").write_text("a red wall\n")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": "a lawn"}) + "\n")
     return folder
-
-
-def test_captions_come_from_texts_metadata_and_the_prompt(folder: Path) -> None:
-    assert [picture.caption for picture in read_pictures(folder, "a wall")] == ["a red wall", "a lawn", "a wall"]
-    with pytest.raises(ConfigError, match=r"c\.webp has no caption: write c\.txt"):
-        read_pictures(folder, None)
-    assert load_square(folder / "a.png", 64).shape == (64, 64, 3)
-
-
-def test_a_folder_without_pictures_and_one_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no pictures"):
-        read_pictures(tmp_path, "x")
-    with pytest.raises(ConfigError, match="no folder of pictures"):
-        read_pictures(tmp_path / "nowhere", "x")
-    (tmp_path / "a.png").write_bytes(b"none")
-    with pytest.raises(ConfigError, match="is no picture"):
-        load_square(tmp_path / "a.png", 64)
 
 
 @pytest.mark.timeout(300)

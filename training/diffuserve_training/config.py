@@ -140,7 +140,7 @@ def read_config(path: Path, kind: type[Section]) -> Section:
     import yaml
 
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()), kind)
+        return msgspec.convert(yaml.safe_load(path.read_bytes()), kind)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, msgspec.ValidationError) as error:
@@ -164,8 +164,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         checkpoint: folder in diffusers' format, or a name on the hub.
-        images: folder with PNG, JPEG or WebP files, relative to the config. A caption is in NAME.txt beside its image, or in
-            metadata.jsonl as `datasets` has it: {"file_name": ..., "text": ...}.
+        images: folder with PNG, JPEG, WebP, GIF or BMP files, relative to the config. A caption is in NAME.txt or NAME.caption
+            beside its image, or in metadata.jsonl as `datasets` has it: {"file_name": ..., "text": ...}.
         prompt: the caption of images that have none, such as "a photo of sks dog" (DreamBooth, arXiv:2208.12242).
         rank: of each pair of matrices; `alpha` over it scales what they add.
         target_modules: the UNet's modules to adapt, by the end of their names.

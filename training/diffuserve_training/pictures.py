@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.errors import InvalidRequest
 from diffuserve_training.config import ConfigError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+_NOT_READ = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg")
+_CAPTION_SUFFIXES = (".txt", ".caption")  # the second is what kohya's scripts look for unless told otherwise
+# UTF-32's little-endian mark begins with UTF-16's.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 @dataclass(frozen=True)
@@ -20,26 +35,38 @@ class Picture:
     caption: str
 
 
+class _Line(msgspec.Struct):
+    """Of metadata.jsonl; it may have other fields."""
+
+    file_name: str
+    text: str
+
+
 def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
-    """Every picture of a folder in the order of their names.
+    """Every picture of a folder in the order of their names; hidden files and folders inside it are left out.
 
     Args:
         folder: described in `diffuserve_training.config.Lora`.
         prompt: the caption of those that have none.
 
     Raises:
-        ConfigError: there are no pictures, one has no caption, or metadata.jsonl cannot be read.
+        ConfigError: there are no pictures, one has no caption or is of a format that is not read, or captions cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder of pictures.")
-    captions = _metadata(folder / "metadata.jsonl")
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    texts = {_key(path.stem + path.suffix.lower()): path for path in files}
+    paths = {_key(path.name): path for path in files if path.suffix.lower() in (*_SUFFIXES, *_NOT_READ)}
+    captions = _metadata(folder / "metadata.jsonl", paths)
     pictures = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES):
-        text = path.with_suffix(".txt")
-        caption = text.read_text().strip() if text.is_file() else captions.get(path.name, prompt)
+    for key, path in paths.items():
+        if path.suffix.lower() in _NOT_READ:
+            raise ConfigError(f"{path} is of a format that is not read: save it as PNG, or move it out of the folder.")
+        beside = [texts[name] for suffix in _CAPTION_SUFFIXES if (name := _key(path.stem + suffix)) in texts]
+        caption = _text_of(beside[0]).strip() if beside else captions.get(key, prompt)
         if caption is None:
             raise ConfigError(
-                f"{path} has no caption: write {text.name} beside it, a line in metadata.jsonl, or `prompt` in the configuration."
+                f"{path} has no caption: write {path.stem}.txt beside it, a line in metadata.jsonl, or `prompt` in the configuration."
             )
         pictures.append(Picture(path, caption))
     if not pictures:
@@ -47,29 +74,69 @@ def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
     return pictures
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+def _key(name: str) -> str:
+    """macOS writes accents in names apart from their letters, and most else does not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _text_of(path: Path) -> str:
+    """Raises `ConfigError`: it is neither UTF-8 nor marked as UTF-16 or UTF-32. Of others none can be told from the rest."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {line["file_name"]: line["text"] for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'{path} cannot be read ({error}); each line must be like {{"file_name": "1.png", "text": "a caption"}}.'
-        ) from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        text = data.removeprefix(mark).decode(encoding)
+        if "\0" not in text:
+            return text
+        reason = "it has null characters, as UTF-16 without a byte order mark has"
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {len(mark) + error.start}"
+    raise ConfigError(
+        f"{path} is no text in UTF-8, nor in UTF-16 or UTF-32 with a byte order mark ({reason}). "
+        "Convert it; if it is Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW."
+    )
+
+
+def _metadata(path: Path, names: Collection[str]) -> dict[str, str]:
+    """The captions in a metadata.jsonl, by key. Lines end at \\n and nowhere else (jsonlines.org)."""
+    captions: dict[str, str] = {}
+    if not path.is_file():
+        return captions
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            said = msgspec.convert(json.loads(line, strict=False), _Line)
+            said.text.encode()  # which a lone surrogate cannot be
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f'{path}, line {number}: {error}. It must be like {{"file_name": "1.png", "text": "a caption"}}.'
+            ) from None
+        name = _key(str(PurePosixPath(said.file_name)))
+        if name not in names:
+            raise ConfigError(
+                f"{path}, line {number}: {name!r} is no picture in {path.parent}. Correct or remove the line."
+            )
+        if name in captions:
+            raise ConfigError(f"{path}, line {number}: {name!r} has a caption in an earlier line. Remove one of them.")
+        captions[name] = said.text
+    return captions
 
 
 def load_square(path: Path, size_px: int) -> NDArray[np.uint8]:
-    """The middle of a picture, (size, size, 3) uint8.
+    """The middle of a picture, (size, size, 3) uint8, read by `diffuserve.images.reading`.
 
     Raises:
-        ConfigError: it is no picture.
+        ConfigError: it cannot be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    from diffuserve.images.reading import read_picture_file
 
     try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{path} is no picture: {error}") from None
-    return np.asarray(square)
+        picture = Image.fromarray(read_picture_file(path))
+    except InvalidRequest as error:
+        raise ConfigError(f"{path} is no picture that can be read. {error}") from None
+    return np.asarray(ImageOps.fit(picture, (size_px, size_px), Image.Resampling.LANCZOS))
