@@ -28,6 +28,7 @@ def output_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[tup
     model = onnx.load(path)
     for value in model.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            assert dim.dim_value in (0, size), f"{value.name} is {dim.dim_value} long in the graph, and is to be {size}"
             dim.dim_value = size
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
