@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from diffuserve.bundle import ModelSpec
-from diffuserve.engines.tensorrt_plan import profiles
+from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.tensors import StageSpec
 
 
