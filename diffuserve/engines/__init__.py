@@ -38,7 +38,7 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
     if component.engine == "tensorrt":
         from diffuserve.engines.tensorrt import TensorRtEngine
 
-        return TensorRtEngine(model_path)
+        return TensorRtEngine(model_path, component)
     raise BundleError(
         f"{model_path} was made for the engine {component.engine!r}; this diffuserve has: {', '.join(ENGINES)}. Export it again."
     )
