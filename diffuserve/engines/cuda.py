@@ -86,7 +86,7 @@ class FirstGpu:
     def allocate_host(self, size_bytes: int) -> Bytes:
         address = int(self._checked(self._cuda.cudaMallocHost(size_bytes)))
         self._owned[address] = partial(self._cuda.cudaFreeHost, address)
-        return np.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
     def free(self, address: int) -> None:
         self._checked(self._owned.pop(address)())
