@@ -55,13 +55,13 @@ class OnnxRuntimeCudaEngine:
 
 
 def cuda_options(precision: str) -> dict[str, str]:
-    """The provider's options for a graph in "fp16" or "fp32"."""
+    """ONNX Runtime's options for CUDA, for a graph in "fp16" or in fp32."""
     return {
         # How each new shape of a convolution is planned: from cuDNN's quick heuristic, and not the thorough one.
         "cudnn_conv_algo_search": "HEURISTIC",
         # Left alone, fp32 would be multiplied with the 10 digits of TF32. Where TF32 is off, convolutions avoid tensor cores
         # altogether, in fp16 too.
-        "use_tf32": "0" if precision == "fp32" else "1",
+        "use_tf32": "1" if precision == "fp16" else "0",
     }
 
 

@@ -57,6 +57,11 @@ def set_backend(config: Any, backend: str, component: Component, model: ModelSpe
     else:
         group.kind = group.KIND_GPU
         group.gpus.extend(range(instances))
+    if backend == "onnxruntime":
+        from diffuserve.engines.onnxruntime_cuda import cuda_options
+
+        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+        accelerator.parameters.update(cuda_options(component.precision))
     if backend == "tensorrt":
         _use_profiles(config, component, model)
     _warm(config, component, model)

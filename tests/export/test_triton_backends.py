@@ -91,6 +91,17 @@ def test_onnxruntime_has_an_instance_on_each_gpu(bundle: Path, tmp_path: Path) -
             assert list(group.gpus) == ([0, 1, 2] if name == UNET else [0])
 
 
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("fp16", "1")])
+def test_onnxruntime_computes_as_in_this_process(bundle: Path, tmp_path: Path, precision: str, tf32: str) -> None:
+    with_precision(bundle, "onnxruntime-cuda", precision)
+    repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
+    configs = parse(tmp_path / "repository")
+    for stage in STAGES:
+        (accelerator,) = configs[stage].optimization.execution_accelerators.gpu_execution_accelerator
+        assert accelerator.name == "cuda"
+        assert dict(accelerator.parameters) == {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": tf32}
+
+
 def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: Path) -> None:
     with_plans(bundle)
     manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "tensorrt")
