@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Sigmoid Cast Clip Round Neg Sqrt Exp Erf Tanh Relu Gelu Identity".split()  # noqa: SIM905 - a list of names
+    "Abs Add And Cast Clip Div Erf Exp Gelu Identity IsInf IsNaN Mul Neg Not Or Relu Round Sigmoid Sqrt Sub Tanh".split()  # noqa: SIM905 - names
 )
+_REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
 
 
 def move_channels_last(model: ModelProto, shapes: Mapping[str, Shape]) -> None:
@@ -136,6 +137,13 @@ class _Rewriter:
             return True
         if node.op_type == "Resize":
             return self._resize(node)
+        if node.op_type in _REDUCTIONS and len(node.input) == 2:
+            # Of a whole row the order does not matter.
+            axes = self._graph.numbers(node.input[1])
+            if axes is not None and {axis % 4 for axis in axes} == {1, 2, 3}:
+                node.input[0] = self.last(node.input[0])
+                self.nodes.append(node)
+                return True
         return False
 
     def _operand(self, name: str) -> str | None:

@@ -16,10 +16,16 @@ from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.engines.plan_runner import PlanRunner
 from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, Profile, profiles
 from diffuserve.errors import StageFailed
-from diffuserve.tensors import UNET, VAE_DECODER, stage_specs
+from diffuserve.tensors import UNET, VAE_DECODER, StageSpec, TensorSpec, stage_specs
 from tests.core.fakes import MODEL
 
-TENSORS = stage_specs(max_tokens=12, hidden_size=5, latent_channels=4)
+# One output each, and of the decoder's, which may have more, the one that is bytes.
+TENSORS = {
+    UNET: stage_specs(max_tokens=12, hidden_size=5, latent_channels=4)[UNET],
+    VAE_DECODER: StageSpec(
+        (TensorSpec("latent_sample", "FP32", (4, -1, -1)),), (TensorSpec("image", "UINT8", (-1, -1, 3)),)
+    ),
+}
 Work = list[Callable[[], None]]
 
 
