@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from diffuserve.bundle import ModelSpec
-from diffuserve.engines.tensorrt_plan import profiles
+from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.tensors import StageSpec
 
 
@@ -28,6 +28,7 @@ def output_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[tup
     model = onnx.load(path)
     for value in model.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            assert dim.dim_value in (0, size), f"{value.name} is {dim.dim_value} long in the graph, and is to be {size}"
             dim.dim_value = size
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")

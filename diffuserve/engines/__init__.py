@@ -21,16 +21,20 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
     Args:
         model_path: the component's first file.
         component: what the manifest says of it.
-        threads: threads of one call; 0 means one for each core.
+        threads: threads of one call on a CPU; 0 means one for each core.
 
     Raises:
         BundleError: the engine is unknown or not installed, this machine cannot run it at the component's precision, or
             the file cannot be loaded.
     """
-    if component.engine in ("onnxruntime", "onnxruntime-cuda"):
+    if component.engine == "onnxruntime":
         from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(model_path, component, threads)
+    if component.engine == "onnxruntime-cuda":
+        from diffuserve.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+        return OnnxRuntimeCudaEngine(model_path, component)
     if component.engine == "openvino":
         from diffuserve.engines.openvino import OpenVinoEngine
 
@@ -38,7 +42,7 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
     if component.engine == "tensorrt":
         from diffuserve.engines.tensorrt import TensorRtEngine
 
-        return TensorRtEngine(model_path)
+        return TensorRtEngine(model_path, component)
     raise BundleError(
         f"{model_path} was made for the engine {component.engine!r}; this diffuserve has: {', '.join(ENGINES)}. Export it again."
     )

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.onnxruntime import CUDA
+from diffuserve.engines.lack import NO_GPU, Lack
+from diffuserve.engines.onnxruntime_cuda import cuda_lack
 from diffuserve.engines.processor import computes_bf16, processor_name
+from diffuserve.engines.tensorrt_plan import INSTALL
 
 # Packages that bring the same module under another name.
-_OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu",), "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime")}
+_OTHER_NAMES = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "cuda-python": ("cuda-bindings",),
+}
 
 _BF16_ARCHITECTURE = 80
-
-
-@dataclass(frozen=True)
-class Lack:
-    """Why an engine cannot run here, and the command or step that mends it."""
-
-    reason: str
-    mend: str
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,19 @@ def availability() -> tuple[Availability, ...]:
     )
 
 
-def _version(engine: str) -> str:
-    """Of the installed package; empty if there is none."""
-    for package in (engine, *_OTHER_NAMES.get(engine, ())):
+def _version(package: str) -> str:
+    """Of the package as it is installed under any of its names; empty if it is not."""
+    for name in (package, *_OTHER_NAMES.get(package, ())):
         try:
-            return metadata.version(package)
+            return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return ""
 
 
-def _installed(package: str, extra: str) -> Callable[[], Lack | None]:
+def _installed(package: str, install: str) -> Callable[[], Lack | None]:
     def check() -> Lack | None:
-        if _version(package):
-            return None
-        return Lack(f"the package {package} is not installed", f"pip install 'diffuserve[{extra}]'")
+        return None if _version(package) else Lack(f"the package {package} is not installed", install)
 
     return check
 
@@ -75,25 +72,16 @@ def _bf16() -> Lack | None:
 
 
 def _gpu() -> Lack | None:
-    if gpu_architectures():
-        return None
-    return Lack(
-        "no NVIDIA GPU can be seen",
-        "use a machine with one and its driver; in a container: docker run --gpus all",
-    )
+    return None if gpu_architectures() else NO_GPU
 
 
-def _cuda_provider() -> Lack | None:
+def _cuda() -> Lack | None:
     try:
         import onnxruntime
     except ImportError:
         return None  # which is a lack of its own
-    if CUDA in onnxruntime.get_available_providers():
-        return None
-    return Lack(
-        f"onnxruntime {onnxruntime.__version__} was built without CUDA",
-        "pip uninstall onnxruntime && pip install onnxruntime-gpu",
-    )
+    lack = cuda_lack(onnxruntime, gpu_architectures())
+    return None if lack is NO_GPU else lack  # as is this
 
 
 def _gpu_bf16() -> Lack | None:
@@ -103,13 +91,14 @@ def _gpu_bf16() -> Lack | None:
     return Lack(f"this GPU ({first[0]}) has no bf16 arithmetic", "use fp16 or fp32, or a GPU from Ampere (sm80) on")
 
 
-_CUDA_LACKS = (_installed("onnxruntime", "serve"), _gpu, _cuda_provider)
-_TENSORRT_LACKS = (_installed("tensorrt", "tensorrt"), _gpu)
+_SERVE, _OPENVINO = (f"pip install 'diffuserve[{extra}]'" for extra in ("serve", "openvino"))
+_CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _cuda)
+_TENSORRT_LACKS = (_installed("tensorrt", INSTALL), _installed("cuda-python", INSTALL), _gpu)
 # Engine, precision, and what must be there. An engine's precisions are in the order of preference.
 _WAYS: tuple[tuple[str, str, tuple[Callable[[], Lack | None], ...]], ...] = (
-    ("onnxruntime", "fp32", (_installed("onnxruntime", "serve"),)),
-    ("openvino", "fp32", (_installed("openvino", "openvino"),)),
-    ("openvino", "bf16", (_installed("openvino", "openvino"), _bf16)),
+    ("onnxruntime", "fp32", (_installed("onnxruntime", _SERVE),)),
+    ("openvino", "fp32", (_installed("openvino", _OPENVINO),)),
+    ("openvino", "bf16", (_installed("openvino", _OPENVINO), _bf16)),
     ("onnxruntime-cuda", "fp16", _CUDA_LACKS),
     ("onnxruntime-cuda", "fp32", _CUDA_LACKS),
     ("tensorrt", "fp16", _TENSORRT_LACKS),

@@ -1,8 +1,8 @@
-"""Components on ONNX Runtime, in this process."""
+"""Components on ONNX Runtime and the CPU, in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,11 @@ from diffuserve.engines.fused_attention import fuse_attention
 from diffuserve.errors import BundleError
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from diffuserve.bundle import Component
 
-CUDA = "CUDAExecutionProvider"
-_CPU = "CPUExecutionProvider"
-# Left alone, fp32 would be multiplied with the 10 digits of TF32.
-_SETTINGS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, _CPU: {}}
+CPU = "CPUExecutionProvider"
 _GRAPH_NAME = "model.onnx"
 _STORED_WEIGHTS = "session.optimized_model_external_initializers"
 # Raised whenever `fuse_attention` makes other graphs.
@@ -28,41 +27,27 @@ _FUSION_REVISION = 2
 class OnnxRuntimeEngine:
     """One ONNX model, in the precision that its graph is in. ONNX Runtime's sessions are safe to run from several threads.
 
-    On the CPU the graph as ONNX Runtime optimises it for this processor is stored, so that the next start only loads it:
-    its weights are then mapped from the file, and not copied.
+    The graph as ONNX Runtime optimises it for this processor is stored, so that the next start only loads it: its weights
+    are then mapped from the file, and not copied.
 
     Args:
         path: the .onnx file; weights beside it are found by their names.
         component: what the manifest says of it; None for a file in fp32 that nothing is to be stored of.
-        threads: threads of one call on the CPU; 0 means one for each core.
+        threads: threads of one call; 0 means one for each core.
 
     Raises:
-        BundleError: onnxruntime is not installed, it has no GPU, or it cannot load the file.
+        BundleError: onnxruntime is not installed, or it cannot load the file.
     """
 
     def __init__(self, path: Path, component: Component | None = None, threads: int = 0) -> None:
+        imported_onnxruntime()
         try:
-            import onnxruntime
-        except ImportError as error:
-            raise BundleError(
-                "The engine onnxruntime is not installed. Install it: pip install 'diffuserve[serve]'"
-            ) from error
-
-        on_gpu = component is not None and component.engine == "onnxruntime-cuda"
-        # A GPU leaves to the CPU what it cannot do itself. A provider that is missing would be left out with a warning.
-        wanted = [CUDA, _CPU] if on_gpu else [_CPU]
-        providers = [(name, _SETTINGS[name]) for name in wanted if name in onnxruntime.get_available_providers()]
-        try:
-            if component is None or on_gpu:
-                self._session = fused_session(path, session_options(threads), providers)
+            if component is None:
+                self._session = fused_session(path, session_options(threads), [CPU])
             else:
                 self._session = self._cached(path, component, threads)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
-        if self._session.get_providers()[0] != wanted[0]:
-            raise BundleError(
-                f"{path} is to run on an NVIDIA GPU, and ONNX Runtime found none here. See what is missing: diffuserve engines"
-            )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -78,7 +63,7 @@ class OnnxRuntimeEngine:
             options = session_options(threads)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             try:
-                return onnxruntime.InferenceSession(str(entry / _GRAPH_NAME), options, providers=[_CPU])
+                return onnxruntime.InferenceSession(str(entry / _GRAPH_NAME), options, providers=[CPU])
             except Exception as error:
                 cache.discard(entry, error)
         options = session_options(threads)
@@ -87,25 +72,43 @@ class OnnxRuntimeEngine:
                 options.optimized_model_filepath = str(folder / _GRAPH_NAME)
                 options.add_session_config_entry(f"{_STORED_WEIGHTS}_file_name", f"{_GRAPH_NAME}.data")
                 options.add_session_config_entry(f"{_STORED_WEIGHTS}_min_size_in_bytes", "1024")
-            session = fused_session(path, options, [_CPU])
+            session = fused_session(path, options, [CPU])
         return session
 
 
-def fused_session(path: Path, options: Any, providers: Sequence[Any]) -> Any:
+def imported_onnxruntime() -> Any:
+    """The module.
+
+    Raises:
+        BundleError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BundleError(
+            "The engine onnxruntime is not installed. Install it: pip install 'diffuserve[serve]'"
+        ) from error
+    return onnxruntime
+
+
+def fused_session(
+    path: Path, options: Any, providers: Sequence[Any], fuse: Callable[[ModelProto], object] = fuse_attention
+) -> Any:
     """An `onnxruntime.InferenceSession` on the graph with its attention fused.
 
     Args:
         path: the .onnx file; weights beside it are found by their names.
         options: `session_options`; is changed.
-        providers: ONNX Runtime's, the first choice first.
+        providers: ONNX Runtime's, the first choice first. It takes no other one where these fail.
+        fuse: changes the graph.
     """
     import onnx
     import onnxruntime
 
     model = onnx.load(path, load_external_data=False)
-    fuse_attention(model)
+    fuse(model)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers, enable_fallback=0)
 
 
 def session_options(threads: int) -> Any:

@@ -1,70 +1,25 @@
 """TensorRT plans: graphs that TensorRT has compiled for one GPU architecture, one version of its own, and ranges of shapes.
 
-No plan has been built yet, since no NVIDIA GPU was at hand: of this module only the profiles and the names are tested.
+TensorRT itself has built none yet, since no NVIDIA GPU was at hand; docs/engines.md says what has been tried in its place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from diffuserve.bundle import ModelSpec
-from diffuserve.decoding import MAX_DECODE_BATCH
-from diffuserve.engines.example import native_dims
 from diffuserve.engines.gpu import gpu_architectures
+from diffuserve.engines.tensorrt_profiles import Profile, profiles
+from diffuserve.engines.tensorrt_progress import progress_monitor
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
-from diffuserve.request import Limits
-from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
+from diffuserve.tensors import StageSpec
 
 SUFFIX = ".plan"
-# Batch sizes that get a profile of their own at the native size, with kernels chosen for exactly that shape.
-_STATIC_BATCHES = (1, 2, 4, 8, 16, 32)
-
-
-@dataclass(frozen=True)
-class ShapeRange:
-    """The smallest and largest shape that an input may have, batch included, and the one to be fastest at."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-
-# One range for each input, by name.
-Profile = dict[str, ShapeRange]
-
-
-def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
-    """What a plan is built for: first each of the usual batches at the native size, last any batch, image size and
-    length of a prompt that the server's limits allow."""
-    limits = Limits.for_model(model)
-    has_images = any(spec.dims[-1] == 3 or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
-    most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
-    batches = [batch for batch in _STATIC_BATCHES if batch <= most_rows]
-    least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple
-
-    def shape(spec: TensorSpec, batch: int, width: int, height: int, chunks: int = 1) -> tuple[int, ...]:
-        size = msgspec.structs.replace(model, width=width, height=height, max_tokens=chunks * model.max_tokens)
-        return (batch, *native_dims(spec, size))
-
-    def any_shape(spec: TensorSpec) -> ShapeRange:
-        return ShapeRange(
-            shape(spec, 1, least_px, least_px),
-            shape(spec, batches[len(batches) // 2], model.width, model.height),
-            shape(spec, most_rows, most_px, most_px, limits.max_prompt_chunks),
-        )
-
-    def one_shape(spec: TensorSpec, batch: int) -> ShapeRange:
-        return ShapeRange(*[shape(spec, batch, model.width, model.height)] * 3)
-
-    return [
-        *({spec.name: one_shape(spec, batch) for spec in tensors.inputs} for batch in batches),
-        {spec.name: any_shape(spec) for spec in tensors.inputs},
-    ]
+# What is on the package index fetches the libraries themselves from NVIDIA's own index.
+INSTALL = "pip install 'diffuserve[tensorrt]' --extra-index-url https://pypi.nvidia.com"
 
 
 def plan_path(graph: Path, precision: str) -> Path:
@@ -97,37 +52,65 @@ def build_plan(graph: Path, precision: str, tensors: StageSpec, model: ModelSpec
         BundleError: TensorRT refuses the graph, or cannot build it.
     """
     path = plan_path(graph, precision)
-    if path.is_file():
-        return path
-    import tensorrt
+    if not path.is_file():
+        import tensorrt
 
-    logger = tensorrt.Logger(tensorrt.Logger.WARNING)
-    builder = tensorrt.Builder(logger)
+        # The measurements of kernels, which the next component of the same model can use again.
+        timings = graph.parent.parent / f"{_this_machine()}.timings"
+        write_whole(path, serialized_plan(tensorrt, graph, profiles(tensors, model), timings))
+    return path
+
+
+def serialized_plan(library: Any, graph: Path, ranges: Sequence[Profile], timings: Path) -> Any:
+    """Builds a plan.
+
+    Args:
+        library: the module `tensorrt`, or one with the same interface.
+        graph: the .onnx file; weights beside it are found by their names.
+        ranges: the profiles.
+        timings: measurements of kernels are read from there if it exists, and written there.
+
+    Returns:
+        A buffer.
+
+    Raises:
+        BundleError: TensorRT refuses the graph or a profile, or cannot build it.
+    """
+    logger = library.Logger(library.Logger.WARNING)
+    builder = library.Builder(logger)
     # From version 11 on every network is strongly typed, and before that only those that say so.
-    typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    typed = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = tensorrt.OnnxParser(network, logger)
+    parser = library.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         errors = "; ".join(str(parser.get_error(number)) for number in range(parser.num_errors))
         raise BundleError(f"TensorRT cannot read {graph}: {errors}")
     config = builder.create_builder_config()
-    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 is to be fp32, and not to be multiplied with 10 digits
-    for ranges in profiles(tensors, model):
-        profile = builder.create_optimization_profile()
-        for name, shapes in ranges.items():
-            profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
-        config.add_optimization_profile(profile)
-    # The measurements of kernels, which the next component of the same model can use again.
-    timings = graph.parent.parent / f"{_this_machine()}.timings"
+    config.clear_flag(library.BuilderFlag.TF32)  # fp32 is to be fp32, and not to be multiplied with 10 digits
+    for profile in ranges:
+        _add_profile(builder, config, profile, graph)
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    config.progress_monitor = _progress(graph)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        # Those of another driver, say; without them the build only takes longer.
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    config.progress_monitor = progress_monitor(library, graph.parent.name)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BundleError(f"TensorRT cannot build {graph}; its own messages above say why.")
     write_whole(timings, config.get_timing_cache().serialize())
-    write_whole(path, plan)
-    return path
+    return plan
+
+
+def _add_profile(builder: Any, config: Any, ranges: Profile, graph: Path) -> None:
+    profile = builder.create_optimization_profile()
+    try:
+        for name, shapes in ranges.items():
+            profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        refused = config.add_optimization_profile(profile) < 0
+    except ValueError:
+        refused = True
+    if refused:
+        raise BundleError(f"TensorRT refuses the shapes {ranges} for {graph}; its own messages above say why.")
 
 
 def _this_machine() -> str:
@@ -137,31 +120,5 @@ def _this_machine() -> str:
     try:
         import tensorrt
     except ImportError as error:
-        raise BundleError(
-            "The engine tensorrt is not installed. Install it: pip install 'diffuserve[tensorrt]'"
-        ) from error
+        raise BundleError(f"The engine tensorrt is not installed. Install it: {INSTALL}") from error
     return f"{architectures[0]}.trt{tensorrt.__version__}"
-
-
-def _progress(graph: Path) -> Any:
-    """TensorRT's phases as progress bars."""
-    import tensorrt
-    from tqdm import tqdm
-
-    class Progress(tensorrt.IProgressMonitor):  # type: ignore[misc]  # untyped
-        def __init__(self) -> None:
-            super().__init__()
-            self._bars: dict[str, tqdm] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._bars[phase_name] = tqdm(total=num_steps, desc=f"{graph.parent.name}: {phase_name}", leave=False)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            bar = self._bars[phase_name]
-            bar.update(step + 1 - bar.n)
-            return True  # go on
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._bars.pop(phase_name).close()
-
-    return Progress()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from diffuserve.engines.pieces import join_rows, split_rows
+from diffuserve.engines.tensorrt_profiles import Profile, most_rows
 from diffuserve.errors import StageFailed
 from diffuserve.stages import Conditioning, Float32
 from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
@@ -37,10 +39,12 @@ class BlsStages:
 
     Args:
         outputs: the names of each stage's outputs.
+        ranges: the profiles of each stage that runs a TensorRT plan; its calls are made in pieces that a profile allows.
     """
 
-    def __init__(self, outputs: dict[str, list[str]]) -> None:
+    def __init__(self, outputs: dict[str, list[str]], ranges: Mapping[str, Sequence[Profile]]) -> None:
         self._outputs = outputs
+        self._ranges = ranges
         # The loop works on numpy arrays, so outputs of engines on a GPU are asked for in the host's memory.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
         self._calls: set[asyncio.Task[dict[str, NDArray[Any]]]] = set()
@@ -73,7 +77,7 @@ class BlsStages:
     async def _call(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
         # stopped before it returns.
-        call = asyncio.create_task(self._execute(stage, inputs))
+        call = asyncio.create_task(self._execute_in_pieces(stage, inputs))
         self._calls.add(call)
         call.add_done_callback(self._forget)
         return await asyncio.shield(call)
@@ -82,6 +86,12 @@ class BlsStages:
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()  # read, so that asyncio does not report it where nobody waits for the call any more
+
+    async def _execute_in_pieces(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if stage not in self._ranges:
+            return await self._execute(stage, inputs)
+        most = most_rows(self._ranges[stage], {name: array.shape for name, array in inputs.items()})
+        return join_rows([await self._execute(stage, piece) for piece in split_rows(inputs, most)])
 
     async def _execute(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         load = self._loads.get(stage)

@@ -18,6 +18,7 @@ from typing import Any, cast
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle import read_manifest
+from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.errors import (
     TRITON_CODE,
     BundleError,
@@ -63,7 +64,12 @@ class StableDiffusionModel:
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
-            self._stages = BlsStages(outputs)
+            ranges = {
+                name: profiles(component.tensors, placement.model)
+                for name, component in components.items()
+                if component.engine == "tensorrt"
+            }
+            self._stages = BlsStages(outputs, ranges)
             self._pipeline = Pipeline(
                 version_folder,
                 self._stages,

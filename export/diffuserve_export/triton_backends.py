@@ -57,23 +57,33 @@ def set_backend(config: Any, backend: str, component: Component, model: ModelSpe
     else:
         group.kind = group.KIND_GPU
         group.gpus.extend(range(instances))
+    if backend == "onnxruntime":
+        from diffuserve.engines.onnxruntime_cuda import cuda_options
+
+        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+        accelerator.parameters.update(cuda_options(component.precision))
     if backend == "tensorrt":
         _use_profiles(config, component, model)
     _warm(config, component, model)
 
 
 def _use_profiles(config: Any, component: Component, model: ModelSpec) -> None:
-    """All of a plan's profiles, and a CUDA graph for each that has one shape only."""
-    from diffuserve.engines.tensorrt_plan import profiles
+    """All of a plan's profiles, and a CUDA graph for each small batch of the native size."""
+    from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, has_one_size, profiles
 
+    ranges = profiles(component.tensors, model)
+    config.instance_group[0].profile.extend(str(number) for number in range(len(ranges)))
     config.optimization.cuda.graphs = True
-    for number, ranges in enumerate(profiles(component.tensors, model)):
-        config.instance_group[0].profile.append(str(number))
-        if all(shapes.min == shapes.max for shapes in ranges.values()):
-            (batch,) = {shapes.opt[0] for shapes in ranges.values()}
+    for profile in filter(has_one_size, ranges):
+        (least,), (most,) = ({getattr(each, end)[0] for each in profile.values()} for end in ("min", "max"))
+        for batch in range(least, min(most, MOST_GRAPH_ROWS) + 1):
             spec = config.optimization.cuda.graph_spec.add(batch_size=batch)
-            for name, shapes in ranges.items():
+            for name, shapes in profile.items():
                 spec.input[name].dim.extend(shapes.opt[1:])
+    if not all(map(has_one_size, ranges)):
+        # Large images have profiles of fewer rows than `max_batch_size`, which calls are split for; Triton must not put
+        # them together again.
+        config.ClearField("dynamic_batching")
 
 
 def _warm(config: Any, component: Component, model: ModelSpec) -> None:

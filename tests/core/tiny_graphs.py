@@ -20,7 +20,7 @@ _GRAPHS = {
     TEXT_ENCODER: """text_encoder (int32[B, 12] input_ids) => (float[B, 12, 5] encoder_hidden_states) {
         encoder_hidden_states = Gather (embedding, input_ids)
     }""",
-    UNET: """unet (float[B, 4, h, w] sample, float[B, 1] timestep, float[B, 12, 5] encoder_hidden_states)
+    UNET: """unet (float[B, 4, h, w] sample, float[B, 1] timestep, float[B, L, 5] encoder_hidden_states)
         => (float[B, 4, h, w] noise_pred) {
         image = Conv <pads = [1, 1, 1, 1]> (sample, conv)
         axes = Constant <value = int64[2] {1, 2}> ()
@@ -34,7 +34,10 @@ _GRAPHS = {
         noise_pred = Add (image, row)
     }""",
     VAE_DECODER: """vae_decoder (float[B, 4, h, w] latent_sample) => (uint8[B, H, W, 3] image, bool[B, 1] finite) {
-        large = ConvTranspose <strides = [8, 8]> (latent_sample, rgb)
+        scales = Constant <value = float[4] {1.0, 1.0, 8.0, 8.0}> ()
+        large_latents = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+            (latent_sample, , scales)
+        large = Conv <pads = [1, 1, 1, 1]> (large_latents, rgb)
         levels = Constant <value = float[1] {127.5}> ()
         lowest = Constant <value = float {0.0}> ()
         highest = Constant <value = float {255.0}> ()
@@ -73,7 +76,7 @@ _GRAPHS = {
 _WEIGHTS = {
     TEXT_ENCODER: {"embedding": (4096, 5)},
     UNET: {"conv": (4, 4, 3, 3)},
-    VAE_DECODER: {"rgb": (4, 3, 8, 8)},
+    VAE_DECODER: {"rgb": (3, 4, 3, 3)},
     VAE_ENCODER: {"latents": (4, 3, 1, 1)},
     SAFETY_CHECKER: {"concepts": (768, 17)},
 }

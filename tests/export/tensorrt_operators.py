@@ -1,7 +1,8 @@
 """The ONNX operators that TensorRT takes, with the types of their data, and the restrictions that concern our graphs.
 
 From docs/operators.md of github.com/onnx/onnx-tensorrt, release 10.15 (opsets 9 to 24). Of bytes it says that they are
-taken as inputs and outputs of the network only, and of a cast.
+taken as inputs and outputs of the network only, and of a cast. It also has transposed convolutions in bf16; a builder
+(TensorRT-RTX 1.7.1) refuses them: "Could not infer output types".
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ _ANY = f"{_NUMBERS} BOOL"
 
 _OPERATORS = {
     _FLOATS: (
-        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh CumSum "
+        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv Cos Cosh CumSum "
         "Dropout Einsum Elu Erf Exp Floor GRU Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization "
         "HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LRN LSTM LayerNormalization LeakyRelu Log LogSoftmax "
         "LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization PRelu RMSNormalization RNN Reciprocal Resize Round "
@@ -28,6 +29,7 @@ _OPERATORS = {
         "Reshape ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where"
     ),
     f"{_ANY} UINT8": "Cast CastLike",
+    "FP32 FP16": "ConvTranspose",
     "BOOL": "And Not Or Xor",
 }
 TYPES = {name: frozenset(types.split()) for types, names in _OPERATORS.items() for name in names.split()}

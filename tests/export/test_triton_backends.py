@@ -13,7 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from diffuserve.bundle import Manifest, describe_file, read_manifest, write_manifest
 from diffuserve.engines.example import native_dims
-from diffuserve.engines.tensorrt_plan import profiles
+from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.errors import BundleError
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.triton.placement import read_placement
@@ -91,7 +91,18 @@ def test_onnxruntime_has_an_instance_on_each_gpu(bundle: Path, tmp_path: Path) -
             assert list(group.gpus) == ([0, 1, 2] if name == UNET else [0])
 
 
-def test_tensorrt_has_a_cuda_graph_for_each_static_shape(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("fp16", "1")])
+def test_onnxruntime_computes_as_in_this_process(bundle: Path, tmp_path: Path, precision: str, tf32: str) -> None:
+    with_precision(bundle, "onnxruntime-cuda", precision)
+    repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
+    configs = parse(tmp_path / "repository")
+    for stage in STAGES:
+        (accelerator,) = configs[stage].optimization.execution_accelerators.gpu_execution_accelerator
+        assert accelerator.name == "cuda"
+        assert dict(accelerator.parameters) == {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": tf32}
+
+
+def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: Path) -> None:
     with_plans(bundle)
     manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "tensorrt")
     for stage, config in parse(tmp_path / "repository").items():
@@ -104,13 +115,16 @@ def test_tensorrt_has_a_cuda_graph_for_each_static_shape(bundle: Path, tmp_path:
         assert list(group.profile) == [str(number) for number in range(len(ranges))]
         assert config.optimization.cuda.graphs
         specs = config.optimization.cuda.graph_spec
-        assert [spec.batch_size for spec in specs] == [1, 2, 4, 8, 16, 32][: len(ranges) - 1]
+        assert [spec.batch_size for spec in specs] == list(range(1, 9))
         for spec in specs:
             assert spec.batch_size <= config.max_batch_size
             shapes = {name: tuple(shape.dim) for name, shape in spec.input.items()}
             assert shapes == {
                 tensor.name: native_dims(tensor, manifest.model) for tensor in manifest.components[stage].tensors.inputs
             }
+        # Where a profile allows fewer rows than Triton's batches may have, Triton makes none.
+        has_few = any(each.max[0] < config.max_batch_size for each in ranges[-1].values())
+        assert config.HasField("dynamic_batching") != has_few == (stage in (UNET, VAE_DECODER, VAE_ENCODER))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
