@@ -20,6 +20,7 @@ Opening reads JSON and the headers of the weights: no torch, and no code, pickle
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -252,11 +253,15 @@ def _read_defaults(folder: Path) -> Defaults:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """As Python reads it: diffusers writes -Infinity, which JSON does not know."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Download or save the checkpoint again.") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Download or save the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no object. Download or save the checkpoint again.")
+    return content
