@@ -44,7 +44,8 @@ from diffuserve_export.model_index import (
 )
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
 from diffuserve_export.safety import image_processor_from_configs
-from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
+from diffuserve_export.single_file import check_parts, config_of_single_file
+from diffuserve_export.weights import STEMS, Weights, tensors_in, weights_in
 
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
@@ -54,6 +55,8 @@ _CONFIG_NAMES = {
 }
 # Files beside the weights that are read.
 _TEXTS = (".json", ".txt")
+# What a single file is called, so that it is not looked for on the hub.
+_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # What a pipeline makes of the scheduler's settings, whatever the checkpoint's file says.
 _PIPELINE_SCHEDULER_SETTINGS = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 
@@ -147,7 +150,11 @@ def open_checkpoint(
     Raises:
         CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
     """
-    name, folder, single_file = _locate(path, config)
+    single_file = _open_single_file(path) if path.is_file() else None
+    if single_file:
+        name, folder = path.stem, _config_folder(single_file, config)
+    else:
+        name, folder = _locate(path, config)
     index = _read_json(folder / "model_index.json")
     pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
@@ -187,34 +194,17 @@ def open_checkpoint(
     )
 
 
-def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
-    """The model's name, the folder with its configs and, where there is one, the single file with its weights."""
-    if path.is_file():
-        single_file = _open_single_file(path)
-        return path.stem, _config_folder(path, config), single_file
-    if config is not None:
-        raise CheckpointError(
-            f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
-            "of its own. Leave it out."
-        )
-    return path.resolve().name, _folder(path, weights=True), None
-
-
 def _open_single_file(path: Path) -> Weights:
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} is a single file, and not .safetensors. Only safetensors are read: a pickle (.ckpt, .pt, .bin) can "
-            "run any code when it is opened. Get the checkpoint as .safetensors."
-        )
-    return Weights((path,), None, parameters_in(path))
+    tensors = tensors_in(path)
+    check_parts(path, tensors)
+    return Weights((path,), None, tensors)
 
 
-def _config_folder(path: Path, config: Path | None) -> Path:
+def _config_folder(single_file: Weights, config: Path | None) -> Path:
     if config is not None:
         return _folder(config, weights=False)
-    from diffuserve_export.single_file import config_of_single_file
-
-    repo_id = config_of_single_file(path)
+    (path,) = single_file.files
+    repo_id = config_of_single_file(path, single_file.tensors)
     try:
         return folder_from_hub(repo_id, weights=False)
     except CheckpointError as error:
@@ -225,9 +215,21 @@ def _config_folder(path: Path, config: Path | None) -> Path:
         ) from error
 
 
+def _locate(path: Path, config: Path | None) -> tuple[str, Path]:
+    """The model's name and the folder of a checkpoint that is no single file."""
+    if config is not None:
+        raise CheckpointError(
+            f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
+            "of its own. Leave it out."
+        )
+    return path.resolve().name, _folder(path, weights=True)
+
+
 def _folder(path: Path, *, weights: bool) -> Path:
     """The folder in diffusers' format that `path` is, or that a repository of that name is downloaded to."""
     if not path.exists():
+        if path.suffix.lower() in _FILES:
+            raise CheckpointError(f"There is no file {path}.")
         if is_hub_id(str(path)):
             return folder_from_hub(str(path), weights=weights)
         raise CheckpointError(
