@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import BundleError, InvalidRequest
+from diffuserve.scheduler_settings import check_choice, check_implemented
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -31,30 +32,6 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 _MEND = "Mend it and export the checkpoint again."
-
-# Settings whose other values ask for a sampler of another kind, with the values that are implemented. The first of each
-# is the default. diffusers itself replaces "deis", "logrho", "bh1" and "bh2" by the first value.
-_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "thresholding": (False,),  # clips by a quantile of the latents, which is not linear
-    "use_karras_sigmas": (False, None, True),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "algorithm_type": ("dpmsolver++", "deis", "sde-dpmsolver++"),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-    "solver_order": (2,),
-    "lambda_min_clipped": (-math.inf, None),  # msgspec writes infinity as null
-    "variance_type": (None,),
-    "predict_x0": (True,),
-    "disable_corrector": ([],),
-    "solver_p": (None,),
-}
 
 
 @dataclass(frozen=True)
@@ -86,8 +63,7 @@ class NoiseSchedule:
         Raises:
             BundleError: a setting is of the wrong type, or asks for something that is not implemented.
         """
-        for name, implemented in _IMPLEMENTED.items():
-            _check_choice(name, config.get(name, implemented[0]), implemented)
+        check_implemented(config)
         schedule = cls(
             num_train_timesteps=_number(config, "num_train_timesteps", cls.num_train_timesteps, int),
             beta_start=_number(config, "beta_start", cls.beta_start, float),
@@ -112,16 +88,16 @@ class NoiseSchedule:
 
     def _check(self) -> None:
         if self.trained_betas is None:
-            _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+            check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         elif len(self.trained_betas) != self.num_train_timesteps:
             raise BundleError(
                 f"scheduler_config.json has {len(self.trained_betas)} trained_betas for num_train_timesteps="
                 f"{self.num_train_timesteps}; there must be one for each. {_MEND}"
             )
-        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_choice("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
         if self.timestep_spacing is not None:
-            _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+            check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if self.num_train_timesteps < 2 or self.steps_offset < 0:
             raise BundleError(
                 f"scheduler_config.json has num_train_timesteps={self.num_train_timesteps} and steps_offset="
@@ -244,15 +220,6 @@ def _rescale_zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32
     return rescaled
 
 
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        choices = " or ".join(repr(choice) for choice in allowed if choice is not None) or "null"
-        raise BundleError(
-            f"scheduler_config.json has {name}={value!r}, which is not implemented; it may be {choices}. If the "
-            f"checkpoint can be sampled without it, change {name} there and export it again."
-        )
-
-
 def _number(config: Mapping[str, Any], name: str, default: Any, kind: type) -> Any:
     value = config.get(name, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -267,9 +234,12 @@ def _betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
     if values is None:
         return None
     try:
-        return tuple(float(value) for value in values)
+        betas = tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise BundleError(f"scheduler_config.json has trained_betas that are no list of numbers. {_MEND}") from None
+        betas = (math.nan,)
+    if not all(map(math.isfinite, betas)):
+        raise BundleError(f"scheduler_config.json has trained_betas that are no list of numbers. {_MEND}")
+    return betas
 
 
 def _flag(config: Mapping[str, Any], name: str, default: Any) -> Any:

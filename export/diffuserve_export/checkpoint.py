@@ -12,7 +12,8 @@
         safety_checker/             and feature_extractor/, mostly in Stable Diffusion 1.x
 
 Or a repository of that form on the Hugging Face hub; or one .safetensors file in the layout of the original code, which
-holds all weights and lacks the rest: configs and tokenizers then come from a second checkpoint.
+holds all weights and lacks the rest: configs and tokenizers then come from a second checkpoint, and what the file says of
+itself goes before them.
 
 Opening reads JSON and the headers of the weights: no torch, and no code, pickled or otherwise, of the checkpoint's own.
 (Only for a single file without configs diffusers is imported, which knows whose configs to take.)
@@ -20,8 +21,9 @@ Opening reads JSON and the headers of the weights: no torch, and no code, pickle
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,16 @@ from diffuserve_export.model_index import (
     pipeline_of,
 )
 from diffuserve_export.model_spec import Defaults, model_spec_from_configs, stage_specs_from_configs
+from diffuserve_export.safetensors_file import read_header
 from diffuserve_export.safety import image_processor_from_configs
-from diffuserve_export.weights import STEMS, Weights, parameters_in, weights_in
+from diffuserve_export.single_file import (
+    Said,
+    clip_skip_by_file,
+    config_of_single_file,
+    said_by_file,
+    settings_by_file,
+)
+from diffuserve_export.weights import STEMS, Weights, check_not_quantised, weights_in
 
 _CONFIG_NAMES = {
     "scheduler": "scheduler_config.json",
@@ -53,6 +63,8 @@ _CONFIG_NAMES = {
 }
 # Files beside the weights that are read.
 _TEXTS = (".json", ".txt")
+# What a single file is called, so that it is not looked for on the hub.
+_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # What a pipeline makes of the scheduler's settings, whatever the checkpoint's file says.
 _PIPELINE_SCHEDULER_SETTINGS = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 
@@ -72,6 +84,7 @@ class Checkpoint:
         loras: fused into the weights, in this order.
         image_processor: of the safety checker, None where there is none.
         safety_checker_left_out: the folder has one that is not to be exported.
+        taken_from_file: settings that a single file has and the configs had otherwise, such as `scheduler.prediction_type`.
     """
 
     path: Path
@@ -84,6 +97,7 @@ class Checkpoint:
     loras: tuple[Lora, ...] = ()
     image_processor: ImageProcessor | None = None
     safety_checker_left_out: bool = False
+    taken_from_file: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -131,7 +145,7 @@ def open_checkpoint(
     *,
     config: Path | None = None,
     loras: tuple[Lora, ...] = (),
-    clip_skip: int = 0,
+    clip_skip: int | None = None,
     safety_checker: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -144,7 +158,8 @@ def open_checkpoint(
         config: for a single file: a folder in diffusers' format, or an id on the hub, of which only the configs and
             tokenizers are read; None takes those that diffusers takes for such a file, from the hub.
         loras: to fuse into the weights.
-        clip_skip: layers of the text encoders to leave out, in diffusers' meaning.
+        clip_skip: layers of the text encoders to leave out, in diffusers' meaning; None for what a single file says of
+            itself, else 0.
         safety_checker: whether to take the one that the checkpoint may have. A single file has none.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
             7.5 and dpmpp_2m.
@@ -152,7 +167,11 @@ def open_checkpoint(
     Raises:
         CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
     """
-    name, folder, single_file = _locate(path, config)
+    single_file, said = _open_single_file(path) if path.is_file() else (None, Said())
+    if single_file:
+        name, folder = path.stem, _config_folder(single_file, said, config)
+    else:
+        name, folder = _locate(path, config)
     index = _read_json(folder / "model_index.json")
     pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
@@ -164,6 +183,14 @@ def open_checkpoint(
     check_components(folder, index, parts)
     configs = {part: _read_json(folder / part / _CONFIG_NAMES.get(part, "config.json")) for part in parts}
     configs["scheduler"] |= _PIPELINE_SCHEDULER_SETTINGS.get(pipeline, {})
+    settings: dict[str, Any] = {}
+    if single_file:
+        settings = settings_by_file(path, said, configs, folder)
+        for setting, value in settings.items():
+            part, _, key = setting.partition(".")
+            configs[part][key] = value
+        if clip_skip is None and (by_file := clip_skip_by_file(said, two_encoders="text_encoder_2" in parts)):
+            settings["clip_skip"] = clip_skip = by_file
     given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
     defaults = msgspec.structs.replace(
         _read_defaults(folder), **{key: value for key, value in given.items() if value is not None}
@@ -172,7 +199,7 @@ def open_checkpoint(
         name,
         configs,
         defaults,
-        clip_skip=clip_skip,
+        clip_skip=clip_skip or 0,
         zero_empty_negative=zero_empty_negative,
     )
     weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
@@ -189,37 +216,21 @@ def open_checkpoint(
         loras,
         image_processor=image_processor,
         safety_checker_left_out=has_safety_checker and not safety_checker,
+        taken_from_file=settings,
     )
 
 
-def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
-    """The model's name, the folder with its configs and, where there is one, the single file with its weights."""
-    if path.is_file():
-        single_file = _open_single_file(path)
-        return path.stem, _config_folder(path, config), single_file
-    if config is not None:
-        raise CheckpointError(
-            f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
-            "of its own. Leave it out."
-        )
-    return path.resolve().name, _folder(path, weights=True), None
+def _open_single_file(path: Path) -> tuple[Weights, Said]:
+    header = read_header(path)
+    check_not_quantised(path, header.tensors)
+    return Weights((path,), None, header.tensors), said_by_file(path, header)
 
 
-def _open_single_file(path: Path) -> Weights:
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} is a single file, and not .safetensors. Only safetensors are read: a pickle (.ckpt, .pt, .bin) can "
-            "run any code when it is opened. Get the checkpoint as .safetensors."
-        )
-    return Weights((path,), None, parameters_in(path))
-
-
-def _config_folder(path: Path, config: Path | None) -> Path:
+def _config_folder(single_file: Weights, said: Said, config: Path | None) -> Path:
     if config is not None:
         return _folder(config, weights=False)
-    from diffuserve_export.single_file import config_of_single_file
-
-    repo_id = config_of_single_file(path)
+    (path,) = single_file.files
+    repo_id = config_of_single_file(path, single_file.tensors, said)
     try:
         return folder_from_hub(repo_id, weights=False)
     except CheckpointError as error:
@@ -230,9 +241,21 @@ def _config_folder(path: Path, config: Path | None) -> Path:
         ) from error
 
 
+def _locate(path: Path, config: Path | None) -> tuple[str, Path]:
+    """The model's name and the folder of a checkpoint that is no single file."""
+    if config is not None:
+        raise CheckpointError(
+            f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
+            "of its own. Leave it out."
+        )
+    return path.resolve().name, _folder(path, weights=True)
+
+
 def _folder(path: Path, *, weights: bool) -> Path:
     """The folder in diffusers' format that `path` is, or that a repository of that name is downloaded to."""
     if not path.exists():
+        if path.suffix.lower() in _FILES:
+            raise CheckpointError(f"There is no file {path}.")
         if is_hub_id(str(path)):
             return folder_from_hub(str(path), weights=weights)
         raise CheckpointError(
@@ -258,11 +281,15 @@ def _read_defaults(folder: Path) -> Defaults:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """As Python reads it: diffusers writes -Infinity, which JSON does not know."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Download or save the checkpoint again.") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Download or save the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no object. Download or save the checkpoint again.")
+    return content

@@ -39,8 +39,8 @@ _BUNDLES = Path("model_store/bundles")
 @click.option(
     "--clip-skip",
     type=click.IntRange(min=0),
-    default=0,
-    help="Layers of the text encoders to leave out, in diffusers' meaning.  [default: 0]",
+    help="Layers of the text encoders to leave out, in diffusers' meaning.  [default: what a single file says of itself, "
+    "else 0]",
 )
 @click.option(
     "--no-safety-checker",
@@ -75,7 +75,7 @@ def command(
     output: Path | None,
     config: Path | None,
     loras: tuple[str, ...],
-    clip_skip: int,
+    clip_skip: int | None,
     no_safety_checker: bool,
     steps: int | None,
     guidance_scale: float | None,
@@ -114,6 +114,10 @@ def command(
         guidance_scale=guidance_scale,
         sampler=sampler,
     )
+    if opened.taken_from_file:
+        click.echo(
+            f"Taken from {checkpoint.name} itself: " + ", ".join(f"{k}={v}" for k, v in opened.taken_from_file.items())
+        )
     output = output or _BUNDLES / opened.spec.name
     if not force and unchanged_manifest(opened, output) is not None:
         click.echo(

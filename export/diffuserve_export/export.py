@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
@@ -103,6 +102,7 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
         if (
             manifest.format_version == FORMAT_VERSION
             and manifest.model == checkpoint.spec
+            and manifest.scheduler == msgspec.json.decode(msgspec.json.encode(checkpoint.configs["scheduler"]))
             and manifest.source == checkpoint.source
             and manifest.safety_checker_left_out == checkpoint.safety_checker_left_out
             and manifest.versions == _versions()
@@ -223,12 +223,12 @@ def manifest_from_parts(
 
 
 def write_files_beside(checkpoint: Checkpoint, model: LoadedModel, folder: Path) -> tuple[File, ...]:
-    """Tokenizers and scheduler."""
+    """Tokenizers, and the scheduler's settings as they are used."""
     for part, tokenizer in model.tokenizers.items():
         _write_tokenizer(tokenizer, folder / part)
     scheduler = folder / "scheduler"
     scheduler.mkdir()
-    shutil.copyfile(checkpoint.path / "scheduler" / "scheduler_config.json", scheduler / "scheduler_config.json")
+    (scheduler / "scheduler_config.json").write_text(json.dumps(checkpoint.configs["scheduler"], indent=2) + "\n")
     parents = [*(folder / part for part in model.tokenizers), scheduler]
     return tuple(describe_file(folder, file) for parent in parents for file in sorted(parent.iterdir()))
 

@@ -98,7 +98,7 @@ def needed_files(files: Sequence[str], *, weights: bool) -> list[str]:
     for folder in _CONFIG_FOLDERS:
         names = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
         names = [name for name in names if "/" not in name]
-        chosen = [name for name in names if name.endswith(_CONFIG_SUFFIXES) and ".safetensors.index" not in name]
+        chosen = [name for name in names if name.endswith(_CONFIG_SUFFIXES) and ".index." not in name]
         chosen += _chosen_weights(names, STEMS[folder]) if weights and folder in STEMS else []
         needed += [f"{folder}/{name}" for name in chosen]
     return needed

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuserve.errors import CheckpointError
+from diffuserve_export.accounting import fill
 from diffuserve_export.checkpoint import Checkpoint
+from diffuserve_export.diffusers_layout import ignored_in_folder, origins_in_folder
 from diffuserve_export.lora import fuse_loras
+from diffuserve_export.original_layout import ignored_in_original, origins_in_original
 from diffuserve_export.quiet import hide_progress_bars, quiet
+from diffuserve_export.weights import STEMS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+# How diffusers' EMAModel took the moving average of the weights, which it saves with the model's settings.
+_SETTINGS_OF_AVERAGE = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
             for part in ("tokenizer", "tokenizer_2")
             if part in checkpoint.configs
         }
-        model = LoadedModel(**tokenizers, **_load_modules(checkpoint, tokenizers))
+        model = LoadedModel(**tokenizers, **_load_modules(checkpoint))
         _check_vocabulary(checkpoint.path, model.tokenizer, model.text_encoder)
         if model.tokenizer_2 is not None:
             _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
@@ -85,51 +103,67 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
     return model
 
 
-def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[str, Any]:
+def _load_modules(checkpoint: Checkpoint) -> dict[str, Any]:
+    modules = {part: _empty_module(checkpoint, part) for part in STEMS if part in checkpoint.configs}
+    if checkpoint.single_file:
+        names = checkpoint.single_file.tensors.keys()
+        fill(
+            modules,
+            origins_in_original(modules, names),
+            checkpoint.single_file,
+            ignored=ignored_in_original(modules, names),
+            where=checkpoint.single_file.files[0],
+            mend=f"The configs are those of {checkpoint.path}: if they are of another kind of model, name a folder of the "
+            "same kind by --config.",
+        )
+    for part, weights in checkpoint.weights.items():
+        module, names = modules[part], weights.tensors.keys()
+        fill(
+            {part: module},
+            {part: origins_in_folder(part, module, names)},
+            weights,
+            ignored=ignored_in_folder(part, module, names),
+            where=checkpoint.path / part,
+            mend="Download or save the checkpoint again.",
+        )
+    return {part: module.eval().requires_grad_(False) for part, module in modules.items()}
+
+
+def _empty_module(checkpoint: Checkpoint, part: str) -> Any:
+    """A component without weights, nor memory for them."""
+    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from diffuserve_export.single_file import parts_of_single_file
-
-    classes = {
+    classes: dict[str, Any] = {
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
         "safety_checker": StableDiffusionSafetyChecker,
     }
-    if checkpoint.single_file:
-        (file,) = checkpoint.single_file.files
-        modules = parts_of_single_file(file, checkpoint, tokenizers)
-    else:
-        modules = {
-            part: _load(classes[part], checkpoint.path / part, weights.variant)
-            for part, weights in checkpoint.weights.items()
-        }
-    return {part: module.float().eval().requires_grad_(False) for part, module in modules.items()}
-
-
-def _load(model_class: Any, folder: Path, variant: str | None) -> Any:
+    model_class, folder, config = classes[part], checkpoint.path / part, checkpoint.configs[part]
+    of_diffusers = part in ("unet", "vae")
+    if of_diffusers:
+        _check_known(folder, config, inspect.signature(model_class).parameters)
     try:
-        model, info = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
-        )
-    except Exception as error:  # each library raises errors of its own, up to RuntimeError for wrong shapes
+        with init_empty_weights():
+            if of_diffusers:
+                return model_class.from_config(config)
+            return model_class(model_class.config_class.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # each library raises errors of its own
         raise CheckpointError(f"{folder} cannot be loaded: {error}. Download or save the checkpoint again.") from error
-    # A text encoder may be shortened by its config alone, and its file keep what is left out. Of others nothing may be.
-    if folder.name in ("unet", "vae") and (extra := sorted(map(str, info["unexpected_keys"]))):
-        raise CheckpointError(
-            f"{folder}: its config.json does not describe {len(extra)} of the weights in its file: {', '.join(extra[:3])} "
-            "... They do not belong together; save the checkpoint again."
-        )
-    # transformers would fill these with random numbers.
-    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} of the weights that its config.json describes are missing or of another shape: "
-            f"{', '.join(wrong[:3])} ... Save the checkpoint again."
-        )
-    return model
+
+
+def _check_known(folder: Path, config: Mapping[str, Any], known: Collection[str]) -> None:
+    """diffusers ignores settings that it does not know, and would make another model than the one that was trained."""
+    for name, value in config.items():
+        if value and not name.startswith("_") and name not in known and name not in _SETTINGS_OF_AVERAGE:
+            raise CheckpointError(
+                f"{folder}/config.json has {name}={value!r}, which this version of diffusers does not know. Update diffusers; "
+                f"or if the model can be drawn with without it, remove {name} there."
+            )
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:

@@ -11,6 +11,7 @@ from diffuserve.bundle import ImageProcessor, ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import SAMPLERS, sampler_from_config
+from diffuserve.scheduler_settings import check_known
 from diffuserve.tensors import VAE_DECODER, VAE_ENCODER, StageSpec, stage_specs
 
 # The families, by whether there is a second text encoder.
@@ -174,6 +175,7 @@ def _check_scheduler(name: str, config: dict[str, Any]) -> None:
         )
     try:
         NoiseSchedule.from_config(config)
+        check_known(config, NoiseSchedule.__dataclass_fields__)
     except BundleError as error:
         raise CheckpointError(f"{name}: {error}") from error
 

@@ -6,7 +6,7 @@ taken; everything is exported from fp32 in either case.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import msgspec
 
 from diffuserve.bundle import sha256_of
 from diffuserve.errors import CheckpointError
+from diffuserve_export.safetensors_file import TensorInfo, read_header
 
 # Component: the name of its weights without suffix, as diffusers and transformers save them.
 STEMS: Mapping[str, str] = {
@@ -24,9 +25,10 @@ STEMS: Mapping[str, str] = {
     "vae": "diffusion_pytorch_model",
     "safety_checker": "model",
 }
-_VARIANTS = (None, "fp16")
-# What 8 bits mean depends on numbers beside them; every other type holds the weights themselves.
-_QUANTISED = {"I8", "U8"}
+# Types that hold the weights themselves, in safetensors' names.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Counters and positions have these. What a number of any other type means depends on others beside it.
+_INTEGERS = ("I64", "I32", "I16", "U64", "U32", "U16", "BOOL")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -35,27 +37,44 @@ class Weights:
     """The weights of one component, or of a whole single-file checkpoint.
 
     `files`: the safetensors files, and the index if there are several; `variant`: fp16, or None for full precision;
-    `parameters`: how many numbers they hold.
+    `tensors`: by name.
     """
 
     files: tuple[Path, ...]
     variant: str | None
-    parameters: int
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers they hold."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+
+def _names(stem: str) -> dict[str, str | None]:
+    """What the file to open may be called, whole weights or the index of shards, with its variant; the best first."""
+    return {
+        f"{stem}.safetensors": None,
+        f"{stem}.safetensors.index.json": None,
+        f"{stem}.fp16.safetensors": "fp16",
+        f"{stem}.safetensors.index.fp16.json": "fp16",
+        f"{stem}.safetensors.fp16.index.json": "fp16",  # diffusers' until the summer of 2024
+        f"{stem}.fp16.safetensors.index.json": "fp16",
+    }
 
 
 def choose_weights(names: Collection[str], stem: str) -> tuple[str, str | None] | None:
-    """The file to open of those in a component's folder, whole weights or the index of shards, and its variant; None if
-    there is none."""
-    for variant in _VARIANTS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if _with_variant(name, variant) in names:
-                return _with_variant(name, variant), variant
-    return None
+    """The file to open of those in a component's folder, and its variant; None if there is none. Upper and lower case are
+    one."""
+    by_name = {name.lower(): name for name in names}
+    return next(((by_name[name], variant) for name, variant in _names(stem).items() if name in by_name), None)
 
 
 def is_shard_of(name: str, stem: str, variant: str | None) -> bool:
-    """Whether a file is one of several that hold a component's weights, such as model-00001-of-00002.safetensors."""
-    return name.startswith(f"{stem}.{variant}-" if variant else f"{stem}-") and name.endswith(".safetensors")
+    """Whether a file is one of several that hold a component's weights, such as model-00001-of-00002.safetensors. A
+    variant's are model.fp16-00001-of-00002.safetensors, or, from before the summer of 2024,
+    model-00001-of-00002.fp16.safetensors."""
+    shard, dotted = r"-\d+-of-\d+", re.escape(f".{variant}") if variant else ""
+    return re.fullmatch(rf"{stem}({dotted}{shard}|{shard}{dotted})\.safetensors", name, re.IGNORECASE) is not None
 
 
 def weights_in(folder: Path, stem: str) -> Weights:
@@ -69,36 +88,54 @@ def weights_in(folder: Path, stem: str) -> Weights:
         raise CheckpointError(_no_weights(folder, stem))
     name, variant = chosen
     file = folder / name
-    if file.suffix != ".json":
-        return Weights((file,), variant, parameters_in(file))
+    if not name.lower().endswith(".json"):
+        return Weights((file,), variant, tensors_in(file))
     shards = tuple(folder / shard for shard in sorted(set(_weight_map(file).values())))
+    tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if not shard.resolve().is_relative_to(folder.resolve()) and not shard.is_symlink():
             raise CheckpointError(f"{file} names {shard}, which lies outside its folder. Do not use this checkpoint.")
-    return Weights((file, *shards), variant, sum(map(parameters_in, shards)))
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing, and {file.name} names it. Download the checkpoint again.")
+        found = tensors_in(shard)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"{shard} has {listed(twice)}, and so has another shard. Download or save the checkpoint again."
+            )
+        tensors |= found
+    return Weights((file, *shards), variant, tensors)
+
+
+def tensors_in(file: Path) -> Mapping[str, TensorInfo]:
+    """A safetensors file's tensors, from its header.
+
+    Raises:
+        CheckpointError: it is damaged or no such file. Or its weights are quantised.
+    """
+    tensors = read_header(file).tensors
+    check_not_quantised(file, tensors)
+    return tensors
+
+
+def check_not_quantised(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises CheckpointError where a tensor is of a type that does not hold weights themselves."""
+    quantised = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *_INTEGERS)}
+    if quantised:
+        raise CheckpointError(
+            f"{file} has weights in {' and '.join(sorted(set(quantised.values())))}, so they are quantised in some way "
+            f"that the file does not tell: {listed(quantised)}. Take the checkpoint in fp32, bf16 or fp16."
+        )
 
 
 def parameters_in(file: Path) -> int:
-    """How many numbers a safetensors file holds, from its header.
+    """How many numbers a safetensors file holds; raises as `tensors_in`."""
+    return sum(tensor.size for tensor in tensors_in(file).values())
 
-    Raises:
-        CheckpointError: it is damaged; its length is compared with what the header says. Or its weights are quantised.
-    """
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
-            dtypes = {part.get_dtype() for part in parts}
-            parameters = sum(math.prod(part.get_shape()) for part in parts)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short: {error}. Download it again.") from error
-    if quantised := sorted(dtypes & _QUANTISED):
-        raise CheckpointError(
-            f"{file} has weights in {' and '.join(quantised)}, so they are quantised in some way that the file does not "
-            "tell. Take the checkpoint in fp32, bf16 or fp16."
-        )
-    return parameters
+def listed(names: Collection[str]) -> str:
+    """The first of them, for a message."""
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 def sha256_of_weights(file: Path) -> str:
@@ -120,14 +157,9 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}" if variant else name
-
-
 def _no_weights(folder: Path, stem: str) -> str:
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in (*_PICKLED, ".safetensors"))
-    if any(file.endswith(_PICKLED) for file in found):
+    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (*_PICKLED, ".safetensors"))
+    if any(file.lower().endswith(_PICKLED) for file in found):
         return (
             f"{folder} has its weights as a pickle ({', '.join(found)}), which can run any code when it is opened; only "
             f'safetensors are read. If you trust the checkpoint, convert it: python -c "from diffusers import '

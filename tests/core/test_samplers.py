@@ -403,7 +403,6 @@ def test_tables_are_shared_and_cannot_be_changed() -> None:
     [
         ("thresholding", True),
         ("use_beta_sigmas", True),
-        ("algorithm_type", "dpmsolver"),
         ("solver_type", "heun"),
         ("predict_x0", False),
         ("disable_corrector", [0]),

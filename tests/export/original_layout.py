@@ -19,6 +19,7 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embedding.cond_proj",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
@@ -35,25 +36,30 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def write_single_file(pipeline: Any, path: Path) -> Path:
+def write_single_file(model: Any, path: Path) -> Path:
     """Args:
-    pipeline: a Stable Diffusion 1, 2 or XL pipeline of diffusers.
+    model: a Stable Diffusion 1, 2 or XL pipeline of diffusers, or what has its parts by the same names.
     path: the .safetensors file.
     """
     from safetensors.torch import save_file
 
-    names = original_unet_names(pipeline.unet)
-    tensors = {f"model.diffusion_model.{names[name]}": t for name, t in pipeline.unet.state_dict().items()}
-    tensors |= {f"first_stage_model.{name}": t for name, t in _vae(pipeline.vae).items()}
-    if hasattr(pipeline, "text_encoder_2"):
-        tensors |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
-        tensors |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
-    elif pipeline.text_encoder.config.hidden_act == "gelu":
-        tensors |= _open_clip(pipeline.text_encoder, "cond_stage_model.model.")
-    else:
-        tensors |= _clip(pipeline.text_encoder, "cond_stage_model.transformer.")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in original_tensors(model).items()}, path)
     return path
+
+
+def original_tensors(model: Any) -> Tensors:
+    """Its weights by the names of the original layout."""
+    names = original_unet_names(model.unet)
+    tensors = {f"model.diffusion_model.{names[name]}": t for name, t in model.unet.state_dict().items()}
+    tensors |= {f"first_stage_model.{name}": t for name, t in _vae(model.vae).items()}
+    if getattr(model, "text_encoder_2", None) is not None:
+        tensors |= _clip(model.text_encoder, "conditioner.embedders.0.transformer.")
+        tensors |= _open_clip(model.text_encoder_2, "conditioner.embedders.1.model.")
+    elif model.text_encoder.config.hidden_act == "gelu":
+        tensors |= _open_clip(model.text_encoder, "cond_stage_model.model.")
+    else:
+        tensors |= _clip(model.text_encoder, "cond_stage_model.transformer.")
+    return tensors
 
 
 def original_unet_names(unet: Any) -> dict[str, str]:

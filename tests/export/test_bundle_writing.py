@@ -24,6 +24,7 @@ from diffuserve_export.cli import command
 from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
 from diffuserve_export.lora import Lora
 from diffuserve_export.room import available_memory_bytes, bundle_size_bytes, export_memory_bytes
+from diffuserve_export.safetensors_file import TensorInfo
 from diffuserve_export.staging import staged
 from diffuserve_export.weights import Weights
 from tests.export.conftest import KilledExport
@@ -122,7 +123,7 @@ def test_failed_export_keeps_the_older_bundle(tiny_bundle: Path, checkpoint: Pat
 def test_too_little_disk_is_noticed_before_anything_is_written(shared_checkpoint: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(shared_checkpoint)
     assert bundle_size_bytes(opened) > 4 * opened.parameters
-    exabyte = Weights(files=(), variant=None, parameters=10**18)
+    exabyte = Weights(files=(), variant=None, tensors={"x": TensorInfo(Path("x"), "F32", (10**9, 10**9))})
     larger = dataclasses.replace(opened, weights={**opened.weights, "unet": exabyte})
     with pytest.raises(BundleError, match=r"takes about 80000\d*\.\d GB, and the disk of .* has .* GB left"):
         bundle_from_checkpoint(larger, tmp_path / "bundle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
 from diffuserve_export.checkpoint import open_checkpoint, sha256_of_checkpoint
 from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.load import model_from_checkpoint
 from diffuserve_export.weights import choose_weights
-from tests.export.tiny import write_sdxl_checkpoint
+from tests.export.tiny import write_sd2_checkpoint, write_sdxl_checkpoint
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -29,8 +31,6 @@ def edit(file: Path, **values: Any) -> None:
 
 def rewrite(file: Path, change: Callable[[str, NDArray[Any]], NDArray[Any]], **added: NDArray[Any]) -> None:
     """Saves each tensor as `change` makes it of its name and values, and those `added`."""
-    from safetensors.numpy import load_file, save_file
-
     changed = {name: change(name, array) for name, array in load_file(file).items()}
     save_file({**changed, **added}, file, metadata={"format": "pt"})
 
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "variant": (rename_unet_to_variant, "Found: diffusion_pytorch_model.non_ema.safetensors; rename"),
     "no weights": (lambda path: (path / UNET_WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors"),
     "cut short": (cut_unet_short, "is damaged or cut short"),
-    "LFS pointer": (garble_unet, "is damaged or cut short"),
+    "LFS pointer": (garble_unet, "is a git-lfs pointer that stands for the file.* git lfs pull"),
     "outside": (point_outside, "lies outside its folder"),
     "flow": (editing("scheduler/scheduler_config.json", prediction_type="flow_prediction"), "prediction_type"),
     "thresholding": (editing("scheduler/scheduler_config.json", thresholding=True), "thresholding"),
@@ -143,9 +143,13 @@ def test_refuses(case: str, checkpoint: Path, tmp_path: Path) -> None:
 def test_refuses_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"There is no folder .*missing. Give the folder"):
         open_checkpoint(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"There is no file models/missing.SAFETENSORS\.$"):
+        open_checkpoint(Path("models/missing.SAFETENSORS"))  # and no id on the hub
     single = tmp_path / "model.ckpt"
-    single.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"is a single file, and not .safetensors.*can run any code"):
+    single.write_bytes(pickle.dumps({"state_dict": [1.0] * 100}))
+    with pytest.raises(
+        CheckpointError, match=r"model.ckpt is a pickle, .* can run any code .* only safetensors are read"
+    ):
         open_checkpoint(single)
 
 
@@ -163,15 +167,25 @@ REFUSED_LATE: dict[str, tuple[Callable[[Path], object], str]] = {
     # transformers would fill a missing layer with random numbers.
     "more layers": (
         editing("text_encoder/config.json", num_hidden_layers=2),
-        "text_encoder.*missing or of another shape",
+        "text_encoder: .* lacks 16 of the weights that the configs describe: encoder.layers.1.layer_norm1.bias",
     ),
-    "wider layers": (editing("unet/config.json", block_out_channels=[32, 96]), "unet cannot be loaded: .*shape"),
-    "more blocks": (editing("unet/config.json", layers_per_block=2), "unet cannot be loaded: .*shape"),
+    "wider layers": (
+        editing("unet/config.json", block_out_channels=[32, 96]),
+        r"unet: .*shape .*: down_blocks.1.resnets.0.conv1.bias is \(64,\) where \(96,\) is needed",
+    ),
+    "more blocks": (
+        editing("unet/config.json", layers_per_block=2),
+        "unet: .* configs describe: down_blocks.0.attentions.1",
+    ),
     "less attention": (
         editing("vae/config.json", mid_block_add_attention=False),
-        "vae: its config.json does not describe 20 of the weights in its file: decoder.mid_block.attentions",
+        "vae: .* do not describe 20 of the file's tensors: decoder.mid_block.attentions",
     ),
-    "weights of another component": (swap_weights, "text_encoder: .* of the weights .* are missing"),
+    "weights of another component": (
+        swap_weights,
+        "text_encoder: .* of the weights that the configs describe: embeddings",
+    ),
+    "unknown setting": (editing("unet/config.json", octaves=2), "unet/config.json has octaves=2, which this version"),
     "unknown block": (editing("unet/config.json", down_block_types=["X", "DownBlock2D"]), "unet cannot be loaded: X"),
     "broken vocabulary": (
         lambda path: (path / "tokenizer/vocab.json").write_text("{"),
@@ -190,11 +204,27 @@ def test_refuses_weights_that_are_not_those_of_the_configs(case: str, checkpoint
     assert list((tmp_path / "bundles").iterdir()) == []
 
 
-def test_a_text_encoder_may_be_shortened_by_its_config(checkpoint: Path) -> None:
-    """As some skip its last layers; the file keeps them."""
-    layer = {"encoder.layers.1.layer_norm1.weight": np.ones(32, np.float32)}
-    rewrite(checkpoint / "text_encoder/model.safetensors", lambda name, array: array, **layer)
-    assert model_from_checkpoint(open_checkpoint(checkpoint)).text_encoder.config.num_hidden_layers == 1
+def test_a_text_encoder_may_be_shortened_by_its_config(tmp_path: Path) -> None:
+    """As some skip its last layers; the file keeps them. But then they must be whole."""
+    path = write_sd2_checkpoint(tmp_path / "sd2")
+    file = path / "text_encoder/model.safetensors"
+    edit(path / "text_encoder/config.json", num_hidden_layers=1)
+    model = model_from_checkpoint(open_checkpoint(path))
+    assert model.text_encoder.config.num_hidden_layers == 1
+    assert not any("layers.1." in name for name in model.text_encoder.state_dict())
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.fc2.bias"))
+    save_file({other: array for other, array in tensors.items() if other != name}, file)
+    with pytest.raises(CheckpointError, match=r"do not describe 15 of the .*encoder.layers.1.layer_norm1.bias"):
+        model_from_checkpoint(open_checkpoint(path))
+    save_file({other.replace("layers.1.", "layers.2."): array for other, array in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match=r"do not describe 16 of the .*encoder.layers.2.layer_norm1.bias"):
+        model_from_checkpoint(open_checkpoint(path))
+
+
+def test_what_averaged_the_weights_is_no_setting_of_the_model(checkpoint: Path) -> None:
+    edit(checkpoint / "unet/config.json", decay=0.9999, optimization_step=1000, power=0.75, octaves=None)
+    assert model_from_checkpoint(open_checkpoint(checkpoint)).unet.config["block_out_channels"] == [32, 64]
 
 
 def test_spec_comes_from_the_configs(shared_checkpoint: Path) -> None:
@@ -249,8 +279,6 @@ def test_sdxl_components_must_fit(tmp_path: Path) -> None:
 
 def to_fp16(path: Path, *, keep_full: bool) -> None:
     """Saves each component's weights as the fp16 variant."""
-    from safetensors.numpy import load_file, save_file
-
     for file in sorted(path.glob("*/*.safetensors")):
         half = {name: array.astype(np.float16) for name, array in load_file(file).items()}
         save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
@@ -286,6 +314,8 @@ def test_full_precision_is_preferred(checkpoint: Path) -> None:
         (["model.fp16.safetensors", "model.non_ema.safetensors"], ("model.fp16.safetensors", "fp16")),
         (["model.safetensors.index.json", "model.fp16.safetensors"], ("model.safetensors.index.json", None)),
         (["model.safetensors.index.fp16.json"], ("model.safetensors.index.fp16.json", "fp16")),
+        (["model.safetensors.fp16.index.json"], ("model.safetensors.fp16.index.json", "fp16")),
+        (["Model.SAFETENSORS", "model.fp16.safetensors"], ("Model.SAFETENSORS", None)),
         (["model.bin", "diffusion_pytorch_model.safetensors"], None),
     ],
 )

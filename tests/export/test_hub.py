@@ -104,6 +104,25 @@ def test_shards_and_variants() -> None:
     assert set(needed_files(files, weights=True)) == {*files[:5], *files[7:9]}
 
 
+@pytest.mark.parametrize(
+    ("index", "shard", "other"),
+    [
+        (".safetensors.index.json", "-{}-of-00002.safetensors", ".fp16-{}-of-00002.safetensors"),
+        (".safetensors.index.fp16.json", ".fp16-{}-of-00002.safetensors", ".bf16-{}-of-00002.safetensors"),
+        (".safetensors.index.fp16.json", "-{}-of-00002.fp16.safetensors", "-{}-of-00002.safetensors"),
+        (".safetensors.fp16.index.json", "-{}-of-00002.fp16.safetensors", "-{}-of-00002.bf16.safetensors"),
+    ],
+)
+def test_shards_by_all_the_names_they_have_had(index: str, shard: str, other: str) -> None:
+    """`other`: those of another precision, whose index is not there."""
+    for stem in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        needed = ["model_index.json", f"{stem}{index}", *(f"{stem}{shard.format(part)}" for part in ("00001", "00002"))]
+        others = [f"{stem}{other.format('00001')}", f"{stem}.bin.index.json", f"{stem}-00001-of-00002.bin"]
+        others += [stem.replace("/", "/ema_") + shard.format("00001")]
+        assert set(needed_files([*needed, *others], weights=True)) == {*needed}
+        assert needed_files([*needed, *others], weights=False) == ["model_index.json"]
+
+
 def test_offline_the_cache_is_taken(hub: FakeHub) -> None:
     folder_from_hub("owner/tiny", hub=hub)
     hub.offline, hub.downloaded = True, []

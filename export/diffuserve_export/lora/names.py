@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffuserve_export.original_names import original_unet_names
+from diffuserve_export.original_layout import original_unet_names
 
 if TYPE_CHECKING:
     from diffuserve_export.load import LoadedModel
@@ -103,5 +103,6 @@ def _layers_by_name(part: str, component: Any) -> Iterator[tuple[str, Layer]]:
                     if spelled.endswith(f".self_attn.{ending}"):
                         yield spelled.removesuffix(ending) + old, layer
     if part == "unet":
-        for name, original in original_unet_names(layers).items():
-            yield original, layers[name]
+        for tensor, original in original_unet_names(component).items():
+            if (name := tensor.removesuffix(".weight")) in layers:
+                yield original.removesuffix(".weight"), layers[name]
