@@ -405,6 +405,18 @@ def test_alpha_alone_changes_nothing(plain: LoadedModel, tmp_path: Path) -> None
     assert_weights(fused(plain, Lora(path, 1.0)), plain, [(1.0, file.products)])
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["stil größer 模型", "v1.0 [pruned] #1, 100%", "-leading 'quotes\"", "C:0.5", "{braces} $HOME `x`", ".hidden"],
+)
+def test_odd_file_names(name: str, shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
+    file = make(plain, "kohya", QUERY)
+    lora = lora_from_text(f"{file.save(tmp_path / f'{name}.safetensors')}:-0.5")
+    opened = open_checkpoint(shared_checkpoint, loras=(lora,))
+    assert (lora.scale, opened.fused_loras[0].name) == (-0.5, name)
+    assert_weights(model_from_checkpoint(opened), plain, [(-0.5, file.products)])
+
+
 def test_text_form(plain: LoadedModel, tmp_path: Path) -> None:
     path = make(plain, "kohya", QUERY).save(tmp_path / "a:b.safetensors")
     half = make(plain, "kohya", QUERY).save(tmp_path / "half:0.5")
