@@ -67,7 +67,7 @@ class Checkpoint:
         spec: what requests to the model are measured by.
         tensors: those of each stage.
         configs: by component; the scheduler's with the settings that the pipeline gives it.
-        weights: by component; empty for a single file.
+        weights: by component; empty for a single file, or where they were not asked for.
         single_file: the file with all weights, or None.
         loras: fused into the weights, in this order.
         image_processor: of the safety checker, None where there is none.
@@ -127,6 +127,7 @@ def open_checkpoint(
     loras: tuple[Lora, ...] = (),
     clip_skip: int = 0,
     safety_checker: bool = True,
+    weights: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
@@ -140,13 +141,14 @@ def open_checkpoint(
         loras: to fuse into the weights.
         clip_skip: layers of the text encoders to leave out, in diffusers' meaning.
         safety_checker: whether to take the one that the checkpoint may have. A single file has none.
+        weights: whether the checkpoint must have them; without, `Checkpoint.weights` is empty for a folder too.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
             7.5 and dpmpp_2m.
 
     Raises:
         CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
     """
-    name, folder, single_file = _locate(path, config)
+    name, folder, single_file = _locate(path, config, weights)
     index = _read_json(folder / "model_index.json")
     pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
@@ -169,7 +171,7 @@ def open_checkpoint(
         clip_skip=clip_skip,
         zero_empty_negative=zero_empty_negative,
     )
-    weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
+    with_weights = [part for part in parts if part in STEMS] if weights and not single_file else []
     image_processor = image_processor_from_configs(name, configs) if "safety_checker" in configs else None
     tensors = stage_specs_from_configs(spec, configs, image_processor)
     return Checkpoint(
@@ -178,7 +180,7 @@ def open_checkpoint(
         spec,
         tensors,
         configs,
-        weights,
+        {part: weights_in(folder / part, STEMS[part]) for part in with_weights},
         single_file,
         loras,
         image_processor=image_processor,
@@ -186,7 +188,7 @@ def open_checkpoint(
     )
 
 
-def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]:
+def _locate(path: Path, config: Path | None, weights: bool) -> tuple[str, Path, Weights | None]:
     """The model's name, the folder with its configs and, where there is one, the single file with its weights."""
     if path.is_file():
         single_file = _open_single_file(path)
@@ -196,7 +198,7 @@ def _locate(path: Path, config: Path | None) -> tuple[str, Path, Weights | None]
             f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
             "of its own. Leave it out."
         )
-    return path.resolve().name, _folder(path, weights=True), None
+    return path.resolve().name, _folder(path, weights=weights), None
 
 
 def _open_single_file(path: Path) -> Weights:

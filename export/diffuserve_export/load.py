@@ -69,20 +69,26 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
         CheckpointError: a file is damaged, its weights are not those that its config describes, or a LoRA does not fit.
     """
     with quiet():
-        from transformers import CLIPTokenizer
-
         hide_progress_bars()
-        tokenizers = {
-            part: _load_tokenizer(CLIPTokenizer, checkpoint.path / part)
-            for part in ("tokenizer", "tokenizer_2")
-            if part in checkpoint.configs
-        }
+        tokenizers = tokenizers_from_checkpoint(checkpoint)
         model = LoadedModel(**tokenizers, **_load_modules(checkpoint, tokenizers))
         _check_vocabulary(checkpoint.path, model.tokenizer, model.text_encoder)
         if model.tokenizer_2 is not None:
             _check_vocabulary(checkpoint.path, model.tokenizer_2, model.text_encoder_2)
         fuse_loras(model, checkpoint.loras)
     return model
+
+
+def tokenizers_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Those of transformers, by component.
+
+    Raises:
+        CheckpointError: a tokenizer is missing or damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    parts = [part for part in ("tokenizer", "tokenizer_2") if part in checkpoint.configs]
+    return {part: _load_tokenizer(CLIPTokenizer, checkpoint.path / part) for part in parts}
 
 
 def _load_modules(checkpoint: Checkpoint, tokenizers: dict[str, Any]) -> dict[str, Any]:
