@@ -106,7 +106,9 @@ def _shares(figures: Lines) -> list[dict[str, Any]]:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+    if value is None:
+        return "not finite"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ LINES = [
     {"kind": "machine", "card": "Abacus 3000", "driver": "1.2", "torch": "2.11"},
     {"kind": "phase", "phase": "unet", "state": "begun", "deadline_s": 5},
     figure("unet", "load", 1.25, "s", engine="a", precision="fp16"),
+    figure("unet", "memory", 12345.6, "MiB", engine="a", precision="fp16"),
     figure("unet", "call", 4.0, "ms/row", rows=8, engine="a", precision="fp16"),
     figure("unet", "call", 5.0, "ms/row", rows=1, engine="a", precision="fp16"),
     figure("unet", "call", None, "ms/row", rows=1, engine="b", precision="fp32"),
@@ -45,6 +46,7 @@ def test_figures_become_tables_by_phase_and_by_what_they_vary_over(tmp_path: Pat
     assert "- unet out of time after 5.0 s: it was killed after 5 s" in unet
     assert "- c skipped: no c" in unet
     assert "| load | engine a, precision fp16 | s | 1.25 |" in unet
+    assert "| memory | engine a, precision fp16 | MiB | 12,346 |" in unet
     assert "| figure | of | unit | rows 1 | rows 8 |\n|---|---|---|---|---|" in unet
     assert "| call | engine a, precision fp16 | ms/row | 5 | 4 |" in unet
     assert "| call | engine b, precision fp32 | ms/row | not finite |  |" in unet
@@ -54,9 +56,9 @@ def test_figures_become_tables_by_phase_and_by_what_they_vary_over(tmp_path: Pat
 
 
 def test_several_files_and_one_that_was_cut_short(tmp_path: Path) -> None:
-    whole = write(tmp_path / "first.jsonl", LINES[:3])
-    cut = write(tmp_path / "second.jsonl", LINES[3:5], end="\n{'kind': 'fig")
-    assert read_lines([whole, cut]) == LINES[:5]
+    whole = write(tmp_path / "first.jsonl", LINES[:4])
+    cut = write(tmp_path / "second.jsonl", LINES[4:6], end="\n{'kind': 'fig")
+    assert read_lines([whole, cut]) == LINES[:6]
     result = CliRunner().invoke(command, ["gpu", "--report", str(whole), str(cut)])
     assert result.exit_code == 0
     assert "| load |" in result.output
