@@ -10,14 +10,15 @@ from diffuserve_loadtest.bench.gpu.record import FAILED, PhaseRecord, Skipped
 from diffuserve_loadtest.bench.gpu.settings import Settings
 
 _MARKER = "pytest.mark.gpu"
-# Warnings of other versions than those that this project is tested with are no failures here.
-_OPTIONS = ("-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+# Those that take seconds, without the fixtures of the whole project, which need more packages than these tests do. Warnings of
+# other versions than those that this project is tested with are no failures here.
+_OPTIONS = ("-m", "gpu and not slow", "--noconftest", "--continue-on-collection-errors", "-q", "-W", "default")
 _PASSED = "passed"
 _OUTCOMES = {"failure": FAILED, "error": FAILED, "skipped": "skipped"}
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:
-    """Runs `pytest -m gpu` on the files that have such tests, and writes down how many passed, were skipped and failed, and
+    """Runs pytest on the files that have such tests, and writes down how many passed, were skipped and failed, and
     why.
 
     Raises:
@@ -32,7 +33,7 @@ def measure(settings: Settings, record: PhaseRecord) -> None:
         raise Skipped(f"{settings.tests} has no tests that need a GPU; name the folder of the tests: --tests")
     report = settings.work / "tests.xml"
     report.unlink(missing_ok=True)
-    places = (f"--basetemp={settings.work / 'pytest'}", f"--junit-xml={report}")
+    places = ("-p", "no:cacheprovider", f"--basetemp={settings.work / 'pytest'}", f"--junit-xml={report}")
     run = subprocess.run([sys.executable, "-m", pytest.__name__, *_OPTIONS, *places, *files], check=False)
     if not report.is_file():
         raise RuntimeError(f"pytest ended with {run.returncode} and no report; its own output says why")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from diffuserve.bundle import Manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.tensors import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from diffuserve_loadtest.bench.gpu.model import model_in
@@ -15,14 +17,16 @@ from diffuserve_loadtest.bench.stage_seconds import seconds_by_batch
 
 def measure(settings: Settings, record: PhaseRecord) -> None:
     """Time of a call, and the error of one item."""
+    bundle, manifest = model_in(settings)
     for way in ways(settings):
         for stage in (VAE_DECODER, TEXT_ENCODER, VAE_ENCODER):
             with record.part(stage=stage, **way.settings):
-                _measure_stage(stage, way, settings, record)
+                _measure_stage(bundle, manifest, stage, way, settings, record)
 
 
-def _measure_stage(stage: str, way: Way, settings: Settings, record: PhaseRecord) -> None:
-    bundle, manifest = model_in(settings)
+def _measure_stage(
+    bundle: Path, manifest: Manifest, stage: str, way: Way, settings: Settings, record: PhaseRecord
+) -> None:
     tensors = manifest.components[stage].tensors
     started_s = time.perf_counter()
     engine = load(bundle, manifest, stage, way)

@@ -234,12 +234,13 @@ def test_tests_are_counted(settings: Settings, written: Written, tmp_path: Path)
     tests.mkdir()
     with pytest.raises(Skipped, match="has no tests that need a GPU"):
         gpu_tests.measure(dataclasses.replace(settings, tests=tests), written.record)
-    (tests / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    (tests / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu: needs one\n  slow: takes minutes\n")
     (tests / "test_some.py").write_text(
-        "import pytest\npytestmark = pytest.mark.gpu\n"
+        f"import pytest\npytestmark = {gpu_tests._MARKER}\n"
         "def test_a(): pass\n"
         "def test_b(): assert 1 == 2, 'one is not two'\n"
         "@pytest.mark.skipif(True, reason='not here')\ndef test_c(): pass\n"
+        "@pytest.mark.slow\ndef test_for_minutes(): raise RuntimeError\n"
     )
     (tests / "test_others.py").write_text("def test_d(): raise RuntimeError\n")
     with pytest.raises(RuntimeError, match="tests failed"):
