@@ -79,7 +79,7 @@ class Checkpoint:
         spec: what requests to the model are measured by.
         tensors: those of each stage.
         configs: by component; the scheduler's with the settings that the pipeline gives it.
-        weights: by component; empty for a single file.
+        weights: by component; empty for a single file, or where they were not asked for.
         single_file: the file with all weights, or None.
         loras: fused into the weights, in this order.
         image_processor: of the safety checker, None where there is none.
@@ -147,6 +147,7 @@ def open_checkpoint(
     loras: tuple[Lora, ...] = (),
     clip_skip: int | None = None,
     safety_checker: bool = True,
+    weights: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
@@ -161,6 +162,7 @@ def open_checkpoint(
         clip_skip: layers of the text encoders to leave out, in diffusers' meaning; None for what a single file says of
             itself, else 0.
         safety_checker: whether to take the one that the checkpoint may have. A single file has none.
+        weights: whether the checkpoint must have them; without, `Checkpoint.weights` is empty for a folder too.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
             7.5 and dpmpp_2m.
 
@@ -171,7 +173,7 @@ def open_checkpoint(
     if single_file:
         name, folder = path.stem, _config_folder(single_file, said, config)
     else:
-        name, folder = _locate(path, config)
+        name, folder = _locate(path, config, weights)
     index = _read_json(folder / "model_index.json")
     pipeline = pipeline_of(folder, index)
     parts = PIPELINES[pipeline]
@@ -202,7 +204,7 @@ def open_checkpoint(
         clip_skip=clip_skip or 0,
         zero_empty_negative=zero_empty_negative,
     )
-    weights = {} if single_file else {part: weights_in(folder / part, STEMS[part]) for part in parts if part in STEMS}
+    with_weights = [part for part in parts if part in STEMS] if weights and not single_file else []
     image_processor = image_processor_from_configs(name, configs) if "safety_checker" in configs else None
     tensors = stage_specs_from_configs(spec, configs, image_processor)
     return Checkpoint(
@@ -211,7 +213,7 @@ def open_checkpoint(
         spec,
         tensors,
         configs,
-        weights,
+        {part: weights_in(folder / part, STEMS[part]) for part in with_weights},
         single_file,
         loras,
         image_processor=image_processor,
@@ -241,14 +243,14 @@ def _config_folder(single_file: Weights, said: Said, config: Path | None) -> Pat
         ) from error
 
 
-def _locate(path: Path, config: Path | None) -> tuple[str, Path]:
+def _locate(path: Path, config: Path | None, weights: bool) -> tuple[str, Path]:
     """The model's name and the folder of a checkpoint that is no single file."""
     if config is not None:
         raise CheckpointError(
             f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "
             "of its own. Leave it out."
         )
-    return path.resolve().name, _folder(path, weights=True)
+    return path.resolve().name, _folder(path, weights=weights)
 
 
 def _folder(path: Path, *, weights: bool) -> Path:

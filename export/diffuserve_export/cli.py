@@ -65,6 +65,11 @@ _BUNDLES = Path("model_store/bundles")
 )
 @click.option("--precision", help="Of the engine.  [default: its first that a component may have; with auto: any]")
 @click.option(
+    "--without-weights",
+    is_flag=True,
+    help="Write the graphs of the checkpoint's architecture only, from its configs and tokenizers; for diffuserve bench gpu.",
+)
+@click.option(
     "--allow-differences",
     is_flag=True,
     help="Write the bundle even if it differs from PyTorch by more than the tolerances.",
@@ -82,6 +87,7 @@ def command(
     sampler: str | None,
     engine: str | None,
     precision: str | None,
+    without_weights: bool,
     allow_differences: bool,
     force: bool,
 ) -> None:
@@ -98,6 +104,15 @@ def command(
     from diffuserve_export.lora import lora_from_text
 
     started = time.monotonic()
+    if without_weights:
+        if config or loras or engine or precision:
+            raise click.UsageError(
+                "--without-weights writes graphs that cannot run as they are: leave out --config, --lora, --engine and "
+                "--precision."
+            )
+        written = _write_skeleton(checkpoint, output, clip_skip)
+        click.echo(f"\n{written} written in {time.monotonic() - started:.0f} s. It has no weights.")
+        return
     if engine or precision:
         from diffuserve.engines.cli import summary_lines
         from diffuserve.engines.trials import REFERENCE, select_engines, ways_to_try
@@ -132,6 +147,14 @@ def command(
     if engine:
         for line in summary_lines(select_engines(output, engine, precision)):
             click.echo(line)
+
+
+def _write_skeleton(path: Path, output: Path | None, clip_skip: int | None) -> Path:
+    from diffuserve_export.checkpoint import open_checkpoint
+    from diffuserve_export.skeleton import skeleton_from_checkpoint
+
+    opened = open_checkpoint(path, clip_skip=clip_skip, safety_checker=False, weights=False)
+    return skeleton_from_checkpoint(opened, output or _BUNDLES / f"{opened.spec.name}-without-weights", _timed)
 
 
 @contextmanager

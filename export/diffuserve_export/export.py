@@ -83,7 +83,7 @@ def bundle_from_checkpoint(
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
-    _check_output(output)
+    check_output(output)
     if not force and unchanged_manifest(checkpoint, output) is not None:
         return output
     try:
@@ -117,7 +117,8 @@ def unchanged_manifest(checkpoint: Checkpoint, output: Path) -> Manifest | None:
     return None
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raises BundleError if `output` is something that a bundle must not replace."""
     if output.exists() and not (output / MANIFEST_NAME).is_file() and (output.is_file() or any(output.iterdir())):
         raise BundleError(
             f"{output} exists and is not a bundle, so it is not replaced. Remove it, or name another --output."

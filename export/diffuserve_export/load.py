@@ -87,14 +87,8 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
         CheckpointError: a file is damaged, its weights are not those that its config describes, or a LoRA does not fit.
     """
     with quiet():
-        from transformers import CLIPTokenizer
-
         hide_progress_bars()
-        tokenizers = {
-            part: _load_tokenizer(CLIPTokenizer, checkpoint.path / part)
-            for part in ("tokenizer", "tokenizer_2")
-            if part in checkpoint.configs
-        }
+        tokenizers = tokenizers_from_checkpoint(checkpoint)
         model = LoadedModel(**tokenizers, **_load_modules(checkpoint))
         _check_vocabulary(checkpoint.path, model.tokenizer, model.text_encoder)
         if model.tokenizer_2 is not None:
@@ -103,8 +97,20 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> LoadedModel:
     return model
 
 
+def tokenizers_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Those of transformers, by component.
+
+    Raises:
+        CheckpointError: a tokenizer is missing or damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    parts = [part for part in ("tokenizer", "tokenizer_2") if part in checkpoint.configs]
+    return {part: _load_tokenizer(CLIPTokenizer, checkpoint.path / part) for part in parts}
+
+
 def _load_modules(checkpoint: Checkpoint) -> dict[str, Any]:
-    modules = {part: _empty_module(checkpoint, part) for part in STEMS if part in checkpoint.configs}
+    modules = empty_modules(checkpoint)
     if checkpoint.single_file:
         names = checkpoint.single_file.tensors.keys()
         fill(
@@ -127,6 +133,15 @@ def _load_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             mend="Download or save the checkpoint again.",
         )
     return {part: module.eval().requires_grad_(False) for part, module in modules.items()}
+
+
+def empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The components by their configs, without weights nor memory for them.
+
+    Raises:
+        CheckpointError: a config cannot be made a module of.
+    """
+    return {part: _empty_module(checkpoint, part) for part in STEMS if part in checkpoint.configs}
 
 
 def _empty_module(checkpoint: Checkpoint, part: str) -> Any:

@@ -11,6 +11,7 @@ from diffuserve_export.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.onnx import ONNXProgram
 
 OPSET = 20
 # The exporter freezes what it cannot tell from a constant: so a batch of more than one, and a height and a width that
@@ -25,11 +26,22 @@ def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: Mo
     """Writes `path`, an ONNX file with the stage's tensors; weights above 1.5 GB go beside it, to `path`.data.
 
     Args:
+        module, stage, tensors, spec: as in `program_from_module`.
+        path: the .onnx file; its folder exists.
+    """
+    program = program_from_module(module, stage, tensors, spec)
+    with quiet():
+        program.save(path)
+
+
+def program_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: ModelSpec) -> ONNXProgram:
+    """The stage's graph, in memory and optimised by the exporter; its initializers share the module's weights.
+
+    Args:
         module: the stage's, of `modules_from_model`.
         stage: a name of `diffuserve.tensors`.
         tensors: the stage's.
         spec: the model's.
-        path: the .onnx file; its folder exists.
     """
     import torch
 
@@ -45,9 +57,11 @@ def onnx_from_module(module: nn.Module, stage: str, tensors: StageSpec, spec: Mo
             dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
+        if program is None:
+            raise RuntimeError("torch.onnx.export gave no program, which it does only without dynamo.")
         _measure_numbers(program)
         _drop_traces(program)
-        program.save(path)  # type: ignore[union-attr]  # it is None only without dynamo
+    return program
 
 
 def _example(stage: str, tensors: StageSpec, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
@@ -80,7 +94,7 @@ def _times(factor: int, dim: Any) -> Any:
     return factor * dim if factor > 1 else dim
 
 
-def _measure_numbers(program: Any) -> None:
+def _measure_numbers(program: ONNXProgram) -> None:
     """Takes the shape of an image from its numbers and not its bytes: all that TensorRT does with bytes is to cast them."""
     from onnxscript import ir
 
@@ -95,7 +109,7 @@ def _measure_numbers(program: Any) -> None:
     graph.sort()
 
 
-def _drop_traces(program: Any) -> None:
+def _drop_traces(program: ONNXProgram) -> None:
     """Drops the stack traces of this machine, which the exporter attaches to every node."""
     from onnxscript import ir
 

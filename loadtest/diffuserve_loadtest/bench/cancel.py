@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,13 @@ async def _watch_memory(server: TritonServer, model: ModelSpec, requests: int, i
     endless = fields()
     samples = []
     async with AsyncClient(server.address.grpc) as client:
-        await completions(client, endless, in_flight=in_flight, count=max(_PROMPTS, requests // 20))
+
+        def answer(fields: dict[str, Any]) -> Awaitable[object]:
+            return client.generate(**fields)
+
+        await completions(answer, endless, in_flight=in_flight, count=max(_PROMPTS, requests // 20))
         for _ in range(_SAMPLES):
-            await completions(client, endless, in_flight=in_flight, count=max(1, requests // _SAMPLES))
+            await completions(answer, endless, in_flight=in_flight, count=max(1, requests // _SAMPLES))
             samples.append(resident_bytes(server.pid))
     return samples
 

@@ -220,6 +220,15 @@ def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight:
     publish(measure_same(bundle, repository, requests=requests, in_flight=in_flight), output)
 
 
+@command.command("gpu", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def gpu(arguments: tuple[str, ...]) -> None:
+    """Everything on a GPU, in phases; its own --help says more."""
+    from diffuserve_loadtest.bench.gpu.__main__ import main
+
+    raise SystemExit(main(arguments, "diffuserve bench gpu"))
+
+
 @command.command("policies")
 @click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
 @_output

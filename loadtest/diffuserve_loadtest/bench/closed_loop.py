@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffuserve.triton.launcher import TritonServer
-from diffuserve_client import AsyncClient
 from diffuserve_loadtest.summary import throughput
+
+if TYPE_CHECKING:
+    from diffuserve.triton.launcher import TritonServer
+    from diffuserve_client import AsyncClient
+
+Request = TypeVar("Request")
 
 
 async def completions(
-    client: AsyncClient, requests: Iterator[dict[str, Any]], *, in_flight: int, count: int
+    answer: Callable[[Request], Awaitable[object]], requests: Iterator[Request], *, in_flight: int, count: int
 ) -> list[float]:
-    """Keeps the server full until `count` requests are done, then cancels the rest.
+    """Keeps `in_flight` requests with whoever answers until `count` are done, then cancels the rest.
 
     Returns:
         When each was done, seconds on the monotonic clock.
@@ -25,7 +29,7 @@ async def completions(
 
     async def worker() -> None:
         while len(done_s) < count:
-            await client.generate(**next(requests))
+            await answer(next(requests))
             done_s.append(time.perf_counter())
 
     workers = [asyncio.create_task(worker()) for _ in range(in_flight)]
@@ -42,10 +46,13 @@ def saturation(
     server: TritonServer, requests: Iterator[dict[str, Any]], *, in_flight: int, warm_up: int, count: int
 ) -> float:
     """Requests a second that the server answers when there is always one more."""
+    from diffuserve_client import AsyncClient
 
     async def run() -> list[float]:
         async with AsyncClient(server.address.grpc, retries=0) as client:
-            return await completions(client, requests, in_flight=in_flight, count=warm_up + count)
+            return await completions(
+                lambda fields: client.generate(**fields), requests, in_flight=in_flight, count=warm_up + count
+            )
 
     return throughput(asyncio.run(run()), warm_up)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffuserve.policies import DEFAULT_POLICY
+from diffuserve.costs import CallCosts
+from diffuserve.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.selection import InflightSelection, RequestSelection, Selection
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,17 @@ class Contender:
     @property
     def parameters(self) -> dict[str, str]:
         return {"batching": self.batching, "policy": self.policy}
+
+    def selection(self, max_rows: int, costs: CallCosts) -> Selection:
+        """For a loop in this process.
+
+        Args:
+            max_rows: of one call, at most.
+            costs: of a call by rows.
+        """
+        if self.batching == "inflight":
+            return InflightSelection(max_rows, POLICIES[self.policy], costs)
+        return RequestSelection(max_rows, together=self.batching == "request")
 
 
 NONE = Contender("none")

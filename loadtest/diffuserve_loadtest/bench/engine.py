@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, call_seconds, measure_stages
+from diffuserve_loadtest.bench.stage_seconds import StageSeconds, call_seconds, measure_stages, random_sizes
 from diffuserve_loadtest.report import Plot, Report, Table
 
 PADDED_TO = (1, 2, 4, 8, 16, 32)
@@ -77,15 +76,6 @@ def _measure_padding(bundle: Path, calls: int, repeats: int) -> Padding:
         [steady_s[size] for size in rows],
         [steady_s[min(padded for padded in PADDED_TO if padded >= size)] for size in rows],
     )
-
-
-def random_sizes(count: int, most: int, seed: int) -> list[int]:
-    """Sizes from 1 to `most`, no two in a row alike."""
-    choose = random.Random(seed)  # noqa: S311 - a load, no secret
-    sizes = [choose.randint(1, most)]
-    while len(sizes) < count:
-        sizes.append((sizes[-1] + choose.randrange(1, most) - 1) % most + 1)
-    return sizes
 
 
 def _steady_s(engine: Engine, inputs: dict[str, NDArray[Any]], repeats: int) -> float:

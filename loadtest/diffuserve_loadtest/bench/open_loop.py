@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from diffuserve.triton.launcher import TritonServer
-from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.mixture import Arrival
 from diffuserve_loadtest.records import LATE_S
+
+if TYPE_CHECKING:
+    from diffuserve.triton.launcher import TritonServer
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,51 @@ class Answered:
 
 
 def answer_all(server: TritonServer, arrivals: Sequence[Arrival]) -> Answered:
-    """Sends every request at its time and waits for all answers.
+    """Sends every request to a server at its time and waits for all answers.
 
     Raises:
         DiffuserveError: the server refused or failed one; the others are given up.
     """
-    return asyncio.run(_answer_all(server, arrivals))
+
+    async def run() -> Answered:
+        from diffuserve_client import AsyncClient
+
+        async with AsyncClient(server.address.grpc, retries=0) as client:
+            return await answered(arrivals, lambda arrival: client.generate(**arrival.kind.fields(arrival.seed)))
+
+    return asyncio.run(run())
 
 
-async def _answer_all(server: TritonServer, arrivals: Sequence[Arrival]) -> Answered:
-    async with AsyncClient(server.address.grpc, retries=0) as client:
-        started_s = time.perf_counter()
+async def answered(
+    arrivals: Sequence[Arrival],
+    answer: Callable[[Arrival], Awaitable[object]],
+    now_s: Callable[[], float] = time.perf_counter,
+) -> Answered:
+    """Has every request answered from the time on that it is due.
 
-        async def one(arrival: Arrival) -> tuple[float, float]:
-            """Latency and lateness."""
-            due_s = started_s + arrival.at_s
-            await asyncio.sleep(due_s - time.perf_counter())
-            sent_s = time.perf_counter()
-            await client.generate(**arrival.kind.fields(arrival.seed))
-            return time.perf_counter() - due_s, sent_s - due_s
+    Args:
+        arrivals: in any order.
+        answer: whatever it raises ends the others too.
+        now_s: a clock that goes on with the event loop's.
+    """
+    started_s = now_s()
 
-        tasks = [asyncio.create_task(one(arrival)) for arrival in arrivals]
-        try:
-            outcomes = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        duration_s = time.perf_counter() - started_s
+    async def one(arrival: Arrival) -> tuple[float, float]:
+        """Latency and lateness."""
+        due_s = started_s + arrival.at_s
+        await asyncio.sleep(due_s - now_s())
+        sent_s = now_s()
+        await answer(arrival)
+        return now_s() - due_s, sent_s - due_s
+
+    tasks = [asyncio.create_task(one(arrival)) for arrival in arrivals]
+    try:
+        outcomes = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
     return Answered(
-        [latency_s for latency_s, _ in outcomes], duration_s, sum(late_s > LATE_S for _, late_s in outcomes)
+        [latency_s for latency_s, _ in outcomes],
+        now_s() - started_s,
+        sum(late_s > LATE_S for _, late_s in outcomes),
     )

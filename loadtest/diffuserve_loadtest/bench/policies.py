@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import numpy as np
 from diffuserve.bundle import Manifest, read_manifest
 from diffuserve.costs import CallCosts
 from diffuserve.errors import BundleError
-from diffuserve.inflight import InflightLoop, Job
-from diffuserve.policies import POLICIES
+from diffuserve.inflight import InflightLoop
 from diffuserve.request import Limits
-from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.selection import InflightSelection, RequestSelection, Selection
+from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Conditioning, Float32
 from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_loadtest.bench.mixture import SAMPLER, Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_loadtest.bench.loop_load import job_of
+from diffuserve_loadtest.bench.mixture import Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_loadtest.bench.open_loop import answered
 from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.summary import HEADER, Summary, summarise
@@ -45,7 +45,7 @@ class Outcome:
 class Simulation:
     """A model without engines: its scheduler, and the measured cost of its UNet.
 
-    A size is told by the width of a latent of one row; its cost is that of the native size, by its share of the pixels.
+    What a size costs is the native size's, by its share of the pixels.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -79,39 +79,20 @@ class Simulation:
 
     async def _run(self, contender: Contender, arrivals: Sequence[Arrival]) -> list[float]:
         now_s = asyncio.get_running_loop().time
-        loop = InflightLoop(
-            self._denoise, self._selection(contender), max_active_images=self.max_active_images, clock=now_s
-        )
+        selection = contender.selection(self.max_rows, self.costs)
+        loop = InflightLoop(self._denoise, selection, max_active_images=self.max_active_images, clock=now_s)
 
-        async def one(arrival: Arrival) -> float:
-            await asyncio.sleep(arrival.at_s)
-            await loop.denoise(self._job(arrival, now_s()))
-            return now_s() - arrival.at_s
+        def answer(arrival: Arrival) -> Awaitable[object]:
+            # A size is told by the width of a latent of one row.
+            shape = (1, 1, self._sizes.index(arrival.kind.size) + 1)
+            return loop.denoise(job_of(arrival.kind, arrival.seed, self._schedule, shape, _TEXT, now_s()))
 
-        return list(await asyncio.gather(*(one(arrival) for arrival in arrivals)))
+        return (await answered(arrivals, answer, now_s)).latency_s
 
     async def _denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
         size = self._sizes[sample.shape[-1] - 1]
         await asyncio.sleep(self.costs.seconds(len(sample)) * self.area(size))
         return np.zeros_like(sample)
-
-    def _selection(self, contender: Contender) -> Selection:
-        if contender.batching == "inflight":
-            return InflightSelection(self.max_rows, POLICIES[contender.policy], self.costs)
-        return RequestSelection(self.max_rows, together=contender.batching == "request")
-
-    def _job(self, arrival: Arrival, arrival_s: float) -> Job:
-        kind = arrival.kind
-        return Job(
-            trajectory=trajectory(self._schedule, SAMPLER, kind.steps),
-            shape=(1, 1, self._sizes.index(kind.size) + 1),
-            seeds=[arrival.seed],
-            conditioning=_TEXT,
-            unconditional=_TEXT if kind.guided else None,
-            guidance_scale=5.0,
-            priority=5,
-            arrival_s=arrival_s,
-        )
 
 
 def measure_policies(

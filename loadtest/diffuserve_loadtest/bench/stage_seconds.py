@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -119,3 +120,12 @@ def call_seconds(engine: Engine, inputs: Mapping[str, Any]) -> float:
     started_s = time.perf_counter()
     engine(inputs)
     return time.perf_counter() - started_s
+
+
+def random_sizes(count: int, most: int, seed: int) -> list[int]:
+    """Sizes from 1 to `most`, no two in a row alike."""
+    choose = random.Random(seed)  # noqa: S311 - a load, no secret
+    sizes = [choose.randint(1, most)]
+    while len(sizes) < count:
+        sizes.append((sizes[-1] + choose.randrange(1, most) - 1) % most + 1)
+    return sizes

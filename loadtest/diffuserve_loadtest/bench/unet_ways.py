@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.engines.availability import availability
@@ -17,8 +16,8 @@ from diffuserve.engines.openvino import cpu_properties
 from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.errors import CheckpointError
 from diffuserve.stages import Engine
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, TIME_IDS, TIMESTEP_COND
 from diffuserve_loadtest.bench.onnxruntime_profile import node_calls
+from diffuserve_loadtest.bench.torch_unet import TorchUnet
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -68,7 +67,7 @@ def load(way: Way, inputs: Arrays) -> Engine:
         return OnnxRuntimeEngine(way.source)
     if way.engine == "openvino":
         return _OpenVino(way, inputs)
-    return _PyTorch(way)
+    return _pytorch(way)
 
 
 def operator_seconds(way: Way, inputs: Arrays) -> dict[str, float]:
@@ -79,7 +78,7 @@ def operator_seconds(way: Way, inputs: Arrays) -> dict[str, float]:
     elif way.engine == "openvino":
         seconds = _OpenVino(way, inputs, profile=True).operator_seconds(inputs)
     else:
-        seconds = _pytorch_seconds(_PyTorch(way), inputs)
+        seconds = _pytorch_seconds(_pytorch(way), inputs)
     return dict(sorted(((name, each / _PROFILED_CALLS) for name, each in seconds.items()), key=lambda item: -item[1]))
 
 
@@ -108,38 +107,20 @@ class _OpenVino:
         return {name: each for name, each in seconds.items() if each}
 
 
-class _PyTorch:
-    """diffusers' UNet, eager; in bf16 with channels last, which its convolutions prefer."""
+def _pytorch(way: Way) -> TorchUnet:
+    """In bf16 with channels last, which its convolutions prefer."""
+    import torch
+    from diffusers import UNet2DConditionModel
 
-    def __init__(self, way: Way) -> None:
-        import torch
-        from diffusers import UNet2DConditionModel
-
-        unet_class: Any = UNet2DConditionModel  # untyped
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[way.precision]
-        try:
-            self._unet = unet_class.from_pretrained(
-                way.source / "unet", torch_dtype=self._dtype, use_safetensors=True, local_files_only=True
-            ).eval()
-        except OSError as error:
-            raise CheckpointError(f"{way.source} has no UNet in diffusers' format: {error}") from error
-        if way.precision == "bf16":
-            self._unet = self._unet.to(memory_format=torch.channels_last)
-
-    def __call__(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        import torch
-
-        tensors = {name: torch.from_numpy(array).to(self._dtype) for name, array in inputs.items()}
-        added = {name: tensors[name] for name in (TEXT_EMBEDS, TIME_IDS) if name in tensors}
-        with torch.inference_mode():
-            output = self._unet(
-                tensors["sample"],
-                torch.from_numpy(inputs["timestep"]).squeeze(1),
-                tensors[ENCODER_HIDDEN_STATES],
-                timestep_cond=tensors.get(TIMESTEP_COND),
-                added_cond_kwargs=added or None,
-            ).sample
-        return {"noise_pred": output.float().numpy().astype(np.float32)}
+    unet_class: Any = UNet2DConditionModel  # untyped
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[way.precision]
+    try:
+        unet = unet_class.from_pretrained(
+            way.source / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        ).eval()
+    except OSError as error:
+        raise CheckpointError(f"{way.source} has no UNet in diffusers' format: {error}") from error
+    return TorchUnet(unet.to(memory_format=torch.channels_last) if way.precision == "bf16" else unet)
 
 
 def _onnxruntime_seconds(path: Path, inputs: Arrays) -> dict[str, float]:

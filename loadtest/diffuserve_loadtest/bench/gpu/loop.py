@@ -1,0 +1,188 @@
+"""The in-flight loop on one engine, against batches of whole requests and none, and against the engine alone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from diffuserve.bundle import Manifest
+from diffuserve.costs import CallCosts
+from diffuserve.engines.example import Arrays, example_inputs
+from diffuserve.engines.local import EngineStages
+from diffuserve.inflight import InflightLoop
+from diffuserve.request import Limits
+from diffuserve.samplers import NoiseSchedule
+from diffuserve.stages import Engine
+from diffuserve.stats import Stats
+from diffuserve.tensors import UNET
+from diffuserve_loadtest.bench.closed_loop import completions
+from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender
+from diffuserve_loadtest.bench.gpu.model import model_in
+from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_loadtest.bench.gpu.torch_device import precision_on, torch_device
+from diffuserve_loadtest.bench.gpu.torch_models import random_unet
+from diffuserve_loadtest.bench.gpu.ways import Way, first_loaded
+from diffuserve_loadtest.bench.loop_load import job_of
+from diffuserve_loadtest.bench.mixture import Arrival, Kind, poisson_arrivals, shuffled_forever
+from diffuserve_loadtest.bench.open_loop import Answered, answered
+from diffuserve_loadtest.bench.stage_seconds import seconds_by_batch
+from diffuserve_loadtest.bench.torch_unet import TorchUnet
+from diffuserve_loadtest.summary import summarise, throughput
+
+Result = TypeVar("Result")
+Answer = Callable[[Kind], Awaitable[object]]
+INFLIGHT = Contender("inflight")
+SEED = 1
+
+
+def kinds_of_mixture(manifest: Manifest, settings: Settings) -> list[Kind]:
+    """Guided requests of the native size that differ in their steps."""
+    model = manifest.model
+    return [Kind(steps, True, model.width, model.height) for steps in settings.sizes.steps]
+
+
+def backlog_of(kinds: list[Kind], count: int) -> list[Arrival]:
+    """Requests that are all there at the start."""
+    chosen = itertools.islice(shuffled_forever(kinds, SEED), count)
+    return [Arrival(0.0, kind, number) for number, kind in enumerate(chosen)]
+
+
+def measure(settings: Settings, record: PhaseRecord) -> None:
+    """On the first engine that loads: a closed loop, the saturation of each way of batching, and Poisson arrivals. An image
+    ends with its latents."""
+    bundle, manifest = model_in(settings)
+    way, engine = _engine(bundle, manifest, settings)
+    max_rows = Limits.for_model(manifest.model).max_rows
+    started_s = time.perf_counter()
+    for rows in range(2, max_rows + 1, 2):  # what guided requests make
+        engine(_inputs(manifest, rows))
+    record.figure("first calls of all even sizes", time.perf_counter() - started_s, "s", **way.settings)
+    measured = sorted({2, max_rows // 4, max_rows // 2, max_rows})
+    seconds = seconds_by_batch(engine, lambda size: _inputs(manifest, size), measured, settings.sizes.calls)
+    for size, call_s in seconds.items():
+        record.figure("engine alone", size / call_s, "rows/s", rows=size, **way.settings)
+    served = _Served(manifest, engine, CallCosts(seconds), max_rows)
+    with record.part(figure="closed loop", **way.settings):
+        _closed_loop(served, way, settings, record)
+    _open_loop(served, way, settings, record)
+
+
+def _engine(bundle: Path, manifest: Manifest, settings: Settings) -> tuple[Way, Engine]:
+    """PyTorch, eager, where no engine loads."""
+    try:
+        return first_loaded(bundle, manifest, UNET, settings)
+    except Skipped as lack:
+        try:
+            device = torch_device(settings)
+            precision, dtype = precision_on(device)
+            return Way("pytorch", precision), TorchUnet(random_unet(bundle, device, dtype))
+        except (ModuleNotFoundError, Skipped) as error:
+            raise Skipped(f"{lack} And PyTorch: {error}") from error
+
+
+def _inputs(manifest: Manifest, rows: int) -> Arrays:
+    return example_inputs(manifest.components[UNET].tensors, manifest.model, rows)
+
+
+@dataclass
+class _Served:
+    """A model's UNet behind a loop; each use has a loop of its own."""
+
+    manifest: Manifest
+    engine: Engine
+    costs: CallCosts
+    max_rows: int
+    stats: Stats = field(default_factory=Stats)
+
+    def use(self, contender: Contender, user: Callable[[Answer], Awaitable[Result]]) -> Result:
+        """Runs `user` with the loop's answer to a request, its latents."""
+        return asyncio.run(self._use(contender, user))
+
+    async def _use(self, contender: Contender, user: Callable[[Answer], Awaitable[Result]]) -> Result:
+        self.stats = Stats()
+        stages = EngineStages({UNET: self.engine})
+        loop = InflightLoop(
+            stages.denoise,
+            contender.selection(self.max_rows, self.costs),
+            max_active_images=Limits.for_model(self.manifest.model).max_active_images,
+            stats=self.stats,
+        )
+        schedule = NoiseSchedule.from_config(self.manifest.scheduler)
+        text = {name: array[0] for name, array in _inputs(self.manifest, 1).items()}
+        shape = text.pop("sample").shape
+        del text["timestep"]
+        seeds = itertools.count()
+        try:
+            return await user(
+                lambda kind: loop.denoise(job_of(kind, next(seeds), schedule, shape, text, time.monotonic()))
+            )
+        finally:
+            await loop.close()
+            stages.close()
+
+    @property
+    def rows_a_call(self) -> float:
+        """Of the last use."""
+        return self.stats.total("unet_rows") / max(1, self.stats.total("unet_calls"))
+
+
+def _closed_loop(served: _Served, way: Way, settings: Settings, record: PhaseRecord) -> None:
+    """So many guided requests as fill the row budget, always one more; the engine alone is timed before and behind."""
+    count, steps = settings.sizes.in_flight, settings.sizes.closed_steps
+    kind = Kind(steps, True, served.manifest.model.width, served.manifest.model.height)
+    rows = min(count * kind.rows, served.max_rows)
+
+    def alone_per_s() -> float:
+        seconds = seconds_by_batch(
+            served.engine, lambda size: _inputs(served.manifest, size), (rows,), settings.sizes.calls
+        )
+        return rows / seconds[rows]
+
+    before = alone_per_s()
+    done_s = served.use(
+        INFLIGHT, lambda answer: completions(answer, itertools.repeat(kind), in_flight=count, count=3 * count)
+    )
+    images_per_s = throughput(done_s, count)
+    alone = (before + alone_per_s()) / 2
+    named = {"in_flight": count, "steps": steps, **way.settings}
+    record.figure("closed loop", images_per_s, "images/s to latents", **named)
+    share = images_per_s * steps * kind.rows / alone
+    record.figure("closed loop over the engine alone", share, "of its rows/s", **named)
+    record.figure("closed loop", served.rows_a_call, "rows/call", **named)
+
+
+def _open_loop(served: _Served, way: Way, settings: Settings, record: PhaseRecord) -> None:
+    kinds, contenders = kinds_of_mixture(served.manifest, settings), (REQUEST, INFLIGHT, NONE)
+    backlog = backlog_of(kinds, settings.sizes.backlog)
+
+    def run(contender: Contender, arrivals: list[Arrival]) -> Answered:
+        return served.use(
+            contender, lambda answer: answered(arrivals, lambda arrival: answer(arrival.kind), time.perf_counter)
+        )
+
+    alone_s = {kind: min(run(INFLIGHT, [Arrival(0.0, kind, 0)]).latency_s[0] for _ in range(2)) for kind in kinds}
+    saturations = {}
+    for contender in contenders:
+        saturations[contender] = run(contender, backlog).throughput_per_s
+        named = {"batching": contender.name, "requests": len(backlog), **way.settings}
+        record.figure("saturation", saturations[contender], "images/s to latents", **named)
+        record.figure("saturation", served.rows_a_call, "rows/call", **named)
+    for load in settings.sizes.loads:
+        arrivals = poisson_arrivals(kinds, load * saturations[REQUEST], settings.sizes.arrivals, SEED)
+        for contender in contenders:
+            outcome = run(contender, arrivals)
+            latency_s = summarise(outcome.latency_s)
+            slowdown = summarise(
+                [each_s / alone_s[arrival.kind] for each_s, arrival in zip(outcome.latency_s, arrivals, strict=True)]
+            )
+            named = {"batching": contender.name, "load": load, **way.settings}
+            record.figure("latency, mean", latency_s.mean, "s", **named)
+            record.figure("latency, p95", latency_s.p95, "s", **named)
+            record.figure("slowdown, p95", slowdown.p95, "of the time alone", **named)
+            record.figure("late", outcome.late, "requests", **named)
