@@ -62,13 +62,15 @@ class Decoder:
         """
         parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
         decoded = await asyncio.gather(*(self._decode_part(part, width, height) for part in parts))
-        images, finite, flagged = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
+        images, finite = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
         self._refuse_not_finite(finite)
+        checks = np.split(images, range(MAX_DECODE_BATCH, len(images), MAX_DECODE_BATCH))
+        flagged = np.concatenate(await asyncio.gather(*map(self._check, checks)))
         images[flagged] = 0
         return images, flagged
 
-    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags, Flags]:
-        """The images, which of them are finite, and which the safety checker withholds."""
+    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
+        """The images, and which of them are finite."""
         images, finite = await checked(VAE_DECODER, self._stages.decode(latents), self._call_timeout_s)
         expected = (len(latents), height, width, 3)
         if images.shape != expected or images.dtype != np.uint8:
@@ -80,7 +82,7 @@ class Decoder:
                 f"The VAE decoder said with {finite.dtype} {finite.shape} which images are finite, where bool "
                 f"{(len(latents),)} was expected."
             )
-        return images, finite, await self._check(images)
+        return images, finite
 
     def _refuse_not_finite(self, finite: Flags) -> None:
         """Not a number would be shown as black, and infinity as white."""
@@ -95,6 +97,7 @@ class Decoder:
         )
 
     async def _check(self, images: Images) -> Flags:
+        """Which of them the safety checker withholds."""
         processor = self._manifest.image_processor
         if processor is None:
             return np.zeros(len(images), bool)

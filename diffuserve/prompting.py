@@ -33,7 +33,7 @@ _SYMBOL = re.compile(
     """,
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 def parse_prompt(prompt: str) -> list[WeightedText]:
@@ -62,11 +62,12 @@ def parse_prompt(prompt: str) -> list[WeightedText]:
     def add_between(text: str) -> None:
         if not text:
             return
+        # The blanks are taken off afterwards: as part of the pattern, a long run of them would take quadratic time.
         first, *others = _BREAK.split(text)
-        add(first)
-        for other in others:
+        add(first.rstrip() if others else first)
+        for number, other in enumerate(others, 1):
             add(*BREAK)
-            add(other)
+            add(other.lstrip() if number == len(others) else other.strip())
 
     end = 0
     for index, symbol in enumerate(symbols):

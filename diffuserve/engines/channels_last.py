@@ -49,6 +49,7 @@ class _Rewriter:
         self._shapes = shapes
         self._last: dict[str, str] = {}  # the name of a value with its channels last
         self._only_last: set[str] = set()  # values that are not there as they were
+        self._flat: dict[str, str] = {}  # constants of a number for each channel, as vectors
         self._same: dict[str, str] = {}  # a value that is another one, by the graph's name for it
 
     def add(self, node: NodeProto) -> None:
@@ -157,8 +158,10 @@ class _Rewriter:
         if all(side == 1 for side in dims):
             return name
         if len(dims) in (3, 4) and dims[-2:] == (1, 1) and all(side == 1 for side in dims[:-3]):
-            flat = self._constant(f"{name}.flat", [-1])  # a number for each channel
-            return self._add("Reshape", [name, flat], f"{name}.last")
+            if name not in self._flat:
+                shape = self._constant(f"{name}.flat.shape", [-1])
+                self._flat[name] = self._add("Reshape", [name, shape], f"{name}.flat")
+            return self._flat[name]
         return None
 
     def _rank(self, name: str) -> int | None:

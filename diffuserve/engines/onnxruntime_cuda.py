@@ -75,7 +75,7 @@ def cuda_lack(runtime: Any, architectures: Sequence[str]) -> Lack | None:
     if CUDA not in runtime.get_available_providers():
         return Lack(
             f"onnxruntime {runtime.__version__} was built without CUDA",
-            "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
     if not architectures:
         return NO_GPU

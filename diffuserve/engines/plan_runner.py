@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,24 +40,27 @@ class PlanRunner:
 
     Memory is kept from call to call and grows to the largest so far, since getting it takes longer than a small call: for
     each tensor on the GPU and page-locked on the host, and one piece for all that the plan computes in between, which all
-    profiles share. A shape of few rows at the native size gets a CUDA graph at its first call, which the next ones launch
-    as a whole. A graph holds addresses, so all are dropped when memory moves.
+    contexts share. A shape of few rows at the native size gets a CUDA graph at its first call, which the next ones launch
+    as a whole. A graph is captured from a context of its own, which is never told anything else: NVIDIA advises so, since
+    what a graph does is not defined once its context has changed. A graph holds addresses, so all are dropped when memory
+    moves.
 
     Args:
         tensors: the component's.
         ranges: the plan's profiles.
-        contexts: one for each profile, in their order.
+        make_context: a new context, set to the profile of that number.
         gpu: where the contexts run.
     """
 
     def __init__(
-        self, tensors: StageSpec, ranges: Sequence[Profile], contexts: Sequence[PlanContext], gpu: Gpu
+        self, tensors: StageSpec, ranges: Sequence[Profile], make_context: Callable[[int], PlanContext], gpu: Gpu
     ) -> None:
         self._dtypes = {spec.name: np.dtype(NUMPY_DTYPE[spec.dtype]) for spec in (*tensors.inputs, *tensors.outputs)}
         self._inputs = [spec.name for spec in tensors.inputs]
         self._outputs = [spec.name for spec in tensors.outputs]
         self._profiles = ranges
-        self._contexts = contexts
+        self._make_context = make_context
+        self._contexts = [make_context(number) for number in range(len(ranges))]
         self._gpu = gpu
         self._memory = {name: _TensorMemory(gpu) for name in self._dtypes}
         self._workspace = _GpuMemory(gpu)
@@ -86,8 +89,10 @@ class PlanRunner:
     def _run(self, inputs: Arrays) -> Arrays:
         shapes = {name: array.shape for name, array in inputs.items()}
         number = profile_for(self._profiles, shapes)
-        context, key = self._contexts[number], tuple(shapes[name] for name in self._inputs)
+        key = tuple(shapes[name] for name in self._inputs)
         graph = self._graphs.get(key)
+        captures = self._captures and has_one_size(self._profiles[number]) and key[0][0] <= MOST_GRAPH_ROWS
+        context = self._make_context(number) if captures and not graph else self._contexts[number]
         output_shapes = graph.output_shapes if graph else self._prepare(context, shapes)
         for name, array in inputs.items():
             self._memory[name].send(array)
@@ -99,8 +104,7 @@ class PlanRunner:
             self._memory[name].fetch(self._size(name, shape))
         self._gpu.synchronize()
         outputs = {name: self._memory[name].array(shape, self._dtypes[name]) for name, shape in output_shapes.items()}
-        worth_a_graph = has_one_size(self._profiles[number]) and key[0][0] <= MOST_GRAPH_ROWS
-        if not graph and worth_a_graph and self._captures:
+        if captures and not graph:
             self._capture(key, context, output_shapes)
         return outputs
 
@@ -133,7 +137,7 @@ class PlanRunner:
     def _capture(self, key: tuple[Shape, ...], context: PlanContext, output_shapes: dict[str, Shape]) -> None:
         """A plan that cannot be captured goes on without graphs."""
         try:
-            self._graphs[key] = _Graph(self._gpu.capture(lambda: self._execute(context)), output_shapes)
+            self._graphs[key] = _Graph(self._gpu.capture(lambda: self._execute(context)), context, output_shapes)
         except StageFailed as error:
             log.warning("going on without CUDA graphs: %s", error)
             self._captures = False
@@ -150,6 +154,7 @@ class PlanRunner:
 @dataclass(frozen=True)
 class _Graph:
     handle: Any
+    context: PlanContext  # kept, since the graph uses what is its
     output_shapes: dict[str, Shape]
 
 

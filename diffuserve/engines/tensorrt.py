@@ -42,17 +42,16 @@ class TensorRtEngine:
             raise BundleError(f"The engine tensorrt is not installed. Install it: {INSTALL}") from error
         except StageFailed as error:
             raise BundleError(f"{path} cannot run here. {error}") from error
-        self._runner = PlanRunner(
-            component.tensors, *contexts_of_plan(tensorrt, path, component.tensors, gpu.stream), gpu
-        )
+        plan = Plan(tensorrt, path, component.tensors, gpu.stream)
+        self._runner = PlanRunner(component.tensors, plan.profiles, plan.make_context, gpu)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Runs the model; see `diffuserve.stages.Engine` and `PlanRunner`."""
         return self._runner(inputs)
 
 
-def contexts_of_plan(library: Any, path: Path, tensors: StageSpec, stream: int) -> tuple[list[Profile], list[Any]]:
-    """Loads a plan.
+class Plan:
+    """A plan that is loaded.
 
     Args:
         library: the module `tensorrt`, or one with the same interface.
@@ -60,32 +59,39 @@ def contexts_of_plan(library: Any, path: Path, tensors: StageSpec, stream: int) 
         tensors: the component's.
         stream: where profiles are set.
 
-    Returns:
-        The plan's profiles, and an `IExecutionContext` for each, which keeps the plan alive. Contexts get no memory of
-        their own: each would take as much as its profile's largest call needs.
-
     Raises:
         BundleError: TensorRT cannot load the plan, or it has other tensors.
     """
-    failure = f"TensorRT cannot load {path}; its own messages above say why."
-    runtime = library.Runtime(library.Logger(library.Logger.WARNING))
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise BundleError(failure)
-    names = {engine.get_tensor_name(number) for number in range(engine.num_io_tensors)}
-    expected = {spec.name for spec in (*tensors.inputs, *tensors.outputs)}
-    if names != expected:
-        raise BundleError(
-            f"{path} has the tensors {sorted(names)}; expected: {sorted(expected)}. Build it again: diffuserve engines "
-            "BUNDLE --select tensorrt"
-        )
-    found: list[Profile] = []
-    contexts = []
-    for number in range(engine.num_optimization_profiles):
-        shapes = {spec.name: engine.get_tensor_profile_shape(spec.name, number) for spec in tensors.inputs}
-        found.append({name: ShapeRange(*map(tuple, ranges)) for name, ranges in shapes.items()})
-        context = engine.create_execution_context(library.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None or not context.set_optimization_profile_async(number, stream):
-            raise BundleError(failure)
-        contexts.append(context)
-    return found, contexts
+
+    def __init__(self, library: Any, path: Path, tensors: StageSpec, stream: int) -> None:
+        self._library, self._path, self._stream = library, path, stream
+        self._runtime = library.Runtime(library.Logger(library.Logger.WARNING))
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise self._failure()
+        names = {self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)}
+        expected = {spec.name for spec in (*tensors.inputs, *tensors.outputs)}
+        if names != expected:
+            raise BundleError(
+                f"{path} has the tensors {sorted(names)}; expected: {sorted(expected)}. Build it again: diffuserve engines "
+                "BUNDLE --select tensorrt"
+            )
+        self.profiles: list[Profile] = []
+        for number in range(self._engine.num_optimization_profiles):
+            shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, number) for spec in tensors.inputs}
+            self.profiles.append({name: ShapeRange(*map(tuple, ranges)) for name, ranges in shapes.items()})
+
+    def make_context(self, number: int) -> Any:
+        """An `IExecutionContext` of the profile of that number, which keeps the plan alive. It gets no memory of its own: each
+        would take as much as its profile's largest call needs.
+
+        Raises:
+            BundleError: TensorRT refuses.
+        """
+        context = self._engine.create_execution_context(self._library.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None or not context.set_optimization_profile_async(number, self._stream):
+            raise self._failure()
+        return context
+
+    def _failure(self) -> BundleError:
+        return BundleError(f"TensorRT cannot load {self._path}; its own messages above say why.")

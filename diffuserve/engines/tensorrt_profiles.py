@@ -4,7 +4,7 @@ A profile is a range of shapes with kernels of its own, chosen for one shape in 
 kernels to the plan, and a context with memory of its own where Triton runs it:
 
     1 to 2, 3 to 8 and 9 to 32 rows at the native size, each tuned for its largest batch;
-    any image size and length of a prompt that the server's limits allow, with as many rows as keep rows times area below
+    any image size and length of a prompt that the default limits allow, with as many rows as keep rows times area below
     that of the largest batch at the native size.
 
 A batch runs in the first profile that allows it, with the rows that it has: padding it to a profile's largest would
@@ -21,7 +21,7 @@ import msgspec
 from diffuserve.bundle import ModelSpec
 from diffuserve.decoding import MAX_DECODE_BATCH
 from diffuserve.engines.example import native_dims
-from diffuserve.errors import StageFailed
+from diffuserve.errors import BundleError, StageFailed
 from diffuserve.request import Limits
 from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
 
@@ -83,6 +83,18 @@ def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
     if any(-1 in spec.dims for spec in tensors.inputs):
         found.append({spec.name: other(spec) for spec in tensors.inputs})
     return found
+
+
+def check_limits(limits: Limits, model: ModelSpec) -> None:
+    """Raises BundleError where a server's limits allow what no plan is built for."""
+    built = Limits.for_model(model)
+    for name in ("max_side_px", "max_prompt_chunks"):
+        given, most = getattr(limits, name), getattr(built, name)
+        if given > most:
+            raise BundleError(
+                f"The limit {name} is {given}, and TensorRT's plans are built for at most {most}. Lower it in config.pbtxt, or "
+                "select another engine."
+            )
 
 
 def profile_for(found: Iterable[Profile], shapes: Shapes) -> int:

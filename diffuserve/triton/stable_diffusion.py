@@ -18,7 +18,7 @@ from typing import Any, cast
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle import read_manifest
-from diffuserve.engines.tensorrt_profiles import profiles
+from diffuserve.engines.tensorrt_profiles import check_limits, profiles
 from diffuserve.errors import (
     TRITON_CODE,
     BundleError,
@@ -69,6 +69,8 @@ class StableDiffusionModel:
                 for name, component in components.items()
                 if component.engine == "tensorrt"
             }
+            if ranges:
+                check_limits(limits, placement.model)
             self._stages = BlsStages(outputs, ranges)
             self._pipeline = Pipeline(
                 version_folder,

@@ -85,11 +85,14 @@ def _reason(file: Path, error: Exception) -> str:
     """What is wrong with a file that cannot be opened."""
     try:
         with file.open("rb") as opened:
-            start = opened.read(512).lstrip(b"\xef\xbb\xbf \r\n\t")
+            start = opened.read(512)
     except OSError as unreadable:
         return f"{file} cannot be read: {unreadable.strerror}. {_DOWNLOAD}"
     if not start:
         return f"{file} is empty. {_DOWNLOAD}"
+    if start[8:9] == b"{":  # a safetensors file's header, before which its length stands, which may look like anything
+        return f"{file} is damaged or cut short: {error}. {_DOWNLOAD}"
+    start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
     for beginning, (what, mend) in _OTHERS.items():
         if start.startswith(beginning):
             return f"{file} is {what}, and no safetensors file. {mend}"

@@ -33,6 +33,7 @@ _PREDICTION_TYPES = {
     "sample": "sample",
 }
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+_MOST_PX = 4096  # of a size that may be meant
 # Playground 2.5 and CosXL: the noise is not that of a beta schedule.
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
@@ -83,9 +84,11 @@ def said_by_file(file: Path, header: Header) -> Said:
         prediction_type=next(iter(predicted.values()), None),
         by=", ".join(predicted),
         zero_snr="ztsnr" in header.tensors,
-        timesteps=_numbers(file, metadata, "modelspec.timestep_range", r"(\d+)\s*,\s*(\d+)"),
-        encoder_layer=(_numbers(file, metadata, "modelspec.encoder_layer", r"([1-9]\d*)") or (None,))[0],
-        size_px=_numbers(file, metadata, "modelspec.resolution", r"([1-9]\d*)\s*x\s*([1-9]\d*)"),
+        timesteps=_numbers(file, metadata, "modelspec.timestep_range", r"(\d{1,6})\s*,\s*(\d{1,6})", "0,999"),
+        encoder_layer=(_numbers(file, metadata, "modelspec.encoder_layer", r"(\d{1,3})", "2") or (0,))[0] or None,
+        size_px=_numbers(
+            file, metadata, "modelspec.resolution", r"([1-9]\d{0,4})(?:\s*[xX]\s*([1-9]\d{0,4}))?", "1024x1024"
+        ),
     )
 
 
@@ -123,13 +126,16 @@ def _predictions(
     return predicted
 
 
-def _numbers(file: Path, metadata: Mapping[str, str], key: str, pattern: str) -> Any:
-    """The numbers in an entry of the header, or None if there is no such entry."""
+def _numbers(file: Path, metadata: Mapping[str, str], key: str, pattern: str, example: str) -> Any:
+    """The numbers in an entry of the header, or None if there is no such entry. A second that is left out is the first."""
     if key not in metadata:
         return None
     if match := re.fullmatch(pattern, metadata[key]):
-        return tuple(map(int, match.groups()))
-    raise CheckpointError(f"{file} has {key}={metadata[key]!r} in its header, which is not of the form {pattern}.")
+        return tuple(int(number or match[1]) for number in match.groups())
+    raise CheckpointError(
+        f"{file} has {key}={metadata[key]!r} in its header, which cannot be read; it should be such as {example}. Save the "
+        "file again with a header that is right, or without that entry."
+    )
 
 
 def settings_by_file(file: Path, said: Said, configs: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -181,6 +187,11 @@ def settings_by_file(file: Path, said: Said, configs: Mapping[str, dict[str, Any
             f"takes 0 to {last}. Take a checkpoint that was trained for all."
         )
     if said.size_px:
+        if max(said.size_px) > _MOST_PX:
+            raise CheckpointError(
+                f"{file} says that it draws {said.size_px[0]} x {said.size_px[1]} px best (modelspec.resolution in its header); at "
+                f"most {_MOST_PX} a side are believed. Save the file again with a header that is right, or without that entry."
+            )
         width, height = (max(1, round(side / factor / multiple)) * multiple for side in said.size_px)
         settings["unet.sample_size"] = [height, width]
     return {name: value for name, value in settings.items() if _setting(configs, name) != value}

@@ -107,12 +107,20 @@ def _bool(text: str) -> bool:
 
 def _int(text: str) -> int:
     if not _DIGITS.fullmatch(text):
-        raise ValueError  # Python's own takes 1_000 and digits of other scripts too
+        raise ValueError
     return int(text)
 
 
+def _float(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError
+    return float(text)
+
+
+# Python's own conversions take 1_000 and digits of other scripts too.
 _DIGITS = re.compile(r"[+-]?[0-9]+")
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT64": _int, "FP64": float}
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT64": _int, "FP64": _float}
 _DTYPE = {field.name: field.dtype for field in REQUEST}
 
 

@@ -319,6 +319,25 @@ def test_what_lies_between_convolutions_has_its_channels_last() -> None:
     assert turned_round(made) == ["x", "y.last"]
 
 
+def test_operations_may_share_a_constant_of_the_channels() -> None:
+    check_text(
+        graph(
+            """g (float[B, 4, h, w] x) => (float[B, 8, h, w] y, float[B, 8, h, w] z) {
+                a = Conv <pads = [1, 1, 1, 1]> (x, first)
+                b = Mul (a, channels)
+                c = Add (b, channels)
+                y = Conv <pads = [1, 1, 1, 1]> (c, second)
+                twice = Concat <axis = 1> (x, x)
+                z = Mul (twice, channels)
+            }""",
+            first=(8, 4, 3, 3),
+            second=(8, 8, 3, 3),
+            channels=(8, 1, 1),
+        ),
+        x=(2, 4, 3, 5),
+    )
+
+
 def test_what_is_told_of_a_whole_row_needs_no_order() -> None:
     made = check_text(
         graph(

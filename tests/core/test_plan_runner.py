@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -120,47 +121,61 @@ def answer(stage: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return (inputs["sample"] * 2 + row[:, None, None, None]).astype(np.float32)
 
 
-class FakeContext:
-    """Implements `diffuserve.engines.plan_runner.PlanContext`; refuses what `refuses` names."""
+@dataclass
+class FakeProfile:
+    """A plan's profile, whose contexts refuse what `refuses` names; `executed`: how often they were."""
 
-    def __init__(self, gpu: FakeGpu, stage: str, profile: Profile) -> None:
+    ranges: Profile
+    refuses: str = ""
+    executed: int = 0
+
+
+class FakeContext:
+    """Implements `diffuserve.engines.plan_runner.PlanContext`. A graph that was captured from it is of no use any more once it
+    is told anything else."""
+
+    def __init__(self, gpu: FakeGpu, stage: str, profile: FakeProfile) -> None:
         self.gpu, self.stage, self.profile = gpu, stage, profile
-        self.refuses = ""
-        self.executed = 0
+        self._told = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._workspace = (0, 0)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._told += 1
         self._shapes[name] = shape
-        return self.refuses != "shape" and self.profile[name].allows(shape)
+        return self.profile.refuses != "shape" and self.profile.ranges[name].allows(shape)
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        if self.refuses == "output":
+        if self.profile.refuses == "output":
             return [-1, 4, 6, 8]
         inputs = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         return list(answer(self.stage, inputs).shape)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._told += 1
         self._addresses[name] = memory
-        return self.refuses != "address"
+        return self.profile.refuses != "address"
 
     def update_device_memory_size_for_shapes(self) -> int:
         return 3 * int(np.prod(next(iter(self._shapes.values()))))
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert size >= self.update_device_memory_size_for_shapes()
+        self._told += 1
         self._workspace = (memory, size)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle == self.gpu.stream
-        if self.refuses == "call":
+        if self.profile.refuses == "call":
             return False
-        self.executed += 1
+        self.profile.executed += 1
+        told = self._told
         shapes, addresses, workspace = dict(self._shapes), dict(self._addresses), self._workspace
         output = next(name for name in addresses if name not in shapes)
 
         def compute() -> None:
+            assert told == self._told, "the context has been told something else since"
             self.gpu.memory[workspace[0]][: workspace[1]] = 0xEF
             inputs = {name: self.gpu.read(addresses[name], shape, "float32") for name, shape in shapes.items()}
             self.gpu.write(addresses[output], answer(self.stage, inputs).ravel().view(np.uint8))
@@ -175,8 +190,11 @@ class Plan:
     def __init__(self, stage: str = UNET, gpu: FakeGpu | None = None) -> None:
         self.stage, self.gpu = stage, gpu or FakeGpu()
         self.ranges = profiles(TENSORS[stage], MODEL)
-        self.contexts = [FakeContext(self.gpu, stage, profile) for profile in self.ranges]
-        self.run = PlanRunner(TENSORS[stage], self.ranges, self.contexts, self.gpu)
+        self.profiles = [FakeProfile(ranges) for ranges in self.ranges]
+        self.run = PlanRunner(TENSORS[stage], self.ranges, self._make_context, self.gpu)
+
+    def _make_context(self, number: int) -> FakeContext:
+        return FakeContext(self.gpu, self.stage, self.profiles[number])
 
     def check(self, inputs: Arrays) -> None:
         (actual,) = self.run(inputs).values()
@@ -184,7 +202,7 @@ class Plan:
 
     @property
     def executed(self) -> list[int]:
-        return [context.executed for context in self.contexts]
+        return [profile.executed for profile in self.profiles]
 
 
 def random_inputs(rows: int, seed: int = 0, *, stage: str = UNET, side: int = 0, tokens: int = 12) -> Arrays:
@@ -283,11 +301,11 @@ def test_too_little_memory_for_one_call_leaves_the_others() -> None:
 )
 def test_what_tensorrt_refuses_fails_that_call_alone(refuses: str, message: str) -> None:
     plan = Plan()
-    plan.contexts[1].refuses = refuses
+    plan.profiles[1].refuses = refuses
     with pytest.raises(StageFailed, match=message):
         plan.run(random_inputs(3))
     plan.check(random_inputs(2))
-    plan.contexts[1].refuses = ""
+    plan.profiles[1].refuses = ""
     plan.check(random_inputs(3))
 
 

@@ -172,3 +172,11 @@ _plain = st.text(alphabet=st.characters(exclude_characters=":")).map(
 def test_nested_weights_multiply(prompt_and_expected: Any) -> None:
     prompt, expected = prompt_and_expected
     assert_close(letters(parse_prompt(prompt)), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + " " * 2_000_000 + "b", "BREAK " * 100_000, "(" * 300_000, ":" + "\n" * 1_000_000]
+)
+def test_long_prompts_take_time_in_proportion(text: str) -> None:
+    """Two million blanks would take hours otherwise; such a prompt stands still all others."""
+    assert parse_prompt(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,8 @@ import pytest
 from diffuserve.bundle import Manifest
 from diffuserve.engines.example import native_dims
 from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
-from diffuserve.engines.tensorrt_profiles import Shapes, has_one_size, most_rows, profile_for, profiles
-from diffuserve.errors import StageFailed
+from diffuserve.engines.tensorrt_profiles import Shapes, check_limits, has_one_size, most_rows, profile_for, profiles
+from diffuserve.errors import BundleError, StageFailed
 from diffuserve.request import Limits
 from diffuserve.tensors import (
     SAFETY_CHECKER,
@@ -132,3 +133,13 @@ def test_shapes_beyond_the_limits_have_none() -> None:
         profile_for(found, shapes_of(tensors, 33, 64, 48))
     with pytest.raises(StageFailed, match="The plan was not built"):
         profile_for(found, dict.fromkeys(inputs, (2, 4)))
+
+
+@pytest.mark.parametrize("limit", ["max_side_px", "max_prompt_chunks"])
+def test_limits_beyond_what_plans_are_built_for_are_refused(limit: str) -> None:
+    limits = Limits.for_model(MODEL)
+    check_limits(limits, MODEL)
+    check_limits(replace(limits, max_steps=1000, **{limit: 1}), MODEL)
+    raised = getattr(limits, limit) + 1
+    with pytest.raises(BundleError, match=f"The limit {limit} is {raised}, and TensorRT's plans are built for at most"):
+        check_limits(replace(limits, **{limit: raised}), MODEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -266,6 +267,17 @@ def test_peft_s_file_without_its_settings(plain: LoadedModel, tmp_path: Path) ->
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"was written by PEFT, and its strength stands in adapter_config\.json"):
         fused(plain, Lora(folder, 1.0))
+
+
+def test_patterns_are_for_names_within_the_component(plain: LoadedModel, tmp_path: Path) -> None:
+    """As PEFT has them, which knows no parts: anchored, too."""
+    file = make(plain, "diffusers", QUERY, alpha=None)
+    pattern = "^" + re.escape(QUERY.removeprefix("unet.").removesuffix(".weight"))
+    header = {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {pattern: 5}}
+    path = file.save(tmp_path / "style.safetensors", lora_adapter_metadata=json.dumps(header))
+    assert_weights(fused(plain, Lora(path, 1.0)), plain, [(5 / 2, file.products)])
+    folder = write_adapter(tmp_path / "a", file, alpha_pattern={pattern: 5})
+    assert_weights(fused(plain, Lora(folder, 1.0)), plain, [(5 / 2, file.products)])
 
 
 def test_settings_in_the_header(plain: LoadedModel, tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ def cut_rank(file: File, key: str) -> str:
     return "lora_up is for a rank of [0-9]+, and lora_down of [0-9]+"
 
 
+def empty_rank(file: File, key: str) -> str:
+    for name in [name for name in file.tensors if name.startswith(f"{key}.") and "alpha" not in name]:
+        array = file.tensors[name]
+        file.tensors[name] = array[:0] if "down" in name or "lora_A" in name else array[:, :0]
+    return r"where matrices of a rank of 1 or more were expected"
+
+
 def add_loha(file: File, key: str) -> str:
     file.tensors[f"{key}.hada_w1_a"] = np.ones((4, 4), np.float32)
     return f"holds LoHa besides: {key}.hada_w1_a"
@@ -133,6 +140,7 @@ SPOILT: tuple[Callable[[File, str], str], ...] = (
     rename,
     spoil,
     cut_rank,
+    empty_rank,
     add_loha,
     add_unknown,
     leave_magnitudes_only,

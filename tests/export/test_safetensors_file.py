@@ -56,6 +56,20 @@ def test_what_a_file_is_instead(case: str, name: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("length", [0x280, 0x480, 0x7B, 0x13C, 0x8B1F])
+def test_a_file_cut_short_is_called_so_whatever_its_headers_length_looks_like(length: int, tmp_path: Path) -> None:
+    """The length comes first, and may begin as a pickle, a JSON text, a web page or an archive does."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": np.zeros(4, np.float32)}, path)
+    header = path.read_bytes()[8:]
+    header = header[: header.rindex(b"}") + 1].ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + bytes(16))
+    assert read_header(path).tensors["a"].shape == (4,)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is damaged or cut short"):
+        read_header(path)
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_header(tmp_path / "missing.safetensors")

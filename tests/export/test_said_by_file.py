@@ -61,6 +61,9 @@ def open_marked(files: SingleFile, path: Path, *markers: str, **header: str) -> 
         ("sdxl", (), {"prediction_type": "None", "encoder_layer": "", "timestep_range": "0, 1000"}, {}),
         ("sdxl", (), {"encoder_layer": "2"}, {}),  # which Stable Diffusion XL takes anyway
         ("sdxl", (), {"encoder_layer": "1"}, {}),
+        ("sdxl", (), {"encoder_layer": "0"}, {}),
+        ("sdxl", (), {"resolution": "24X41"}, {"unet.sample_size": [20, 12]}),
+        ("sdxl", (), {"resolution": "24"}, {"unet.sample_size": [12, 12]}),
         ("sdxl", (), {"encoder_layer": "3"}, {"clip_skip": 1}),
         ("sdxl", (), {"resolution": "24x41"}, {"unet.sample_size": [20, 12]}),
         ("sdxl", (), {"resolution": "16x16"}, {}),
@@ -108,8 +111,10 @@ def test_what_is_taken_from_the_file(
         ("sdxl", (), {"timestep_range": "0,199"}, r"timesteps 0 to 199 only \(modelspec.timestep_range .* 0 to 999"),
         ("sdxl", (), {"timestep_range": "200,999"}, "timesteps 200 to 999 only"),
         ("sdxl", (), {"timestep_range": "all"}, "modelspec.timestep_range='all'"),
-        ("sdxl", (), {"encoder_layer": "0"}, "modelspec.encoder_layer='0'"),
-        ("sdxl", (), {"resolution": "1024"}, "modelspec.resolution='1024'"),
+        ("sdxl", (), {"encoder_layer": "last"}, "modelspec.encoder_layer='last' .* such as 2"),
+        ("sdxl", (), {"resolution": "large"}, "modelspec.resolution='large' .* such as 1024x1024"),
+        ("sdxl", (), {"resolution": "9" * 5000}, "modelspec.resolution='999+'"),
+        ("sdxl", (), {"resolution": "16x4097"}, "16 x 4097 px .* at most 4096"),
         ("sd2", (), {"encoder_layer": "3"}, "clip_skip is 2"),
         *(
             ("sdxl", (), {"architecture": name}, rf"says that it is a {name.lower()} \(modelspec.architecture")

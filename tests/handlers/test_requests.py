@@ -75,7 +75,7 @@ def test_text_becomes_what_the_field_is() -> None:
         ({"prompt": b"a", "steps": b"4294967298"}, "steps is 4294967298; it must be from 1 to 150"),
         ({"prompt": b"a", "steps": b"1_0"}, "steps is '1_0'; it must be a whole number"),
         ({"prompt": b"a", "width": "\u0666\u0664".encode()}, "width is '\u0666\u0664' px"),
-        ({"prompt": b"a", "guidance_scale": b"nan"}, "guidance_scale is nan; it must be from 0 to 50"),
+        ({"prompt": b"a", "guidance_scale": b"nan"}, "guidance_scale is 'nan'; it must be a number from 0 to 50"),
         ({"body": b'{"prompt": "a", "priority": 4294967298}'}, "priority is 4294967298; it must be from 0 to 9"),
         ({"body": b'{"prompt": "a", "seed": 18446744073709551615}'}, "seed is 18446744073709551615; it must be"),
         ({"prompt": b"a", "progress": b"perhaps"}, "progress"),

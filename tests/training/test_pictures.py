@@ -72,6 +72,13 @@ def test_a_picture_that_is_not_read_is_not_left_out_silently(tmp_path: Path, nam
         read_pictures(tmp_path, "x")
 
 
+def test_captions_in_a_table_are_not_passed_over(tmp_path: Path) -> None:
+    _folder(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    with pytest.raises(ConfigError, match=r"metadata\.csv is not read: write its captions to metadata\.jsonl"):
+        read_pictures(tmp_path, "x")
+
+
 def test_a_name_whose_accents_are_written_apart(tmp_path: Path) -> None:
     """As macOS does, while the texts beside it say it in one."""
     names = [unicodedata.normalize("NFD", name) for name in ("caf\u00e9.png", "m\u00fcsli.png")]

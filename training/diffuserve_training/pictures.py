@@ -57,6 +57,10 @@ def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
     texts = {_key(path.stem + path.suffix.lower()): path for path in files}
     paths = {_key(path.name): path for path in files if path.suffix.lower() in (*_SUFFIXES, *_NOT_READ)}
+    if "metadata.csv" in texts and "metadata.jsonl" not in texts:
+        raise ConfigError(
+            f"{folder}/metadata.csv is not read: write its captions to metadata.jsonl, or to texts beside the pictures."
+        )
     captions = _metadata(folder / "metadata.jsonl", paths)
     pictures = []
     for key, path in paths.items():

@@ -71,7 +71,7 @@ class LowRank:
             ours, theirs = f"{shape[1]} to {shape[0]}", f"{self.down.shape[1]} to {self.up.shape[0]}"
             if ours != theirs:
                 return f"its layer leads from {theirs} numbers, and the model's from {ours}"
-            return f"its layer is a convolution of {tuple(self.down.shape[2:])}, and the model's of {shape[2:]}"
+            return f"its layer is {_kind(tuple(self.down.shape))}, and the model's is {_kind(shape)}"
         ranks = up.shape[1], down.shape[0]
         if self.mid is None and ranks[0] != ranks[1]:
             return f"lora_up is for a rank of {ranks[0]}, and lora_down of {ranks[1]}"
@@ -105,6 +105,10 @@ class LowRank:
 
 
 Change = Difference | LowRank
+
+
+def _kind(shape: Shape) -> str:
+    return f"a convolution of {' x '.join(map(str, shape[2:]))}" if shape[2:] else "linear"
 
 
 def _without_ones(shape: Shape) -> Shape:

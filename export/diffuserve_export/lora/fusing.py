@@ -27,6 +27,7 @@ from diffuserve_export.lora.keys import (
 )
 from diffuserve_export.lora.names import Layer, LayerNames
 from diffuserve_export.lora.strength import Strengths
+from diffuserve_export.weights import listed
 
 if TYPE_CHECKING:
     from diffuserve_export.load import LoadedModel
@@ -48,6 +49,8 @@ def fuse_loras(model: LoadedModel, loras: Sequence[Lora]) -> None:
     Raises:
         CheckpointError: one does not fit the model, or holds something that cannot be fused; the model is as it was.
     """
+    if not loras:
+        return
     from safetensors import safe_open
 
     names = LayerNames(model)
@@ -103,9 +106,10 @@ class _LoraFile:
             else:
                 layers[layer][tensor.part] = tensor
         if unknown:
-            named = ", ".join(sorted(unknown)[:3]) + (" ..." if len(unknown) > 3 else "")
             total = len(unknown) + len(layers)
-            raise CheckpointError(self._misfit(f"{len(unknown)} of its {total} layers are not this model's: {named}"))
+            raise CheckpointError(
+                self._misfit(f"{len(unknown)} of its {total} layers are not this model's: {listed(unknown)}")
+            )
         for layer, parts in layers.items():
             self._check_parts(layer, parts)
         return layers
@@ -131,8 +135,11 @@ class _LoraFile:
         changes: list[Change] = []
         if DOWN in parts:
             down, up = read[DOWN], read[UP]
-            if down.ndim < 2 or up.ndim < 2:
-                self._refuse(f"{parts[DOWN].key} and {parts[UP].key} are not matrices")
+            if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
+                self._refuse(
+                    f"{parts[DOWN].key} is of the shape {tuple(down.shape)} and {parts[UP].key} of {tuple(up.shape)}, where "
+                    "matrices of a rank of 1 or more were expected"
+                )
             alpha = self._alpha(parts[ALPHA].key, read[ALPHA]) if ALPHA in parts else None
             factor = self._strengths.factor(parts[DOWN].layer, layer.part, down.shape[0], alpha)
             magnitude, axis = read.get(MAGNITUDE), 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from diffuserve.errors import CheckpointError
+from diffuserve_export.weights import listed
 
 # Parts of a layer's change: A, B and the middle of Tucker's form in W + alpha / rank * B A; DoRA's magnitudes, as LyCORIS
 # and as PEFT saves them; and differences that are added as they are, of a weight and of a bias.
@@ -71,7 +72,7 @@ def tensors_from_keys(keys: Iterable[str], file: str) -> list[Tensor]:
         if others := [key for key in keys if pattern.search(key)]:
             beside = f"is {kind}" if len(others) == len(keys) else f"holds {kind} besides"
             raise CheckpointError(
-                f"The LoRA {file} {beside}: {_named(others)}. That is not fused; LoRA and LoCon are, with or without DoRA, "
+                f"The LoRA {file} {beside}: {listed(others)}. That is not fused; LoRA and LoCon are, with or without DoRA, "
                 "and differences of weights. To fuse the rest, save the file without these tensors."
             )
     if not any(tensor.part in (UP, WEIGHT_DIFFERENCE, BIAS_DIFFERENCE) for tensor in found):
@@ -82,7 +83,7 @@ def tensors_from_keys(keys: Iterable[str], file: str) -> list[Tensor]:
         )
     if unknown := sorted(set(keys) - {tensor.key for tensor in found}):
         raise CheckpointError(
-            f"The LoRA {file} holds tensors of an unknown kind: {_named(unknown)}. So it may be more than a LoRA, and is "
+            f"The LoRA {file} holds tensors of an unknown kind: {listed(unknown)}. So it may be more than a LoRA, and is "
             "not fused. If you know that they do not matter, save the file without them."
         )
     return found
@@ -93,7 +94,3 @@ def _tensor(key: str) -> Tensor | None:
         if match := pattern.fullmatch(key):
             return Tensor(key, match["layer"], part)
     return None
-
-
-def _named(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

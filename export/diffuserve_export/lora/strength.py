@@ -17,6 +17,8 @@ _HEADER_ENTRY = "lora_adapter_metadata"
 _PARTS = ("unet", "text_encoder_2", "text_encoder")
 # What begins a name in a file that PEFT itself has written.
 _PEFT = "base_model.model."
+# What a file's names have before those that PEFT's patterns are for.
+_BEFORE = re.compile(rf"({'|'.join(_PARTS)})\.({re.escape(_PEFT)})?|{re.escape(_PEFT)}")
 # Ways to begin a training that leave the base model's weights as they are; all others (PiSSA, OLoRA, LoftQ ...) take
 # something away from them, so that the adapter fits no other weights.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -45,7 +47,7 @@ class AdapterConfig(msgspec.Struct, frozen=True):
         """alpha / rank of a layer, or alpha / sqrt(rank) for a rank-stabilised LoRA (arXiv:2312.03732).
 
         Args:
-            layer: its name in the file.
+            layer: its name in the component.
             rank: its own.
         """
         patterns = self.alpha_pattern or {}
@@ -94,7 +96,7 @@ class Strengths:
             return alpha / rank
         config = self._configs.get("") or self._configs.get(part)
         if config is not None:
-            return config.factor(layer.replace(_PEFT, ""), rank)
+            return config.factor(_BEFORE.sub("", layer, count=1), rank)
         if layer.startswith(_PEFT):
             raise CheckpointError(
                 f"The LoRA {self._lora.path} was written by PEFT, and its strength stands in {PEFT_CONFIG}, which is not "
