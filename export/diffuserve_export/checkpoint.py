@@ -164,7 +164,7 @@ def open_checkpoint(
         safety_checker: whether to take the one that the checkpoint may have. A single file has none.
         weights: whether the checkpoint must have them; without, `Checkpoint.weights` is empty for a folder too.
         steps, guidance_scale, sampler: defaults of requests to this model; None takes those in diffuserve.json, else 20,
-            7.5 and dpmpp_2m.
+            7.5 and the scheduler's own.
 
     Raises:
         CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.

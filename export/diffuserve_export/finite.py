@@ -43,7 +43,8 @@ def not_finite(what: str, parts: Mapping[str, nn.Module]) -> CheckpointError:
         why = (
             f"Its weights are finite (the largest is {float(weights[largest].abs().max()):.3g}, in {largest}), so values on "
             "the way are too large for fp32, as a failed merge or conversion makes them. Take this part from the checkpoint "
-            "that it was made from; a merged model's VAE is most often its base model's"
+            "that it was made from; a merged model's VAE is most often its base model's. If LoRAs are fused into it, try it "
+            "without them, or with smaller scales"
         )
     return CheckpointError(f"The {what} makes values that are not finite. {why}. No bundle was written.")
 

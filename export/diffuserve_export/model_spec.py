@@ -10,6 +10,7 @@ import msgspec
 from diffuserve.bundle import ImageProcessor, ModelSpec
 from diffuserve.errors import BundleError, CheckpointError
 from diffuserve.noise_schedule import NoiseSchedule
+from diffuserve.request import Limits
 from diffuserve.samplers import SAMPLERS, sampler_from_config
 from diffuserve.scheduler_settings import check_known
 from diffuserve.tensors import VAE_DECODER, VAE_ENCODER, StageSpec, stage_specs
@@ -72,8 +73,18 @@ def model_spec_from_configs(
         defaults = msgspec.structs.replace(defaults, sampler=sampler_from_config(configs["scheduler"]))
     if defaults.sampler not in SAMPLERS:
         raise CheckpointError(
-            f"{name}: the default sampler is to be {defaults.sampler!r}. Supported: {', '.join(SAMPLERS)}."
+            f"{name}: the default sampler (--sampler or diffuserve.json) is {defaults.sampler!r}. Supported: "
+            f"{', '.join(SAMPLERS)}."
         )
+    limits = Limits()
+    for title, value, least, most in (
+        ("--steps", defaults.steps, 1, limits.max_steps),
+        ("--guidance-scale", defaults.guidance_scale, 0, limits.max_guidance_scale),
+    ):
+        if not least <= value <= most:
+            raise CheckpointError(
+                f"{name}: {title} (or in diffuserve.json) is {value}; it must be from {least} to {most:g}."
+            )
     try:
         spec = _spec(name, configs, defaults, clip_skip, zero_empty_negative)
         _check_fit(name, spec, configs)

@@ -127,6 +127,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong size": (editing("unet/config.json", sample_size=7), "must be a multiple of 16 pixels"),
     "wrong type": (editing("unet/config.json", sample_size=None), "of the wrong type"),
     "wrong default": (lambda path: (path / "diffuserve.json").write_text('{"stepz": 3}'), "Allowed: steps, guidance"),
+    "too many steps": (
+        lambda path: (path / "diffuserve.json").write_text('{"steps": 5000}'),
+        "--steps .*is 5000; it must be from 1 to 150",
+    ),
+    "too much guidance": (
+        lambda path: (path / "diffuserve.json").write_text('{"guidance_scale": 500}'),
+        "--guidance-scale .*is 500.0; it must be from 0 to 50",
+    ),
     "unknown sampler": (lambda path: (path / "diffuserve.json").write_text('{"sampler": "x"}'), "Supported: ddim"),
 }
 

@@ -252,6 +252,10 @@ def test_the_folder_s_settings_are_part_of_its_hash(plain: LoadedModel, tmp_path
         ),
         ({"use_qalora": True}, "has use_qalora, a variant"),
         ({"lora_alpha": "much"}, "adapter_config.json is damaged: Expected `float`"),
+        ({"use_dora": True}, r"its settings say use_dora, and unet\..*to_q has no magnitudes"),
+        ({"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 4}}, r"has the alpha_pattern '\(\(\[a-z.* write the layers' names"),
+        ({"alpha_pattern": {".*.*.*.*x": 4}}, "up to 3 times"),
+        ({"alpha_pattern": {"(": 4}}, "adapter_config.json is damaged"),
     ],
 )
 def test_adapters_of_peft_that_are_more_than_lora(
@@ -288,6 +292,41 @@ def test_settings_in_the_header(plain: LoadedModel, tmp_path: Path) -> None:
     path = unet.save(tmp_path / "style.safetensors", format="pt", lora_adapter_metadata=json.dumps(header))
     changes = [(6 / 2, unet.products), (1 / 2, text.products)]
     assert_weights(fused(plain, Lora(path, 1.0)), plain, changes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"r": 2, "lora_alpha": 6}', "in its header is for none of unet, text_encoder_2, text_encoder"),
+        ('{"transformer.r": 2, "transformer.lora_alpha": 6}', "in its header is for none of unet"),
+        ('{"unet.r": ' + "[" * 200_000, "in its header is damaged"),
+    ],
+)
+def test_settings_in_the_header_that_cannot_be_meant(
+    entry: str, message: str, plain: LoadedModel, tmp_path: Path
+) -> None:
+    path = make(plain, "diffusers", QUERY, alpha=None).save(tmp_path / "a.safetensors", lora_adapter_metadata=entry)
+    with pytest.raises(CheckpointError, match=message):
+        fused(plain, Lora(path, 1.0))
+
+
+def test_a_text_encoder_that_two_families_share(plain: LoadedModel, plain_xl: LoadedModel, tmp_path: Path) -> None:
+    """The names and shapes of Stable Diffusion XL's first text encoder are those of 1's, so the header decides."""
+    for model, naming, base in ((plain, "kohya", "sdxl_base_v1-0"), (plain_xl, "kohya", "sd_v1")):
+        file = make(model, naming, TEXT)
+        with pytest.raises(
+            CheckpointError, match=r"it was trained for another family\. Its header names the base model"
+        ):
+            fused(model, Lora(file.save(tmp_path / "a.safetensors", ss_base_model_version=base), 1.0))
+        fused(model, Lora(file.save(tmp_path / "a.safetensors", ss_base_model_version="my own"), 1.0))
+
+
+def test_a_scale_beyond_all_numbers(plain: LoadedModel, tmp_path: Path) -> None:
+    path = make(plain, "kohya", QUERY).save(tmp_path / "style.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"With style\.safetensors:1e\+300 the weight of unet\..* Take a smaller scale"
+    ):
+        fused(plain, Lora(path, 1e300))
 
 
 def test_several(shared_checkpoint: Path, plain: LoadedModel, tmp_path: Path) -> None:
@@ -453,6 +492,7 @@ def test_text_form(plain: LoadedModel, tmp_path: Path) -> None:
         (f"{tmp_path}/missing.safetensors:1", r"there is no file .*missing\.safetensors\."),
         (f"{tmp_path}/missing.safetensors", r"there is no file .*missing\.safetensors\."),
         (f"{tmp_path}/pickle.pt:1", "only .safetensors files are read"),
+        (f"{folder}/adapter_config.json:1", f"give the folder that .* lies in, {folder}"),
         (f"{tmp_path}:1", "is a folder without adapter_model.safetensors"),
         (f"{tmp_path}/short.safetensors:1", "is damaged or cut short"),
     ):

@@ -117,6 +117,17 @@ def add_unknown(file: File, key: str) -> str:
     return f"tensors of an unknown kind: {key}.lora_side.weight"
 
 
+def add_middle(file: File, key: str) -> str:
+    file.tensors[f"{key}.lora_mid.weight"] = np.ones((4, 4), np.float32)
+    return "it has lora_mid, and the model's layer is linear"
+
+
+def count(file: File, key: str) -> str:
+    name = next(name for name in file.tensors if name.startswith(f"{key}.") and "alpha" not in name)
+    file.tensors[name] = np.ones_like(file.tensors[name], np.int32)
+    return f"{name} is of the type int32, where floating-point"
+
+
 def leave_magnitudes_only(file: File, key: str) -> str:
     for name in [name for name in file.tensors if name.startswith(f"{key}.") and "alpha" not in name]:
         del file.tensors[name]
@@ -143,6 +154,8 @@ SPOILT: tuple[Callable[[File, str], str], ...] = (
     empty_rank,
     add_loha,
     add_unknown,
+    add_middle,
+    count,
     leave_magnitudes_only,
     shorten_magnitudes,
     add_vector_as_alpha,

@@ -75,6 +75,8 @@ class LowRank:
         ranks = up.shape[1], down.shape[0]
         if self.mid is None and ranks[0] != ranks[1]:
             return f"lora_up is for a rank of {ranks[0]}, and lora_down of {ranks[1]}"
+        if self.mid is not None and len(shape) != 4:
+            return "it has lora_mid, and the model's layer is linear"
         if self.mid is not None and tuple(self.mid.shape) != (*ranks, *shape[2:]):
             return f"lora_mid is of the shape {tuple(self.mid.shape)}, where {(*ranks, *shape[2:])} was expected"
         if self.magnitude is not None and len(self.magnitude) != shape[self.axis]:

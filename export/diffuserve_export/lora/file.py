@@ -69,6 +69,8 @@ def lora_from_text(text: str) -> Lora:
             f"--lora {text}: {name} is a folder without {PEFT_WEIGHTS}, which PEFT's save_pretrained() writes. Give a "
             ".safetensors file or such a folder."
         )
+    if lora.path.name == PEFT_CONFIG:
+        raise CheckpointError(f"--lora {text}: give the folder that {name} lies in, {lora.path.parent}.")
     if lora.weights.suffix.lower() != ".safetensors":
         raise CheckpointError(
             f"--lora {text}: only .safetensors files are read, since a pickle can run any code when it is opened."

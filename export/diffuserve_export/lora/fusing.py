@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # What a file's header may say of the model that it was trained on.
 _BASE_MODEL = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+# How those entries begin for models of two text encoders, and of one.
+_OF_TWO, _OF_ONE = ("sdxl", "stable-diffusion-xl"), ("sd_v1", "sd_v2", "stable-diffusion-v1", "stable-diffusion-v2")
 _LONGEST_HINT = 60
 
 _Parts = dict[str, Tensor]
@@ -65,10 +67,10 @@ def fuse_loras(model: LoadedModel, loras: Sequence[Lora]) -> None:
             for layer in file.layers:
                 layers[layer].append(file)
         for layer, changing in layers.items():
-            _change(layer, [change for file in changing for change in file.changes(layer)])
+            _change(layer, [change for file in changing for change in file.changes(layer)], loras)
 
 
-def _change(layer: Layer, changes: Sequence[Change]) -> None:
+def _change(layer: Layer, changes: Sequence[Change], loras: Sequence[Lora]) -> None:
     for name in ("weight", "bias"):
         own = [change for change in changes if change.bias == (name == "bias")]
         if own:
@@ -77,6 +79,10 @@ def _change(layer: Layer, changes: Sequence[Change]) -> None:
             for change in own:
                 value = change.apply(value)
             parameter.copy_(value)
+            if not parameter.isfinite().all():
+                raise CheckpointError(
+                    f"With {' and '.join(map(str, loras))} the {name} of {layer} is beyond what fp32 can hold. Take a smaller scale."
+                )
 
 
 class _LoraFile:
@@ -86,6 +92,7 @@ class _LoraFile:
         self._lora, self._tensors, self._model = lora, tensors, model
         header = tensors.metadata() or {}
         self._hint = _base_model(header)
+        self._header = header
         self._strengths = Strengths(lora, header)
         self.layers = self._find_layers(names)
         for layer in self.layers:
@@ -112,7 +119,16 @@ class _LoraFile:
             )
         for layer, parts in layers.items():
             self._check_parts(layer, parts)
+        if all(layer.part != "unet" for layer in layers):
+            self._check_family()
         return layers
+
+    def _check_family(self) -> None:
+        """Of a LoRA for text encoders alone: Stable Diffusion 1 and XL have one in common, so that its names and shapes fit both."""
+        others = _OF_ONE if self._model.text_encoder_2 is not None else _OF_TWO
+        for entry in _BASE_MODEL[:2]:
+            if self._header.get(entry, "").lower().startswith(others):
+                raise CheckpointError(self._misfit("it was trained for another family"))
 
     def _check_parts(self, layer: Layer, parts: _Parts) -> None:
         """Alpha alone changes nothing, as files have it for layers that were left out."""
@@ -125,6 +141,8 @@ class _LoraFile:
                 self._refuse(f"{parts[part].key} belongs to no lora_down and lora_up")
         if DORA_SCALE in parts and MAGNITUDE in parts:
             self._refuse(f"{layer} has two kinds of DoRA magnitudes")
+        if halves and self._strengths.is_dora(layer.part) and not {DORA_SCALE, MAGNITUDE} & parts.keys():
+            self._refuse(f"its settings say use_dora, and {layer} has no magnitudes")
         if BIAS_DIFFERENCE in parts and getattr(layer.module, "bias", None) is None:
             raise CheckpointError(self._misfit(f"{parts[BIAS_DIFFERENCE].key} changes a bias, and {layer} has none"))
 
@@ -155,7 +173,12 @@ class _LoraFile:
 
     def _read(self, key: str) -> Any:
         """A tensor as float64."""
-        tensor = self._tensors.get_tensor(key).double()
+        stored = self._tensors.get_tensor(key)
+        if not (stored.is_floating_point() or key.endswith(".alpha")):
+            self._refuse(
+                f"{key} is of the type {str(stored.dtype).removeprefix('torch.')}, where floating-point numbers were expected"
+            )
+        tensor = stored.double()
         if not tensor.isfinite().all():
             self._refuse(f"{key} is not finite, so the file is damaged or its training failed")
         return tensor

@@ -70,10 +70,11 @@ def tensors_from_keys(keys: Iterable[str], file: str) -> list[Tensor]:
     found = [tensor for key in keys if (tensor := _tensor(key))]
     for kind, pattern in _OTHERS.items():
         if others := [key for key in keys if pattern.search(key)]:
-            beside = f"is {kind}" if len(others) == len(keys) else f"holds {kind} besides"
+            has_more = len(others) < len(keys)
             raise CheckpointError(
-                f"The LoRA {file} {beside}: {listed(others)}. That is not fused; LoRA and LoCon are, with or without DoRA, "
-                "and differences of weights. To fuse the rest, save the file without these tensors."
+                f"The LoRA {file} {f'holds {kind} besides' if has_more else f'is {kind}'}: {listed(others)}. That is not fused; "
+                "LoRA and LoCon are, with or without DoRA, and differences of weights. "
+                + ("To fuse the rest, save the file without these tensors." if has_more else "Take one of these kinds.")
             )
     if not any(tensor.part in (UP, WEIGHT_DIFFERENCE, BIAS_DIFFERENCE) for tensor in found):
         raise CheckpointError(

@@ -19,6 +19,9 @@ _PARTS = ("unet", "text_encoder_2", "text_encoder")
 _PEFT = "base_model.model."
 # What a file's names have before those that PEFT's patterns are for.
 _BEFORE = re.compile(rf"({'|'.join(_PARTS)})\.({re.escape(_PEFT)})?|{re.escape(_PEFT)}")
+# The patterns that are run: names, alternatives, and a few ".*". Others may take a regular expression for ever.
+_PATTERN = re.compile(r"\^?(?:[\w\-|()]|\\.|\.\*?)+\$?")
+_MOST_STARS, _LONGEST_PATTERN = 3, 500
 # Ways to begin a training that leave the base model's weights as they are; all others (PiSSA, OLoRA, LoftQ ...) take
 # something away from them, so that the adapter fits no other weights.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -42,6 +45,7 @@ class AdapterConfig(msgspec.Struct, frozen=True):
     lora_alpha: float
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
 
     def factor(self, layer: str, rank: int) -> float:
         """alpha / rank of a layer, or alpha / sqrt(rank) for a rank-stabilised LoRA (arXiv:2312.03732).
@@ -79,6 +83,11 @@ class Strengths:
                 own = {k.removeprefix(f"{part}."): v for k, v in settings.items() if k.startswith(f"{part}.")}
                 if own:
                     self._configs[part] = self._config(own, f"{_HEADER_ENTRY} in its header")
+            if not self._configs:
+                raise CheckpointError(
+                    f"The LoRA {lora.path}: {_HEADER_ENTRY} in its header is for none of {', '.join(_PARTS)}, so how strongly it "
+                    "is to be applied is not known. Save the file again without that entry if alpha is the rank."
+                )
 
     def factor(self, layer: str, part: str, rank: int, alpha: float | None) -> float:
         """What B A of a layer is multiplied by.
@@ -100,16 +109,21 @@ class Strengths:
         if layer.startswith(_PEFT):
             raise CheckpointError(
                 f"The LoRA {self._lora.path} was written by PEFT, and its strength stands in {PEFT_CONFIG}, which is not "
-                "beside it. Give the folder that save_pretrained() wrote; if only the file is left, write a "
+                "beside it. Give the folder that save_pretrained() wrote; if only the file is left, write an "
                 f'{PEFT_CONFIG} such as {{"peft_type": "LORA", "r": 16, "lora_alpha": 16}} beside it, and name the file '
                 "adapter_model.safetensors."
             )
         return 1.0
 
+    def is_dora(self, part: str) -> bool:
+        """Whether the settings say that layers of a component have DoRA's magnitudes."""
+        config = self._configs.get("") or self._configs.get(part)
+        return bool(config and config.use_dora)
+
     def _read(self, data: bytes, where: str) -> dict[str, Any]:
         try:
             return msgspec.json.decode(data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise CheckpointError(f"The LoRA {self._lora.path}: {where} is damaged: {error}.") from error
 
     def _config(self, settings: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -132,6 +146,15 @@ class Strengths:
             config = msgspec.convert(settings, AdapterConfig)
             for pattern in config.alpha_pattern or {}:
                 re.compile(pattern)
+                if (
+                    not _PATTERN.fullmatch(pattern)
+                    or pattern.count(".*") > _MOST_STARS
+                    or len(pattern) > _LONGEST_PATTERN
+                ):
+                    raise CheckpointError(
+                        f"The LoRA {self._lora.path}: {where} has the alpha_pattern {pattern[:80]!r}. Patterns may be names with "
+                        f"alternatives and up to {_MOST_STARS} times '.*'; write the layers' names."
+                    )
         except (msgspec.ValidationError, re.error) as error:
             raise CheckpointError(f"The LoRA {self._lora.path}: {where} is damaged: {error}.") from error
         return config
