@@ -135,6 +135,7 @@ def _lora_settings(loras: tuple[FusedLora, ...]) -> dict[str, str]:
 
 def _number(value: float) -> str:
     """The shortest digits that are read as the same number. Most came as float32, and are that number."""
+    value += 0.0  # which makes 0 of -0
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return np.format_float_positional(single if single == value else value, trim="-")

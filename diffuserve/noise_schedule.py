@@ -31,6 +31,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
+_MOST_TIMESTEPS = 100_000  # published models have 1000
 _MEND = "Mend it and export the checkpoint again."
 
 
@@ -98,10 +99,18 @@ class NoiseSchedule:
         check_choice("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
         if self.timestep_spacing is not None:
             check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        if self.num_train_timesteps < 2 or self.steps_offset < 0:
+        if (
+            not 2 <= self.num_train_timesteps <= _MOST_TIMESTEPS
+            or not 0 <= self.steps_offset < self.num_train_timesteps
+        ):
             raise BundleError(
                 f"scheduler_config.json has num_train_timesteps={self.num_train_timesteps} and steps_offset="
-                f"{self.steps_offset}; at least 2 and 0 are needed. {_MEND}"
+                f"{self.steps_offset}; from 2 to {_MOST_TIMESTEPS}, and from 0 to less than that, are allowed. {_MEND}"
+            )
+        betas = self.trained_betas or (self.beta_start, self.beta_end)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise BundleError(
+                f"scheduler_config.json has betas from {min(betas)} to {max(betas)}; they must be from 0 to less than 1. {_MEND}"
             )
         if self.original_inference_steps < 1 or self.timestep_scaling <= 0:
             raise BundleError(

@@ -422,6 +422,8 @@ def test_tables_are_shared_and_cannot_be_changed() -> None:
         ("trained_betas", 5),
         ("trained_betas", ["a"]),
         ("num_train_timesteps", 1),
+        ("num_train_timesteps", 100_001),
+        ("steps_offset", 1000),
         ("num_train_timesteps", 10.5),
         ("num_train_timesteps", None),
         ("beta_start", "0.1"),
@@ -432,6 +434,12 @@ def test_tables_are_shared_and_cannot_be_changed() -> None:
 )
 def test_settings_that_are_not_implemented_are_named(name: str, value: object) -> None:
     with pytest.raises(BundleError, match=name):
+        NoiseSchedule.from_config({**STABLE_DIFFUSION, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta_start", -0.1), ("beta_end", 1.0), ("beta_end", 1e308)])
+def test_betas_are_shares(name: str, value: float) -> None:
+    with pytest.raises(BundleError, match=r"betas from .* they must be from 0 to less than 1"):
         NoiseSchedule.from_config({**STABLE_DIFFUSION, name: value})
 
 
