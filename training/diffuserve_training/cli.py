@@ -114,10 +114,11 @@ def lora(config: Path, output: Path, devices: str) -> None:
     """A LoRA for any checkpoint, from a folder of pictures with captions."""
     from diffuserve_training.config import Lora, read_config
     from diffuserve_training.lora_module import train_lora
-    from diffuserve_training.pictures import read_pictures
+    from diffuserve_training.pictures import read_pictures, summary
 
     training = read_config(config, Lora)
     pictures = read_pictures(config.parent / training.images, training.prompt)
+    click.echo(summary(pictures))
     click.echo(f"Written: {train_lora(training, pictures, output, devices)}")
 
 
