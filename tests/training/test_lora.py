@@ -104,6 +104,21 @@ def test_a_file_changes_as_much_as_the_training_did_whatever_alpha_is(tmp_path: 
     torch.testing.assert_close(loaded, learnt, rtol=0, atol=float(0.01 * (learnt - plain).abs().max()))
 
 
+def test_a_latent_consistency_model_is_refused(folder: Path, tmp_path: Path, reference_pipeline: Any) -> None:
+    shutil.copytree(CHECKPOINT, checkpoint := tmp_path / "lcm")
+    shutil.rmtree(checkpoint / "unet")
+    unet = reference_pipeline.unet
+    type(unet).from_config(unet.config, time_cond_proj_dim=12).save_pretrained(checkpoint / "unet")
+    config = Lora(
+        checkpoint=str(checkpoint),
+        images=str(folder),
+        optimisation=Optimisation(steps=1, batch_size=1, learning_rate=1e-3),
+    )
+    with pytest.raises(ConfigError, match="lcm is a latent consistency model"):
+        train_lora(config, read_pictures(folder, "a wall"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_modules_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
     config = Lora(
         checkpoint=str(CHECKPOINT),

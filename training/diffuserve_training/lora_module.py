@@ -157,7 +157,13 @@ def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices:
             config.checkpoint, dtype=torch.float32, safety_checker=None, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{config.checkpoint} cannot be loaded: {error}") from None
+        missing = "" if Path(config.checkpoint).is_dir() else "there is no such folder, and the Hugging Face hub: "
+        raise ConfigError(f"checkpoint: {config.checkpoint} cannot be loaded: {missing}{error}") from None
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise ConfigError(
+            f"checkpoint: {config.checkpoint} is a latent consistency model. It was distilled to draw in few steps, which this "
+            "training would undo. Train on the checkpoint that it was distilled from."
+        )
     run = begin_run(output / "lora-run", *_parts(config, pipeline, pictures))
     seeded(config.optimisation)
     module = LoraModule(config, pipeline, pictures)
