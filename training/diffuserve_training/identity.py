@@ -37,7 +37,7 @@ def begin_run(run: Path, *parts: Any) -> Path:
     if (run / LAST).is_file():
         if not file.is_file() or file.read_bytes() != identity:
             raise ConfigError(
-                f"{run.parent} holds another training's run: its configuration (save `steps`), data or first weights differ. "
+                f"{run.parent} holds another training's run: its configuration (apart from `steps`), data or first weights differ. "
                 f"Name another --output, or remove {run} to begin anew."
             )
     else:
