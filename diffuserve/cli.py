@@ -23,7 +23,7 @@ _VERBS = {
     "serve": ("diffuserve.serving.cli", "Starts Triton or TorchServe.", "serve"),
     "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),
     "loadtest": ("diffuserve_loadtest.cli", "Loads a server with a workload, and reports.", "loadtest"),
-    "train": ("diffuserve_training.cli", "Trains the bundled model, or a LoRA for any checkpoint.", "train"),
+    "train": ("diffuserve_training.cli", "Trains the bundled model, or a LoRA for a checkpoint.", "train"),
     "bench": ("diffuserve_loadtest.bench.cli", "Measures, two things against each other in one run.", "loadtest"),
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from diffuserve_training import cli
 from diffuserve_training.backgrounds import BACKGROUNDS, COLOURS, NAMES, lay_on, nearest_background
 from diffuserve_training.captions import caption, plain_caption
-from diffuserve_training.config import ConfigError, Training, read_config
+from diffuserve_training.config import ConfigError, Data, Training, located, located_checkpoint, read_config, read_names
 from diffuserve_training.dataset import Icons, Latents, image_batch, is_held_out
 from diffuserve_training.icons import STYLES
 from diffuserve_training.packages import FLUENT_FLAT, TrainingDataError, read_json
@@ -124,6 +127,54 @@ def test_what_a_configuration_says_wrong_is_said(tmp_path: Path, text: str, word
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_config(file, Training)
+
+
+def test_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("\ufeff# some\nclown\npi\u00f1ata\n".encode())
+    code = (
+        "from pathlib import Path; from diffuserve_training.config import Data, read_names;"
+        "print(ascii(sorted(read_names(Path('c.yaml'), Data(names='names.txt')))))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == r"['clown', 'pi\xf1ata']"
+    (tmp_path / "names.txt").write_bytes(b"clown\npi\xf1ata\n")
+    with pytest.raises(ConfigError, match=r"names\.txt is no text in UTF-8 .* at byte 8"):
+        read_names(tmp_path / "c.yaml", Data(names="names.txt"))
+
+
+def test_a_path_is_looked_for_beside_the_configuration_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs" / "both").mkdir(parents=True)
+    for name in ("both", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = Path("configs", "c.yaml")
+    assert located(config, "both") == Path("configs", "both")
+    assert located(config, "here") == Path("here")
+    assert located(config, "../here") == Path("configs", "..", "here")
+    assert located(config, "none") == Path("configs", "none")
+    assert located(config, str(tmp_path / "here")) == tmp_path / "here"
+
+
+def test_a_checkpoint_is_a_folder_or_an_id(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    for folder in ("good/one.bin", "bad"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "good" / "one.bin" / "model_index.json").write_text("{}")
+    (tmp_path / "good" / "sd.safetensors").write_bytes(b"")
+    assert located_checkpoint(config, "good/one.bin") == str(tmp_path / "good" / "one.bin")
+    assert located_checkpoint(config, "someone/stable-diffusion.v1") == "someone/stable-diffusion.v1"
+    for name, reason in (
+        ("good/sd.safetensors", "single files cannot be trained on"),
+        ("none/sd.ckpt", "single files cannot be trained on"),
+        ("bad", "bad has no model_index.json. It must be a folder in diffusers' format, or an id"),
+        ("nowhere", "there is no folder nowhere in .* or the working directory. It must be a folder"),
+        ("../nowhere", "there is no folder"),
+        ("models/a/b", "there is no folder"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            located_checkpoint(config, name)
 
 
 def test_an_archive_with_another_content_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffuserve_training.config import ConfigError, Lora, read_config
-from diffuserve_training.pictures import load_square, read_pictures
+from diffuserve_training.pictures import load_square, read_pictures, summary
 from tests.core import picture_files as files
 
 WALL = Image.new("RGB", (15, 10), "red")
@@ -54,7 +54,7 @@ def test_a_folder_without_pictures_and_one_that_is_none(tmp_path: Path) -> None:
 def test_what_else_lies_in_such_folders(tmp_path: Path) -> None:
     """Capitals, two pictures of one name, what macOS and caches leave, folders, links."""
     folder = _folder(tmp_path, "A.JPG", "a.png", "a.jpeg", "b.c.PNG")
-    for name, text in (("A.TXT", "capital"), ("a.txt", "both"), ("b.c.txt", "dotted"), ("unused.txt", "")):
+    for name, text in (("A.TXT", "capital"), ("a.txt", "both"), ("b.c.txt", "dotted")):
         (folder / name).write_text(text)
     for name in ("._a.png", ".DS_Store", "a.npz", "Thumbs.db"):
         (folder / name).write_bytes(b"none")
@@ -62,6 +62,27 @@ def test_what_else_lies_in_such_folders(tmp_path: Path) -> None:
     (folder / "linked.png").symlink_to(folder / "a.png")
     expected = {"A.JPG": "capital", "a.jpeg": "both", "a.png": "both", "b.c.PNG": "dotted", "linked.png": "other"}
     assert _captions(folder, "other") == expected
+
+
+@pytest.mark.parametrize("name", ["8.png.txt", "9.txt", "B.caption", "README.TXT"])
+def test_a_caption_of_no_picture_is_named(tmp_path: Path, name: str) -> None:
+    folder = _folder(tmp_path, "8.png", "b.jpg")
+    (folder / name).write_text("a wall")
+    for prompt in ("x", None):
+        with pytest.raises(ConfigError, match=f"{name} is the caption of no picture"):
+            read_pictures(folder, prompt)
+
+
+def test_a_summary_counts_captions_by_where_they_are_from(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, "a.png", "b.png", "c.png", "d.jpg", "e.png", "f.png", "g.png")
+    for name, text in (("a.TXT", "one"), ("b.txt", " \n"), ("c.txt", "three"), ("d.caption", "four")):
+        (folder / name).write_text(text)
+    (folder / "metadata.jsonl").write_text(_line("e.png", "  five\n") + "\n" + _line("f.png", "\t") + "\n")
+    pictures = read_pictures(folder, " seven ")
+    assert [picture.caption for picture in pictures] == ["one", "", "three", "four", "five", "", "seven"]
+    expected = "7 pictures; captions: 3 of .txt, 1 of .caption, 2 of metadata.jsonl, 1 the prompt, 2 empty"
+    assert summary(pictures) == expected
+    assert summary(pictures[:1]) == "1 picture; captions: 1 of .txt"
 
 
 @pytest.mark.parametrize("name", ["scan.TIF", "phone.heic", "new.avif"])
@@ -117,7 +138,7 @@ def test_other_encodings_are_refused(tmp_path: Path, name: str, data: bytes, rea
 
 
 def test_metadata_ends_its_lines_at_line_feeds_only(tmp_path: Path) -> None:
-    texts = ["one\u2028two", "one\u2029two\x85three", "tab\there", "\x0b\x0c\x1c"]
+    texts = ["one\u2028two", "one\u2029two\x85three", "tab\there", "one\x0b\x0c\x1ctwo"]
     names = [f"{number}.png" for number in range(len(texts))]
     _folder(tmp_path, *names)
     lines = [_line(name, text) for name, text in zip(names, texts, strict=True)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from diffuserve_training.config import Training
+from diffuserve_training.config import ConfigError, Training
 from diffuserve_training.dataset import Icons
 from diffuserve_training.stages import train_decoder, train_ldm, train_vae
 from tests.training.drawings import small_training, some_icons
@@ -62,6 +63,23 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(icons: Icons, tr
         assert same(weights(trained), weights(tmp_path)) == (steps == 4)
 
 
+def test_a_stage_does_not_go_on_with_another_trainings_run(icons: Icons, trained: Path, tmp_path: Path) -> None:
+    fewer = Icons(icons.icons[:-1], icons.drawn[:-1])
+    for training, some in ((small_training(seed=1), icons), (small_training(), fewer)):
+        with pytest.raises(ConfigError, match=r"another training's run.* remove .*vae-run"):
+            train_vae(training, some, trained)
+        with pytest.raises(ConfigError, match=r"another training's run.* remove .*ldm-run"):
+            train_ldm(training, some, trained, tmp_path / "cache")
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    train_decoder(small_training(steps=1), icons, tmp_path)
+    train_decoder(small_training(steps=2), icons, tmp_path)
+    vae = load_file(file := tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    vae["encoder.conv_in.bias"][0] += 1  # stage one made anew
+    save_file(vae, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"another training's run.* remove .*decoder-run"):
+        train_decoder(small_training(steps=2), icons, tmp_path)
+
+
 def test_the_decoder_learns_alone_and_latents_stay(icons: Icons, trained: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
@@ -75,8 +93,6 @@ def test_the_decoder_learns_alone_and_latents_stay(icons: Icons, trained: Path, 
 
 
 def test_a_checkpoint_can_be_gone_on_from(icons: Icons, trained: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     def largest_change(folder: Path) -> float:
         file = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
         before, after = load_file(trained / file), load_file(folder / file)
@@ -100,8 +116,6 @@ def test_a_checkpoint_can_be_gone_on_from(icons: Icons, trained: Path, tmp_path:
 
 
 def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path) -> None:
-    from safetensors.torch import load_file
-
     from diffuserve_training.sampling import draw, load_pipeline
 
     checkpoint = trained / "checkpoint"

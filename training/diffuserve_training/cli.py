@@ -1,4 +1,4 @@
-"""`diffuserve train`: the bundled model's two stages, its evaluation, and LoRA for any checkpoint."""
+"""`diffuserve train`: the bundled model's two stages, its evaluation, and LoRAs for other checkpoints."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _read(config: Path, cache: Path) -> tuple[Training, Icons]:
     return training, Icons.load(config, training.data, cache)
 
 
-@click.group("train", short_help="Train the bundled model, or a LoRA for any checkpoint.")
+@click.group("train", short_help="Train the bundled model, or a LoRA for a checkpoint.")
 def command() -> None:
     """Trains, on a CPU or on GPUs. A run that was stopped goes on where it was when it is started again."""
 
@@ -111,13 +111,18 @@ def icons(config: Path, style: str, output: Path, cache: Path) -> None:
 @click.option("--output", type=_PATH, default=Path("training-runs/lora"), show_default=True)
 @_devices
 def lora(config: Path, output: Path, devices: str) -> None:
-    """A LoRA for any checkpoint, from a folder of pictures with captions."""
-    from diffuserve_training.config import Lora, read_config
-    from diffuserve_training.lora_module import train_lora
-    from diffuserve_training.pictures import read_pictures
+    """A LoRA for a checkpoint in diffusers' format, from a folder of pictures with captions."""
+    import msgspec
+
+    from diffuserve_training.config import Lora, located, located_checkpoint, read_config
+    from diffuserve_training.pictures import read_pictures, summary
 
     training = read_config(config, Lora)
-    pictures = read_pictures(config.parent / training.images, training.prompt)
+    training = msgspec.structs.replace(training, checkpoint=located_checkpoint(config, training.checkpoint))
+    pictures = read_pictures(located(config, training.images), training.prompt)
+    click.echo(summary(pictures))
+    from diffuserve_training.lora_module import train_lora  # takes seconds, so after what has been checked
+
     click.echo(f"Written: {train_lora(training, pictures, output, devices)}")
 
 

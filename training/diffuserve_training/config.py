@@ -3,6 +3,7 @@ they are."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +17,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Section = TypeVar("Section")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 class ConfigError(DiffuserveError):
@@ -153,9 +156,11 @@ def read_names(config: Path, data: Data) -> frozenset[str] | None:
         return None
     path = config.parent / data.names
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}). Convert it.") from None
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
@@ -163,8 +168,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A LoRA (Hu et al., arXiv:2106.09685) for the UNet of a checkpoint.
 
     Attributes:
-        checkpoint: folder in diffusers' format, or a name on the hub.
-        images: folder with PNG, JPEG, WebP, GIF or BMP files, relative to the config. A caption is in NAME.txt or NAME.caption
+        checkpoint: folder in diffusers' format, found by `located`, or an id on the Hugging Face hub.
+        images: folder with PNG, JPEG, WebP, GIF or BMP files, found by `located`. A caption is in NAME.txt or NAME.caption
             beside its image, or in metadata.jsonl as `datasets` has it: {"file_name": ..., "text": ...}.
         prompt: the caption of images that have none, such as "a photo of sks dog" (DreamBooth, arXiv:2208.12242).
         rank: of each pair of matrices; `alpha` over it scales what they add.
@@ -182,3 +187,34 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     size_px: Count | None = None
     empty_captions: Share = 0.1
+
+
+def located(config: Path, name: str) -> Path:
+    """A path that a configuration names: relative to the configuration's folder if there is such a thing, else to the working
+    directory; where there is none in either, the former."""
+    beside = config.parent / name
+    return beside if beside.exists() or not Path(name).exists() else Path(name)
+
+
+def located_checkpoint(config: Path, name: str) -> str:
+    """The folder that a configuration names as its checkpoint, or the id on the hub, which is asked later.
+
+    Raises:
+        ConfigError: it can be neither.
+    """
+    allowed = "It must be a folder in diffusers' format, or an id on the Hugging Face hub, OWNER/NAME"
+    path = located(config, name)
+    if not path.is_dir() and (path.is_file() or Path(name).suffix.lower() in _SINGLE_FILES):
+        raise ConfigError(
+            f"checkpoint: {name} is a single file. {allowed}: single files cannot be trained on. diffusers makes a folder of one: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), for XL StableDiffusionXLPipeline."
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ConfigError(f"checkpoint: {path} has no model_index.json. {allowed}.")
+        return str(path)
+    if not _HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"checkpoint: there is no folder {name} in {config.parent} or the working directory. {allowed}."
+        )
+    return name

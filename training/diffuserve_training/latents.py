@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,18 @@ from tqdm import tqdm
 
 from diffuserve_training.backgrounds import COLOURS, lay_on
 from diffuserve_training.dataset import Icons, to_unit
+from diffuserve_training.identity import weights_digest
 
 
 def scaling_factor_of(vae: Any, images: NDArray[np.float32]) -> float:
     """One over the deviation of the latents of some images (Rombach et al., arXiv:2112.10752, section D.1)."""
     with torch.inference_mode():
         return 1 / float(vae.encode(torch.from_numpy(images)).latent_dist.mean.std())
+
+
+def latents_digest(vae: Any, icons: Icons) -> bytes:
+    """Of what the latents follow from: the drawings and the encoder's weights."""
+    return weights_digest(vae, only=("encoder.", "quant_conv."), before=icons.drawn.tobytes())
 
 
 def encode_all(vae: Any, icons: Icons, cache: Path) -> NDArray[np.float16]:
@@ -32,11 +37,7 @@ def encode_all(vae: Any, icons: Icons, cache: Path) -> NDArray[np.float16]:
     Returns:
         (N, 12, C, h, w) float16, scaled.
     """
-    digest = hashlib.sha256(icons.drawn.tobytes())
-    for name, weight in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode() + weight.numpy().tobytes())
-    path = cache / f"latents-{digest.hexdigest()[:16]}.npy"
+    path = cache / f"latents-{latents_digest(vae, icons).hex()[:16]}.npy"
     if path.is_file():
         return np.asarray(np.load(path, allow_pickle=False))
     rows = []

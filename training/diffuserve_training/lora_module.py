@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from diffuserve_training.config import ConfigError, Lora
 from diffuserve_training.dataset import to_unit
+from diffuserve_training.identity import begin_run, file_digest, weights_digest, without_steps
 from diffuserve_training.optimisation import optimiser_of
 from diffuserve_training.pictures import Picture, load_square
 from diffuserve_training.step_module import StepModule
@@ -143,7 +145,7 @@ def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices:
     """Writes `output`/lora.safetensors, and lora-run/ with checkpoints and logs.
 
     Raises:
-        ConfigError: the checkpoint cannot be loaded, or does not fit the configuration.
+        ConfigError: the checkpoint cannot be loaded, or does not fit the configuration; lora-run/ is another training's.
     """
     import diffusers
 
@@ -155,9 +157,30 @@ def train_lora(config: Lora, pictures: Sequence[Picture], output: Path, devices:
             config.checkpoint, dtype=torch.float32, safety_checker=None, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{config.checkpoint} cannot be loaded: {error}") from None
+        missing = "" if Path(config.checkpoint).is_dir() else "there is no such folder, and the Hugging Face hub: "
+        raise ConfigError(f"checkpoint: {config.checkpoint} cannot be loaded: {missing}{error}") from None
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise ConfigError(
+            f"checkpoint: {config.checkpoint} is a latent consistency model. It was distilled to draw in few steps, which this "
+            "training would undo. Train on the checkpoint that it was distilled from."
+        )
+    run = begin_run(output / "lora-run", *_parts(config, pipeline, pictures))
     seeded(config.optimisation)
     module = LoraModule(config, pipeline, pictures)
     path = output / "lora.safetensors"
-    fit(module, output / "lora-run", on_save=lambda: module.save(path), devices=devices)
+    fit(module, run, on_save=lambda: module.save(path), devices=devices)
     return path
+
+
+def _parts(config: Lora, pipeline: Any, pictures: Sequence[Picture]) -> list[Any]:
+    """What a LoRA follows from, wherever the checkpoint and the pictures are."""
+    optimisation = without_steps(config.optimisation)
+    networks = [each for _, each in sorted(pipeline.components.items()) if isinstance(each, torch.nn.Module)]
+    schedule = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    return [
+        msgspec.structs.replace(config, optimisation=optimisation, checkpoint="", images="", prompt=None),
+        [picture.caption for picture in pictures],
+        *(file_digest(picture.path) for picture in pictures),
+        schedule,
+        weights_digest(*networks),
+    ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import unicodedata
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +20,8 @@ from diffuserve_training.config import ConfigError
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _NOT_READ = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg")
 _CAPTION_SUFFIXES = (".txt", ".caption")  # the second is what kohya's scripts look for unless told otherwise
+_METADATA, _PROMPT = "metadata.jsonl", "prompt"
+_SOURCES = {".txt": "of .txt", ".caption": "of .caption", _METADATA: "of metadata.jsonl", _PROMPT: "the prompt"}
 # UTF-32's little-endian mark begins with UTF-16's.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -31,8 +34,15 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True)
 class Picture:
+    """Attributes:
+    path: the file.
+    caption: without white space around it; it may be empty.
+    source: where the caption is from, one of `_SOURCES`.
+    """
+
     path: Path
     caption: str
+    source: str
 
 
 class _Line(msgspec.Struct):
@@ -50,7 +60,8 @@ def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
         prompt: the caption of those that have none.
 
     Raises:
-        ConfigError: there are no pictures, one has no caption or is of a format that is not read, or captions cannot be read.
+        ConfigError: there are no pictures, one has no caption or is of a format that is not read, a caption has no picture, or
+            captions cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder of pictures.")
@@ -61,21 +72,41 @@ def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
         raise ConfigError(
             f"{folder}/metadata.csv is not read: write its captions to metadata.jsonl, or to texts beside the pictures."
         )
-    captions = _metadata(folder / "metadata.jsonl", paths)
-    pictures = []
-    for key, path in paths.items():
+    captions = _metadata(folder / _METADATA, paths)
+    for path in paths.values():
         if path.suffix.lower() in _NOT_READ:
             raise ConfigError(f"{path} is of a format that is not read: save it as PNG, or move it out of the folder.")
+    if not paths:
+        raise ConfigError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)}).")
+    names = {_key(path.stem) for path in paths.values()}
+    for path in texts.values():
+        if path.suffix.lower() in _CAPTION_SUFFIXES and _key(path.stem) not in names:
+            raise ConfigError(
+                f"{path} is the caption of no picture: that of 1.png is 1.txt. Rename it, or move it out of the folder."
+            )
+    pictures = []
+    for key, path in paths.items():
         beside = [texts[name] for suffix in _CAPTION_SUFFIXES if (name := _key(path.stem + suffix)) in texts]
-        caption = _text_of(beside[0]).strip() if beside else captions.get(key, prompt)
-        if caption is None:
+        if beside:
+            pictures.append(Picture(path, _text_of(beside[0]).strip(), beside[0].suffix.lower()))
+        elif key in captions:
+            pictures.append(Picture(path, captions[key], _METADATA))
+        elif prompt is not None:
+            pictures.append(Picture(path, prompt.strip(), _PROMPT))
+        else:
             raise ConfigError(
                 f"{path} has no caption: write {path.stem}.txt beside it, a line in metadata.jsonl, or `prompt` in the configuration."
             )
-        pictures.append(Picture(path, caption))
-    if not pictures:
-        raise ConfigError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)}).")
     return pictures
+
+
+def summary(pictures: Sequence[Picture]) -> str:
+    """How many, and where their captions are from: "3 pictures; captions: 2 of .txt, 1 the prompt"."""
+    counts = Counter(picture.source for picture in pictures)
+    parts = [f"{counts[source]} {words}" for source, words in _SOURCES.items() if counts[source]]
+    if empty := sum(not picture.caption for picture in pictures):
+        parts.append(f"{empty} empty")
+    return f"{len(pictures)} picture{'s' * (len(pictures) > 1)}; captions: {', '.join(parts)}"
 
 
 def _key(name: str) -> str:
@@ -125,7 +156,7 @@ def _metadata(path: Path, names: Collection[str]) -> dict[str, str]:
             )
         if name in captions:
             raise ConfigError(f"{path}, line {number}: {name!r} has a caption in an earlier line. Remove one of them.")
-        captions[name] = said.text
+        captions[name] = said.text.strip()
     return captions
 
 

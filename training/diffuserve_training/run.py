@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from diffuserve.engines.processor import computes_bf16
 from diffuserve_training.config import Optimisation
+from diffuserve_training.identity import LAST
 
-_KEPT = "last.ckpt"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -25,19 +26,19 @@ def seeded(optimisation: Optimisation) -> None:
     lightning.seed_everything(optimisation.seed, workers=True, verbose=False)
 
 
-def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str = "auto") -> None:
-    """Trains to `optimisation.steps`, from the last checkpoint in `output` if there is one.
+def fit(module: Any, run: Path, *, on_save: Callable[[], None], devices: str = "auto") -> None:
+    """Trains to `optimisation.steps`, from the last checkpoint in `run` if there is one.
 
     Args:
         module: has an `optimisation`.
-        output: folder for checkpoints and logs.
+        run: folder for checkpoints and logs, from `identity.begin_run`.
         on_save: called after each checkpoint, on the first device's process.
         devices: as Lightning takes it.
     """
     _keep_freed_memory()
     optimisation: Optimisation = module.optimisation
     checkpoints = ModelCheckpoint(
-        dirpath=output, filename="step-{step}", every_n_train_steps=optimisation.every, save_last=True, save_top_k=1
+        dirpath=run, filename="step-{step}", every_n_train_steps=optimisation.every, save_last=True, save_top_k=1
     )
     trainer = lightning.Trainer(
         max_steps=optimisation.steps,
@@ -45,13 +46,16 @@ def fit(module: Any, output: Path, *, on_save: Callable[[], None], devices: str 
         precision="bf16-mixed" if torch.cuda.is_available() or computes_bf16() else "32-true",
         deterministic=True,
         callbacks=[checkpoints, _AfterSaving(on_save, optimisation)],
-        logger=[CSVLogger(output, "csv"), TensorBoardLogger(output, "tensorboard")],
+        logger=[CSVLogger(run, "csv"), TensorBoardLogger(run, "tensorboard")],
         log_every_n_steps=20,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    last = output / _KEPT
-    trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
+    last = run / LAST
+    with warnings.catch_warnings():
+        # It holds the run's identity at least; that nothing in it is another training's has been seen to.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
 
 
 def _keep_freed_memory() -> None:

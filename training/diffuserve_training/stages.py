@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffuserve_training.config import ConfigError, Training
+import msgspec
+
+from diffuserve_training.config import ConfigError, Optimisation, Training, Vae
 from diffuserve_training.dataset import Icons, Latents, image_batch
+from diffuserve_training.identity import begin_run, without_steps
 
 VAE_FOLDER = "vae"
 CHECKPOINT_FOLDER = "checkpoint"
@@ -15,12 +18,17 @@ _SCALE_IMAGES = 256
 
 
 def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto") -> None:
-    """Stage one, to `output`/vae (the model), vae-run/ (checkpoints, logs) and vae.png (originals above reconstructions)."""
+    """Stage one, to `output`/vae (the model), vae-run/ (checkpoints, logs) and vae.png (originals above reconstructions).
+
+    Raises:
+        ConfigError: vae-run/ is another training's.
+    """
     from diffuserve_training.checkpoints import save_vae
     from diffuserve_training.latents import scaling_factor_of
     from diffuserve_training.run import fit, seeded
     from diffuserve_training.vae_module import VaeModule
 
+    run = begin_run(output / "vae-run", _leg(config.vae, config.vae.optimisation), icons.drawn.tobytes())
     seeded(config.vae.optimisation)
     module = VaeModule.from_config(config.vae, icons)
 
@@ -30,7 +38,7 @@ def train_vae(config: Training, icons: Icons, output: Path, devices: str = "auto
         save_vae(vae, scaling_factor_of(vae, images), images, output / VAE_FOLDER)
         _reconstructions(vae, images).save(output / "vae.png")
 
-    fit(module, output / "vae-run", on_save=save, devices=devices)
+    fit(module, run, on_save=save, devices=devices)
 
 
 def train_decoder(
@@ -43,17 +51,19 @@ def train_decoder(
         start: a checkpoint whose autoencoder is taken if there is none in `output`.
 
     Raises:
-        ConfigError: the configuration has none, or stage one has left nothing in `output`.
+        ConfigError: the configuration has none, stage one has left nothing in `output`, or decoder-run/ is another training's.
     """
     from diffuserve_training.checkpoints import replace_vae, save_vae
+    from diffuserve_training.latents import latents_digest
     from diffuserve_training.run import fit, seeded
     from diffuserve_training.vae_module import VaeModule
 
     optimisation = config.vae.decoder
     if optimisation is None:
         raise ConfigError("The configuration says nothing of vae.decoder: steps, batch_size, learning_rate.")
-    seeded(optimisation)
     trained = _stage_one(output, start)
+    run = begin_run(output / "decoder-run", _leg(config.vae, optimisation), latents_digest(trained, icons))
+    seeded(optimisation)
     module = VaeModule.of_decoder(config.vae, icons, optimisation, trained)
 
     def save() -> None:
@@ -64,7 +74,12 @@ def train_decoder(
             replace_vae(checkpoint, saved)
         _reconstructions(vae, images).save(output / "vae.png")
 
-    fit(module, output / "decoder-run", on_save=save, devices=devices)
+    fit(module, run, on_save=save, devices=devices)
+
+
+def _leg(config: Vae, optimisation: Optimisation) -> Vae:
+    """What the configuration says of one leg of stage one, save `steps`."""
+    return msgspec.structs.replace(config, optimisation=without_steps(optimisation), decoder=None)
 
 
 def _stage_one(output: Path, start: Path | None) -> Any:
@@ -91,16 +106,23 @@ def train_ldm(
             tokenizer, and its autoencoder if there is none in `output`. A run in `output` goes on from where it was.
 
     Raises:
-        ConfigError: stage one has left nothing in `output`.
+        ConfigError: stage one has left nothing in `output`, or ldm-run/ is another training's.
     """
     from diffuserve_training.checkpoints import save_pipeline
-    from diffuserve_training.latents import encode_all
+    from diffuserve_training.latents import encode_all, latents_digest
     from diffuserve_training.ldm_module import Denoiser, LdmModule
     from diffuserve_training.run import fit, seeded
     from diffuserve_training.sampling import draw, grid, load_pipeline
     from diffuserve_training.tokenizer import sample_captions, tokenizer_from_captions
 
     vae = _stage_one(output, start).eval()
+    run = begin_run(
+        output / "ldm-run",
+        msgspec.structs.replace(config.ldm, optimisation=without_steps(config.ldm.optimisation)),
+        config.data.held_out,
+        [(icon.name, icon.style, icon.tags) for icon in icons.icons],
+        latents_digest(vae, icons),
+    )
     latents = Latents(icons.icons, encode_all(vae, icons, cache), config.data.held_out)
     seeded(config.ldm.optimisation)
     if start is None:
@@ -132,7 +154,7 @@ def train_ldm(
         images = draw(pipeline, prompts, range(len(prompts)), steps=_GRID_STEPS, guidance_scale=scale)
         grid(images, _GRID_COLUMNS).save(output / "ldm.png")
 
-    fit(module, output / "ldm-run", on_save=save, devices=devices)
+    fit(module, run, on_save=save, devices=devices)
 
 
 def _prompts(icons: Icons) -> list[str]:
