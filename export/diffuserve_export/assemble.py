@@ -19,10 +19,11 @@ from diffuserve.bundle import MANIFEST_NAME, Component, Manifest, read_manifest,
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.errors import BundleError
+from diffuserve.file_samples import sample_file
 from diffuserve.files import write_whole
 from diffuserve.safety import refuse_without_safety_checker
 from diffuserve.tensors import SAFETY_CHECKER
-from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
+from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
 
@@ -74,7 +75,7 @@ def repository_from_bundle(
                     *(file.path for file in manifest.files if file.path.startswith("tokenizer")),
                 ]
                 placed = [_place(bundle / path, folder / path) for path in names]
-            files = tuple(place_file(folder, path) for path in placed)
+            files = tuple(sample_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
         earlier = output / SAFETY_CHECKER
         if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():

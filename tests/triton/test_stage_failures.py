@@ -22,10 +22,11 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from diffuserve.bundle import read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.errors import StageFailed
+from diffuserve.file_samples import sample_file
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.placement import place_file, read_placement, write_placement
+from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
 
 MERGED = 4
@@ -118,7 +119,7 @@ def test_an_image_whose_stage_fails_tells_the_stages_words_once(repository: Path
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)[:300], tensor.name))
     onnx.save(model, path)
     placement = read_placement(repository / TEXT_ENCODER / "1")
-    write_placement(folder, msgspec.structs.replace(placement, files=(place_file(folder, path),)))
+    write_placement(folder, msgspec.structs.replace(placement, files=(sample_file(folder, path),)))
     with TritonServer(copy, Address.on_free_ports()) as server, Client(server.address.grpc) as client:
         with pytest.raises(StageFailed) as caught:
             client.generate("a rocket", steps=1)
