@@ -20,10 +20,12 @@ from diffuserve.file_samples import FileSample, sample_file
 from diffuserve.files import write_whole
 
 PLACEMENT_NAME = "placement.json"
+_AGAIN = "Assemble the repository again: diffuserve assemble BUNDLE"
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A bundle's part in one Triton model; `component` is None for stable_diffusion, which runs no engine itself."""
+    """A bundle's part in one Triton model; `component` is None for stable_diffusion, which runs no engine itself.
+    `bundle_sha256` is the same in all models of a repository (`diffuserve.triton.repository`)."""
 
     model: ModelSpec
     bundle_sha256: str
@@ -37,27 +39,35 @@ def write_placement(version_folder: Path, placement: Placement) -> None:
     write_whole(version_folder / PLACEMENT_NAME, data + b"\n")
 
 
+def described_placement(version_folder: Path) -> Placement:
+    """Reads placement.json, and none of the files that it describes.
+
+    Raises:
+        BundleError: nothing was assembled here.
+    """
+    path = version_folder / PLACEMENT_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Placement)
+    except FileNotFoundError:
+        raise BundleError(f"{version_folder} holds no engine: {PLACEMENT_NAME} is missing. {_AGAIN}") from None
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is damaged or of another version: {error}. {_AGAIN}") from error
+
+
 def read_placement(version_folder: Path) -> Placement:
     """Reads placement.json and checks that the files are the ones it describes.
 
     Raises:
         BundleError: nothing was assembled here, or a file has changed since, or cannot be read.
     """
-    path = version_folder / PLACEMENT_NAME
-    again = "Assemble the repository again: diffuserve assemble BUNDLE"
-    try:
-        placement = msgspec.json.decode(path.read_bytes(), type=Placement)
-    except FileNotFoundError:
-        raise BundleError(f"{version_folder} holds no engine: {PLACEMENT_NAME} is missing. {again}") from None
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{path} is damaged or of another version: {error}. {again}") from error
+    placement = described_placement(version_folder)
     for file in placement.files:
         try:
             same = sample_file(version_folder, version_folder / file.name) == file
         except FileNotFoundError:
-            raise BundleError(f"{version_folder / file.name} is missing. {again}") from None
+            raise BundleError(f"{version_folder / file.name} is missing. {_AGAIN}") from None
         except OSError as error:
             raise BundleError(f"{version_folder / file.name} cannot be read: {error.strerror}.") from error
         if not same:
-            raise BundleError(f"{version_folder / file.name} has changed since it was assembled. {again}")
+            raise BundleError(f"{version_folder / file.name} has changed since it was assembled. {_AGAIN}")
     return placement

@@ -36,6 +36,7 @@ from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
+from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class StableDiffusionModel:
             placement = read_placement(version_folder)
             limits = Limits.from_parameters(placement.model, parameters)
             components = read_manifest(version_folder).components
+            # Also for a Triton that the launcher has not started.
+            check_one_bundle(version_folder.parents[1], components, args["model_version"])
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
