@@ -64,7 +64,7 @@ def test_generate_stream_sends_progress_as_server_sent_events(server: TritonServ
     ("body", "words"),
     [
         ({"prompt": "x", "steps": 0}, "steps is 0; it must be from 1 to 150"),
-        ({"prompt": "x", "colour": "red"}, "Unknown: colour"),
+        ({"prompt": "x", "colour": "red"}, "Unknown: 'colour'"),
         ({"prompt": "x", "width": 100}, "Nearest: 96 or 128"),
         ({"steps": 5}, "prompt"),
     ],
