@@ -22,8 +22,9 @@ from diffuserve.errors import BundleError
 from diffuserve.file_samples import sample_file
 from diffuserve.files import write_whole
 from diffuserve.safety import refuse_without_safety_checker
-from diffuserve.tensors import SAFETY_CHECKER
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
+from diffuserve.triton.repository import CONFIG_NAME
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
 
@@ -44,18 +45,19 @@ def repository_from_bundle(
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
-            one of its engines, or `output` cannot be written.
+            one of its engines, `output` holds something else than models, or it cannot be written.
     """
     manifest = read_manifest(bundle)
     if serving is not None and serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
+    check_output(output)
     verify(bundle, manifest)
     try:
         for name, config in configs_from_manifest(manifest, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / name / "config.pbtxt", text_from_config(config))
+            _write(output / name / CONFIG_NAME, text_from_config(config))
             if config.backend == PYTHON:
                 _write(folder / "model.py", model_py(name))
             else:
@@ -83,6 +85,18 @@ def repository_from_bundle(
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error
     return manifest
+
+
+def check_output(output: Path) -> None:
+    """Raises BundleError if `output` holds something else than models of Triton."""
+    if output.is_file():
+        raise BundleError(f"{output} is a file. Name a folder with --output.")
+    for path in sorted(output.iterdir()) if output.is_dir() else ():
+        ours = path.name in (STABLE_DIFFUSION, *STAGES, SAFETY_CHECKER)
+        if not (path.name.startswith(".") or (path.is_dir() and (ours or (path / CONFIG_NAME).is_file()))):
+            raise BundleError(
+                f"{output} exists and is no model repository: it holds {path.name}, which is no model. Name another --output."
+            )
 
 
 def _write(path: Path, text: str) -> None:

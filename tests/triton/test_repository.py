@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from diffuserve.bundle import FusedLora, read_manifest, write_manifest
 from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION, UNET, VAE_DECODER
 from diffuserve.triton import launcher
@@ -16,6 +18,7 @@ from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import PLACEMENT_NAME, described_placement, write_placement
 from diffuserve.triton.repository import check_one_bundle, check_repository
 from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.assemble_cli import command as assemble
 from tests.core.fakes import make_bundle
 
 
@@ -66,3 +69,41 @@ def test_a_triton_that_the_launcher_did_not_check_refuses_them_too(
         TritonServer(tmp_path / "repository", Address.on_free_ports()),
     ):
         pass
+
+
+def test_a_bundle_is_no_repository(assembled: Path) -> None:
+    bundle = assembled.with_name("bundle")
+    with pytest.raises(LaunchError, match=rf"is a bundle, and no model repository.*diffuserve assemble {bundle}"):
+        check_repository(bundle)
+
+
+def test_a_stray_folder_is_named(assembled: Path) -> None:
+    (assembled / "notes").mkdir()
+    with pytest.raises(LaunchError, match=r"notes is no model: it has no config\.pbtxt"):
+        check_repository(assembled)
+
+
+def test_nothing_is_assembled_among_other_files(assembled: Path, tmp_path: Path) -> None:
+    repository_from_bundle(tmp_path / "bundle", assembled)
+    (assembled / "another").mkdir()
+    (assembled / "another" / "config.pbtxt").write_text("")
+    repository_from_bundle(tmp_path / "bundle", assembled)  # another model of Triton's may lie beside ours
+    home = tmp_path / "home"
+    (home / "letters").mkdir(parents=True)
+    with pytest.raises(BundleError, match="is no model repository: it holds letters"):
+        repository_from_bundle(tmp_path / "bundle", home)
+    assert [path.name for path in home.iterdir()] == ["letters"]
+    with pytest.raises(BundleError, match="is no model repository: it holds bundle"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="file is a file"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "file")
+
+
+def test_loras_are_told_beside_the_models_name(assembled: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.title == manifest.model.name
+    loras = (FusedLora("ink", 0.75, "ab" * 32), FusedLora("glow", 1.0, "cd" * 32))
+    write_manifest(tmp_path / "bundle", msgspec.structs.replace(manifest, loras=loras))
+    done = CliRunner().invoke(assemble, [str(tmp_path / "bundle"), "-o", str(assembled)])
+    assert f"serves {manifest.model.name} with ink 0.75, glow 1 (" in done.output
