@@ -218,6 +218,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a safety checker and an image_processor belong together, and one of them is missing")
 
     @property
+    def title(self) -> str:
+        """The model's name, and the LoRAs fused into it with their scales: `name with style 0.8, light 1`."""
+        loras = ", ".join(f"{lora.name} {lora.scale:g}" for lora in self.loras)
+        return f"{self.model.name} with {loras}" if loras else self.model.name
+
+    @property
     def has_safety_checker(self) -> bool:
         """Whether every image of this bundle is checked before it is returned."""
         return SAFETY_CHECKER in self.components

@@ -18,8 +18,9 @@ ENCODINGS = ("base64", "binary")
 PRIORITIES = (0, 9)
 MAX_CLIENT_ID_BYTES = 128
 MAX_TIMEOUT_MS = 24 * 3600 * 1000
-# Of a refused value in a message.
+# Of a refused value, and of unknown names, in a message.
 _SHOWN_CHARACTERS = 40
+_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TextToImageRequest:
         format: png, jpeg, webp, or raw (rows of RGB, uint8).
         encoding: base64 (text that JSON can carry) or binary.
         progress: send an event for every step.
-        preview: send a small image with every k-th step's event; 0 means none.
+        preview: send a small image with every k-th step's event; 0 or false means none, true is taken as 1.
     """
 
     prompt: str
@@ -168,7 +169,7 @@ def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Lim
         format=check.choice("format", "png", FORMATS),
         encoding=check.choice("encoding", "base64", ENCODINGS),
         progress=check.flag("progress"),
-        preview=check.integer("preview", 0, 0, limits.max_steps),
+        preview=check.interval("preview", limits.max_steps),
     )
     check.nothing_left()
     return request
@@ -218,6 +219,12 @@ class _Checker:
             raise InvalidRequest(f"{name} is {_shown(value)}; it must be from {low} to {high}.")
         return value
 
+    def interval(self, name: str, high: int) -> int:
+        """Every how many steps: true means each, false none."""
+        if isinstance(self._values.get(name), bool):
+            self._values[name] = int(self._values[name])
+        return self.integer(name, 0, 0, high)
+
     def number(self, name: str, default: float, low: float, high: float) -> float:
         value = self._take(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -257,7 +264,10 @@ class _Checker:
 
     def nothing_left(self) -> None:
         if self._values:
-            unknown = ", ".join(sorted(name[:40] for name in self._values))
+            names = sorted(self._values)
+            unknown = ", ".join(map(_shown, names[:_SHOWN_NAMES]))
+            if len(names) > _SHOWN_NAMES:
+                unknown += f" and {len(names) - _SHOWN_NAMES} more"
             raise InvalidRequest(f"Unknown: {unknown}. A request has these fields: {', '.join(self._known)}.")
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Triton's own words, for what fails before our model sees the request; the second while it loads the model or stops.
 _NO_MODEL = ("unknown model",)
 _NO_MODEL_NOW = ("no available versions", "is not ready")
+# Words of the reasons for which there is no connection where something listens that speaks no HTTP/2.
+_HUNG_UP = ("Socket closed", "reset by peer", "Broken pipe")
 _REFUSED_INPUT = ("inference input", "for input", "inputs but got")
 
 
@@ -54,16 +56,16 @@ def error_from_status(code: str, details: str, *, server: Server, address: str, 
         and any(words in details.lower() for words in ("failed to connect", "resolv", "resolution"))
     ):
         reason = details.rpartition(": ")[2].rstrip("]")  # the last link of gRPC's chain, such as "Connection refused"
-        return ServerUnavailable(
-            f"No server answers at {address} ({reason}). Check the address, or start one: diffuserve serve",
-            never_begun=True,
-        )
+        advice = "Check the address, or start one: diffuserve serve"
+        if any(words in reason for words in _HUNG_UP):
+            advice = f"What listens there hung up: give the server's gRPC port, by default {_port(server)}, not its HTTP port."
+        return ServerUnavailable(f"No server answers at {address} ({reason}). {advice}", never_begun=True)
     if code == "CANCELLED":
         return Cancelled(f"The request was cancelled: the client was closed, or the server at {address} stopped.")
     if code == "UNIMPLEMENTED":
         return ServerUnavailable(
             f"What answers at {address} is no {server.name} server ({details}). Give its gRPC port, by default "
-            f"{server.default_url.rpartition(':')[2]}."
+            f"{_port(server)}."
         )
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return InvalidRequest(f"The server at {address} refused the token ({details}). Read it from the server's keys.")
@@ -75,3 +77,7 @@ def error_from_status(code: str, details: str, *, server: Server, address: str, 
         f"The connection to {address} broke during the request ({code}: {details}). "
         "See whether the server still runs, then send it again."
     )
+
+
+def _port(server: Server) -> str:
+    return server.default_url.rpartition(":")[2]

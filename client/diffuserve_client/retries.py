@@ -71,7 +71,9 @@ def retrying(
         error = _error_of(state)
         if isinstance(error, DiffuserveError) and state.attempt_number > 1:
             error.tries = state.attempt_number
-            error.args = (f"{error} It was tried {error.tries} times.",)
+            said = str(error)
+            stop = "" if said.endswith((".", "!", "?")) else "."
+            error.args = (f"{said}{stop} It was tried {error.tries} times.",)
         if error is not None:
             raise error
 

@@ -1,7 +1,8 @@
 """What engines have compiled of a component, kept on disk so that the next start does not compile it again.
 
 An entry is a folder beside the model, named after everything that decides what is in it and after the engine, written
-aside and renamed.
+aside and renamed. It is what a start really loads, so its files are compared with the samples that were taken when it was
+made (`diffuserve.file_samples`); an entry that differs is made anew.
 (OpenVINO has a cache of its own, but it writes each file in place: a process that starts while another writes would
 read half of one.) A cache that cannot be written or read costs time and nothing else.
 """
@@ -19,12 +20,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from diffuserve.bundle import Component
 from diffuserve.engines.processor import processor_flags, processor_name
+from diffuserve.file_samples import FileSample, sample_file
 
 log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+# Of an entry: its other files' samples, sorted by name.
+_SAMPLES_NAME = "samples.json"
 
 
 class CompiledCache:
@@ -50,14 +56,18 @@ class CompiledCache:
         self._folders = cache_folders(path)
 
     def entries(self) -> Iterator[Path]:
-        """The folders that hold it; one, unless a model's folder has become writable since."""
-        for folder in self._folders:
-            if (folder / self._name).is_dir():
-                yield folder / self._name
+        """The folders that hold it as it was written; one, unless a model's folder has become writable since."""
+        for entry in (folder / self._name for folder in self._folders):
+            if not entry.is_dir():
+                continue
+            if is_whole(entry):
+                yield entry
+            else:
+                self.discard(entry, "its files are not those that were written")
 
-    def discard(self, entry: Path, reason: Exception) -> None:
-        """Removes an entry that cannot be read."""
-        log.warning("%s cannot be read (%s); compiling %s again", entry, reason, self._path)
+    def discard(self, entry: Path, reason: object) -> None:
+        """Removes an entry that cannot be used."""
+        log.warning("%s cannot be used (%s); compiling %s again", entry, reason, self._path)
         shutil.rmtree(entry, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -72,6 +82,7 @@ class CompiledCache:
                 continue
             try:
                 yield partial
+                (partial / _SAMPLES_NAME).write_bytes(msgspec.json.encode(_samples(partial)))
                 partial.chmod(0o755)  # as its files are, and not for this user alone
                 partial.rename(folder / self._name)
             except OSError as error:
@@ -95,9 +106,18 @@ def cache_folders(path: Path) -> list[Path]:
         return [path.parent]
 
 
+def is_whole(entry: Path) -> bool:
+    """Whether an entry's files are those that were written, as far as their samples tell."""
+    try:
+        written = msgspec.json.decode((entry / _SAMPLES_NAME).read_bytes(), type=tuple[FileSample, ...])
+        return written == _samples(entry)
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
 def compiled_beside(path: Path, component: Component) -> list[Path]:
-    """The entries that lie beside a component's first file, for the engine that it is on."""
-    return sorted(path.parent.glob(f"{_prefix(component)}*.{component.engine}"))
+    """The whole entries that lie beside a component's first file, for the engine that it is on."""
+    return [entry for entry in sorted(path.parent.glob(f"{_prefix(component)}*.{component.engine}")) if is_whole(entry)]
 
 
 def remove_compiled(path: Path, component: Component, engine: str, keep: str = "") -> None:
@@ -107,6 +127,10 @@ def remove_compiled(path: Path, component: Component, engine: str, keep: str = "
         for entry in folder.glob(f"{_prefix(component)}*.{engine}"):
             if entry.name != keep:
                 shutil.rmtree(entry, ignore_errors=True)
+
+
+def _samples(entry: Path) -> tuple[FileSample, ...]:
+    return tuple(sample_file(entry, path) for path in sorted(entry.iterdir()) if path.name != _SAMPLES_NAME)
 
 
 def _prefix(component: Component) -> str:

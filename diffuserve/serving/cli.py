@@ -195,7 +195,7 @@ def _summary(manifest: Manifest, limits: Limits, where: dict[str, str], options:
 
     model, unet = manifest.model, manifest.components[UNET]
     lines = [
-        f"Serving {model.name}, {model.width}x{model.height} px, UNet on {unet.engine} {unet.precision}",
+        f"Serving {manifest.title}, {model.width}x{model.height} px, UNet on {unet.engine} {unet.precision}",
         *(f"  {name:<8} {place}" for name, place in where.items()),
         "  limits   " + ", ".join(f"{field.name} {getattr(limits, field.name):g}" for field in fields(limits)),
         f'Draw:  diffuserve generate "a slice of pizza, glossy"{options}',

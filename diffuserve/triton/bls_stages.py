@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffuserve.engines.pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import Profile, most_rows
-from diffuserve.errors import StageFailed
+from diffuserve.errors import StageFailed, from_wire
 from diffuserve.stages import Conditioning, Float32
 from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve.triton.model_control import ModelControl
@@ -104,7 +104,8 @@ class BlsStages:
             await self._wait_for(self._load_after(load, stage), stage)
             response = await self._infer(stage, inputs)
         if response.has_error():
-            raise StageFailed(f"The stage {stage} failed: {response.error().message()}")
+            message = response.error().message()
+            raise from_wire(message) or StageFailed(f"The stage {stage} failed: {message}")
         # Copied, since the arrays lie in shared memory that Triton reuses once the response is gone.
         return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
 

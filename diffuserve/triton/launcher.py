@@ -30,7 +30,7 @@ from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import Address
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
-from diffuserve.triton.placement import read_placement
+from diffuserve.triton.repository import check_repository
 
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
 # What Triton says, whatever its log level, where there is no GPU, and when it is asked to stop.
@@ -55,7 +55,7 @@ class TritonServer:
 
     Raises:
         LaunchError: a port is taken, Triton is missing, or it gave up; the message carries the reason.
-        BundleError: the repository is not complete.
+        BundleError: the repository is not complete, or of several bundles.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TritonServer:
         """Why the launcher ended Triton without being asked to."""
 
     def __enter__(self) -> TritonServer:
-        _check_repository(self.repository)
+        check_repository(self.repository)
         address = self.address
         ports = [
             ("--http-port", address.http_port),
@@ -216,17 +216,3 @@ def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: Mod
     if paths:
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
     return environment
-
-
-def _check_repository(repository: Path) -> None:
-    if not repository.is_dir():
-        raise LaunchError(
-            f"The model repository {repository} does not exist. Make it: diffuserve assemble BUNDLE --output {repository}"
-        )
-    models = [folder for folder in repository.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
-    if not models:
-        raise LaunchError(
-            f"The model repository {repository} is empty. Fill it: diffuserve assemble BUNDLE --output {repository}"
-        )
-    for folder in models:
-        read_placement(folder / "1")

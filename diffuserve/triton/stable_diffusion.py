@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,13 +35,16 @@ from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
+from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
 
 log = logging.getLogger(__name__)
 
 # Parameters that are Triton's own: what its front ends and clients add, and the id that a body of JSON may give a request.
-_TRITON_PARAMETERS = re.compile(r"triton_.*|binary_data_output|id")
-
+# Others of its own never reach a model (sequence_id, timeout, headers ...).
+_TRITON_PARAMETERS = frozenset(
+    {"triton_enable_empty_final_response", "triton_final_response", "binary_data_output", "id"}
+)
 
 # Triton 2.51 notes an `execute` that it has started only afterwards, and keeps for good the note of one that ended sooner.
 _LEAST_EXECUTE_S = 0.05
@@ -61,6 +63,8 @@ class StableDiffusionModel:
             placement = read_placement(version_folder)
             limits = Limits.from_parameters(placement.model, parameters)
             components = read_manifest(version_folder).components
+            # Also for a Triton that the launcher has not started.
+            check_one_bundle(version_folder.parents[1], components, args["model_version"])
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
@@ -179,7 +183,7 @@ class StableDiffusionModel:
             raise InvalidRequest(
                 f"The request has text that is not UTF-8 ({error.reason}). Encode it as UTF-8."
             ) from None
-        fields = {name: value for name, value in parameters.items() if not _TRITON_PARAMETERS.fullmatch(name)}
+        fields = {name: value for name, value in parameters.items() if name not in _TRITON_PARAMETERS}
         for name in [spec.name for spec in REQUEST_INPUTS if spec.name in fields]:
             raise InvalidRequest(f"{name} came as a parameter of the request. Send it as an input tensor of shape [1].")
         for tensor in triton_request.inputs():

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,16 @@ from diffuserve.triton.placement import read_placement
 
 log = logging.getLogger(__name__)
 
+Arrays = Mapping[str, NDArray[Any]]
+
 
 class StageModel:
     """Runs its component on the requests that Triton's dynamic batcher put together."""
 
     def initialize(self, args: dict[str, str]) -> None:
         close_inherited_sockets()
-        log_to_triton(args["model_name"])
+        self._name = args["model_name"]
+        log_to_triton(self._name)
         config = json.loads(args["model_config"])
         version_folder = Path(args["model_repository"]) / args["model_version"]
         try:
@@ -49,30 +53,49 @@ class StageModel:
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
             started_s = time.monotonic()
             warm(self._engine, placement.component, placement.model)
-            log.info("%s is warm, %.1f s", args["model_name"], time.monotonic() - started_s)
+            log.info("%s is warm, %.1f s", self._name, time.monotonic() - started_s)
         except BundleError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        rows = []
-        arrays: dict[str, list[NDArray[Any]]] = {spec.name: [] for spec in self._tensors.inputs}
-        for request in requests:
-            for name, parts in arrays.items():
-                parts.append(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
-            rows.append(len(parts[-1]))
+        """One response for each request. A request that the engine fails on fails alone: the others of its batch are run
+        without it."""
+        inputs = [
+            {
+                spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+                for spec in self._tensors.inputs
+            }
+            for request in requests
+        ]
+        try:
+            return self._run(inputs)
+        except Exception as error:
+            log.exception("the engine failed")
+            if len(inputs) == 1:
+                return [self._failure(error)]
+        return [self._run_alone(each) for each in inputs]
+
+    def _run_alone(self, inputs: Arrays) -> Any:
+        try:
+            [response] = self._run([inputs])
+        except Exception as error:
+            return self._failure(error)
+        return response
+
+    def _run(self, inputs: Sequence[Arrays]) -> list[Any]:
+        """One call for all; whatever the engine raises is raised."""
+        names = [spec.name for spec in self._tensors.inputs]
         # Its thread needs no interpreter lock, so it also ends an engine that holds the lock while it hangs.
         faulthandler.dump_traceback_later(self._call_timeout_s, exit=True)
         try:
             outputs = self._engine(
-                {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in arrays.items()}
+                inputs[0]
+                if len(inputs) == 1
+                else {name: np.concatenate([each[name] for each in inputs]) for name in names}
             )
-        except Exception as error:
-            log.exception("the engine failed")
-            failure = pb_utils.TritonError(to_wire(StageFailed(f"The engine failed: {error}")))
-            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
         finally:
             faulthandler.cancel_dump_traceback_later()
-        ends = np.cumsum(rows)
+        rows = [len(each[names[0]]) for each in inputs]
         return [
             pb_utils.InferenceResponse(
                 [
@@ -80,5 +103,10 @@ class StageModel:
                     for name, array in outputs.items()
                 ]
             )
-            for count, end in zip(rows, ends, strict=True)
+            for count, end in zip(rows, np.cumsum(rows), strict=True)
         ]
+
+    def _failure(self, error: Exception) -> Any:
+        """A response of its own for each request: Triton 2.51 frees an error with each response that carries it."""
+        failed = StageFailed(f"The stage {self._name} failed: {error or type(error).__name__}")
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(to_wire(failed)))

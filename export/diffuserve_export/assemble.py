@@ -19,10 +19,12 @@ from diffuserve.bundle import MANIFEST_NAME, Component, Manifest, read_manifest,
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.errors import BundleError
+from diffuserve.file_samples import sample_file
 from diffuserve.files import write_whole
 from diffuserve.safety import refuse_without_safety_checker
-from diffuserve.tensors import SAFETY_CHECKER
-from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, write_placement
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
+from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
+from diffuserve.triton.repository import CONFIG_NAME
 from diffuserve_export.triton import Serving, configs_from_manifest, model_py, text_from_config
 from diffuserve_export.triton_backends import PYTHON
 
@@ -43,18 +45,19 @@ def repository_from_bundle(
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
-            one of its engines, or `output` cannot be written.
+            one of its engines, `output` holds something else than models, or it cannot be written.
     """
     manifest = read_manifest(bundle)
     if serving is not None and serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
+    check_output(output)
     verify(bundle, manifest)
     try:
         for name, config in configs_from_manifest(manifest, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / name / "config.pbtxt", text_from_config(config))
+            _write(output / name / CONFIG_NAME, text_from_config(config))
             if config.backend == PYTHON:
                 _write(folder / "model.py", model_py(name))
             else:
@@ -74,7 +77,7 @@ def repository_from_bundle(
                     *(file.path for file in manifest.files if file.path.startswith("tokenizer")),
                 ]
                 placed = [_place(bundle / path, folder / path) for path in names]
-            files = tuple(place_file(folder, path) for path in placed)
+            files = tuple(sample_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
         earlier = output / SAFETY_CHECKER
         if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():
@@ -82,6 +85,18 @@ def repository_from_bundle(
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error
     return manifest
+
+
+def check_output(output: Path) -> None:
+    """Raises BundleError if `output` holds something else than models of Triton."""
+    if output.is_file():
+        raise BundleError(f"{output} is a file. Name a folder with --output.")
+    for path in sorted(output.iterdir()) if output.is_dir() else ():
+        ours = path.name in (STABLE_DIFFUSION, *STAGES, SAFETY_CHECKER)
+        if not (path.name.startswith(".") or (path.is_dir() and (ours or (path / CONFIG_NAME).is_file()))):
+            raise BundleError(
+                f"{output} exists and is no model repository: it holds {path.name}, which is no model. Name another --output."
+            )
 
 
 def _write(path: Path, text: str) -> None:

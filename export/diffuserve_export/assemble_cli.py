@@ -74,5 +74,5 @@ def command(
     )
     manifest = repository_from_bundle(bundle, output, serving, backend)
     click.echo(
-        f"{output} serves {manifest.model.name} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
+        f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
     )

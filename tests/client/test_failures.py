@@ -48,6 +48,10 @@ REFUSED = (
     "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: "
     "Failed to connect to remote host: Connection refused"
 )
+HUNG_UP = "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed"
+RESET = (
+    "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: recvmsg:Connection reset by peer (104)"
+)
 NO_NAME = "errors resolving no:1: [field:hostname lookup error:address lookup failed for no:1: Domain name not found]"
 
 
@@ -61,6 +65,8 @@ NO_NAME = "errors resolving no:1: [field:hostname lookup error:address lookup fa
             ServerUnavailable,
             r"No server .* here:1 \(Connection refused\).*diffuserve serve",
         ),
+        ("UNAVAILABLE", HUNG_UP, False, ServerUnavailable, r"No .* gRPC port, by default 8001, not its HTTP port"),
+        ("UNAVAILABLE", RESET, False, ServerUnavailable, r"No .* gRPC port, by default 8001, not its HTTP port"),
         ("UNAVAILABLE", NO_NAME, False, ServerUnavailable, r"No server .* \(Domain name not found\)"),
         ("UNAVAILABLE", "Socket closed", False, ServerUnavailable, "broke during the request"),
         ("UNAVAILABLE", REFUSED, True, ServerUnavailable, "broke during the request"),

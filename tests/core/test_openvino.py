@@ -142,7 +142,7 @@ def test_a_damaged_compiled_model_is_made_again(manifest: Manifest, folder: Path
     inputs = unet_inputs(2)
     expected = load_engine(path, component, threads=1)(inputs)["noise_pred"]
     [entry] = cached(path.parent)
-    [file] = entry.iterdir()
+    file = entry / "model.blob"
     file.chmod(0o600)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)

@@ -71,7 +71,7 @@ def test_bounds(name: str, low: int, high: int) -> None:
         assert getattr(parse(**{name: allowed}), name) == allowed
     for refused in (low - 1, high + 1):
         assert refusal(**{name: refused}) == f"{name} is {refused}; it must be from {low} to {high}."
-    for wrong_type in (True, False, "3", b"3", [3]):
+    for wrong_type in ("3", b"3", [3], *(() if name == "preview" else (True, False))):
         kind = "number" if name == "guidance_scale" else "whole number"
         expected = f"{name} is {wrong_type!r}; it must be a {kind} from {low} to {high}."
         assert refusal(**{name: wrong_type}) == expected
@@ -155,9 +155,26 @@ def test_a_prompt_is_needed(values: dict[str, Any]) -> None:
 
 def test_unknown_fields_are_named() -> None:
     message = refusal(cfg=7, a_name_that_goes_on_and_on_and_on_and_on_and_on=1)
-    assert message.startswith("Unknown: a_name_that_goes_on_and_on_and_on_and_on, cfg. A request has these fields: ")
+    assert message.startswith(
+        "Unknown: 'a_name_that_goes_on_and_on_and_on_and_on...', 'cfg'. A request has these fields: "
+    )
     listed = message.split("fields: ")[1].rstrip(".").split(", ")
     assert listed == [field.name for field in fields(TextToImageRequest)]
+
+
+def test_many_unknown_fields_make_a_short_answer() -> None:
+    message = refusal(**{f"x{number:05}" + "\n\x1b[31m\u202e" * 9: 1 for number in range(20_000)})
+    assert message.startswith("Unknown: 'x00000")
+    assert " and 19997 more. A request has" in message
+    assert len(message) < 1000
+    assert message.isprintable()
+    assert "Unknown: 'a', 'b', 'c'. A" in refusal(a=1, b=2, c=3)
+    assert "Unknown: 'a', 'b', 'c' and 1 more. A" in refusal(a=1, b=2, c=3, d=4)
+
+
+def test_a_preview_of_every_step_may_be_true() -> None:
+    assert [parse(preview=value).preview for value in (True, False, 1, 0)] == [1, 0, 1, 0]
+    assert type(parse(preview=True).preview) is int
 
 
 def test_each_image_has_a_seed_and_seeds_wrap() -> None:

@@ -79,7 +79,7 @@ def test_text_becomes_what_the_field_is() -> None:
         ({"body": b'{"prompt": "a", "priority": 4294967298}'}, "priority is 4294967298; it must be from 0 to 9"),
         ({"body": b'{"prompt": "a", "seed": 18446744073709551615}'}, "seed is 18446744073709551615; it must be"),
         ({"prompt": b"a", "progress": b"perhaps"}, "progress"),
-        ({"prompt": b"a", "color": b"red"}, "Unknown: color"),
+        ({"prompt": b"a", "color": b"red"}, "Unknown: 'color'"),
     ],
 )
 def test_what_is_wrong_is_said(inputs: dict[str, Any], words: str) -> None:

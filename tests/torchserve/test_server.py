@@ -80,7 +80,7 @@ def test_several_images_by_http_are_json(torchserve: TorchServeServer) -> None:
     ("body", "media_type", "words"),
     [
         (b'{"prompt": "a cat", "steps": 0}', "application/json", "steps is 0"),
-        (b'{"prompt": "a cat", "colour": "red"}', "application/json", "Unknown: colour"),
+        (b'{"prompt": "a cat", "colour": "red"}', "application/json", "Unknown: 'colour'"),
         (b'{"prompt": "a cat", "progress": true}', "application/json", "StreamPredictions"),
         (b"{not json", "application/json", "no valid JSON"),
         (b"[1]", "application/json", "must be an object"),

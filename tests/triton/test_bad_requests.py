@@ -120,7 +120,7 @@ def test_a_malformed_message(server: TritonServer, inputs: list[Input], words: s
             "colour",
             "string_param",
             "red",
-            "Unknown: colour. A request has these fields: prompt, negative_prompt, steps",
+            "Unknown: 'colour'. A request has these fields: prompt, negative_prompt, steps",
         ),
         ("steps", "double_param", 2.0, "steps is 2.0; it must be a whole number from 1 to 150"),
         ("steps", "string_param", "20", "steps is '20'; it must be a whole number"),

@@ -110,6 +110,7 @@ def test_a_safety_checker_is_assembled_required_and_removed_again(tmp_path: Path
     assert configs_from_manifest(read_manifest(checked))["safety_checker"].max_batch_size == MAX_DECODE_BATCH
 
     (repository / "mine").mkdir()
+    (repository / "mine" / "config.pbtxt").write_text("")
     assert CliRunner().invoke(command, [str(plain), "--output", str(repository)]).exit_code == 0
     # Triton would load the one that the earlier bundle had.
     assert {folder.name for folder in repository.iterdir()} == MODELS | {"mine"}

@@ -14,10 +14,11 @@ import pytest
 
 from diffuserve.bundle import read_manifest
 from diffuserve.engines.trials import select_engines
+from diffuserve.file_samples import sample_file
 from diffuserve.similarity import psnr_db
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.placement import place_file, read_placement, write_placement
+from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
 from diffuserve_export.assemble import repository_from_bundle
 from diffuserve_export.schedulers import scheduler_from_sampler
@@ -187,7 +188,7 @@ def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, t
         placement = read_placement(path.parent)
         path.write_bytes(b"no model")
         names = [file.name for file in placement.files]
-        files = tuple(place_file(path.parent, path.parent / name) for name in names)
+        files = tuple(sample_file(path.parent, path.parent / name) for name in names)
         write_placement(path.parent, msgspec.structs.replace(placement, files=files))
     again = serve()
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*.openvino")} == compiled

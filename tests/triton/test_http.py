@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffuserve.tensors import RESPONSE
 from diffuserve.triton.launcher import TritonServer
 from tests.metrics import read_metrics
 
@@ -64,7 +65,7 @@ def test_generate_stream_sends_progress_as_server_sent_events(server: TritonServ
     ("body", "words"),
     [
         ({"prompt": "x", "steps": 0}, "steps is 0; it must be from 1 to 150"),
-        ({"prompt": "x", "colour": "red"}, "Unknown: colour"),
+        ({"prompt": "x", "colour": "red"}, "Unknown: 'colour'"),
         ({"prompt": "x", "width": 100}, "Nearest: 96 or 128"),
         ({"steps": 5}, "prompt"),
     ],
@@ -133,12 +134,63 @@ def test_the_documented_answers(server: TritonServer, fields: str, status: str, 
     assert words in (said["parameters"] if found == 200 else said["error"])
 
 
+def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
+    """Each event's fields and their types, with one image and with several."""
+    events = {
+        name: set(re.findall(r"`(\w+)`", listed)) | {"event", "step", "steps"}
+        for name, listed in re.findall(r"^\| `(accepted|progress|completed)` \|[^|]*\|(.*)\|$", DOCS, re.MULTILINE)
+    }
+    json_types = {
+        name: kind
+        for names, kind in re.findall(r"^\| (`.*`) \| ([a-z ,]+) \| [A-Z0-9]+ \[", DOCS, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    python_types = {"text": str, "number": (int, float), "true or false": bool}
+    assert json_types.keys() == {spec.name for spec in RESPONSE} == set().union(*events.values())
+    for images in (1, 3):
+        fields = {"prompt": "a [cat|dog]", "steps": 2, "width": 32, "height": 32, "num_images": images}
+        _, text = post(server, "generate_stream", {**fields, "progress": True, "preview": True})
+        answers = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        assert {answer["event"] for answer in answers} == events.keys()
+        for answer in answers:
+            assert answer.keys() - {"model_name", "model_version"} == events[answer["event"]]
+            for name in events[answer["event"]]:
+                kind, _, listed = json_types[name].partition(", ")
+                several = bool(listed) and images > 1 and name != "warnings"  # one warning, so it is no list
+                values = answer[name] if several else [answer[name]]
+                assert len(values) == (images if several else 1)
+                assert all(isinstance(value, python_types[kind]) for value in values), (name, values)
+
+
+@pytest.mark.parametrize(
+    ("body", "steps"),
+    [
+        ('{"parameters": {"steps": 3}, "steps": 2', 2),
+        ('{"steps": 2, "parameters": {"steps": 3}', 3),
+        ('{"steps": 2, "steps": 3', 2),
+        ('{"parameters": {"steps": 2, "steps": 3}', 2),
+    ],
+)
+def test_which_of_two_values_counts(server: TritonServer, body: str, steps: int) -> None:
+    _, answer = post(server, "generate", f'{body}, "prompt": "a cat", "width": 32, "height": 32}}'.encode())
+    assert json.loads(answer)["steps"] == steps
+
+
 def test_what_is_too_late_is_answered_with_400_too(server: TritonServer) -> None:
     """As docs/http.md says: the code in brackets tells, since Triton has forgotten the status."""
     body = {"prompt": "a cat", "steps": 150, "num_images": 16, "timeout_ms": 1}
     status, text = post(server, "generate", body)
     assert status == 400
     assert json.loads(text)["error"].startswith("[deadline_exceeded] ")
+
+
+def test_the_documented_code_for_grpc_raises_the_servers_error(server: TritonServer, tmp_path: Path) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
+    code = code.replace("localhost:8001", server.address.grpc).replace('"steps": 20', '"steps": 999')
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "[invalid_request] steps is 999" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_documented_code_for_grpc(server: TritonServer, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_an_engine_that_changed_since_assembly_is_not_served(repository: Path, t
 
 def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository: Path, tmp_path: Path) -> None:
     """The launcher's own check is passed, so it is the model's warm-up call that fails."""
-    from diffuserve.triton.placement import place_file, read_placement, write_placement
+    from diffuserve.file_samples import sample_file
+    from diffuserve.triton.placement import read_placement, write_placement
 
     spoiled = tmp_path / "repository"
     shutil.copytree(repository, spoiled)
@@ -133,7 +134,7 @@ def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository:
     for stored in folder.glob("*.onnxruntime"):  # from which the engine would start
         shutil.rmtree(stored)
     replaced = type(placement)(
-        placement.model, placement.bundle_sha256, placement.component, (place_file(folder, folder / "model.onnx"),)
+        placement.model, placement.bundle_sha256, placement.component, (sample_file(folder, folder / "model.onnx"),)
     )
     write_placement(folder, replaced)
     with pytest.raises(LaunchError, match="ONNX Runtime cannot load"), TritonServer(spoiled, Address.on_free_ports()):

@@ -8,11 +8,12 @@ from pathlib import Path
 import msgspec
 
 from diffuserve.bundle import read_manifest, write_manifest
+from diffuserve.file_samples import sample_file
 from diffuserve.similarity import psnr_db
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.placement import place_file, read_placement, write_placement
+from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
 from diffuserve_export.assemble import repository_from_bundle
 from tests.metrics import read_metrics
@@ -23,7 +24,7 @@ def claim_a_plan(version_folder: Path) -> None:
     manifest, placement = read_manifest(version_folder), read_placement(version_folder)
     unet = msgspec.structs.replace(manifest.components[UNET], engine="tensorrt")
     write_manifest(version_folder, msgspec.structs.replace(manifest, components={**manifest.components, UNET: unet}))
-    files = tuple(place_file(version_folder, version_folder / file.name) for file in placement.files)
+    files = tuple(sample_file(version_folder, version_folder / file.name) for file in placement.files)
     write_placement(version_folder, msgspec.structs.replace(placement, files=files))
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import BundleError
-from diffuserve.triton.placement import PLACEMENT_NAME, Placement, place_file, read_placement, write_placement
+from diffuserve.file_samples import sample_file
+from diffuserve.triton.placement import PLACEMENT_NAME, Placement, read_placement, write_placement
 from diffuserve_export.assemble import repository_from_bundle
 from tests.core.fakes import MODEL, make_bundle
 
@@ -35,7 +36,7 @@ def place(folder: Path, content: bytes) -> Path:
     path = folder / "model.onnx"
     path.unlink(missing_ok=True)  # it may be a link to the bundle's
     path.write_bytes(content)
-    write_placement(folder, Placement(MODEL, "ab" * 32, None, (place_file(folder, path),)))
+    write_placement(folder, Placement(MODEL, "ab" * 32, None, (sample_file(folder, path),)))
     return path
 
 

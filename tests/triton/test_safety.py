@@ -113,7 +113,7 @@ def test_http_says_so(checked: Checked) -> None:
     # No field of a request can turn it off.
     status, text = post(checked.server, "generate", {**REQUEST, "safety_checker": False})
     assert status == 400
-    assert "Unknown: safety_checker" in text
+    assert "Unknown: 'safety_checker'" in text
 
 
 def test_previews_are_dropped(checked: Checked) -> None:

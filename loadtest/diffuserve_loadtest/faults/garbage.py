@@ -110,7 +110,7 @@ def _random_body(choose: random.Random) -> tuple[bytes, bool]:
     if kind == 1:
         return json.dumps(_random_json(choose, depth=5)).encode(), False
     if kind == 2:
-        depth = choose.choice((10, 1000, 10_000))  # Triton 2.51 dies of 131,072, see docs/faults.md
+        depth = choose.choice((10, 1000, 10_000))  # Triton 2.51 dies of 31,000, see docs/faults.md
         opening, closing = choose.choice((("[", "]"), ('{"a":', "}")))
         return (opening * depth + "1" + closing * depth).encode(), False
     if kind == 3:
