@@ -119,7 +119,7 @@ def cpu_properties(precision: str, threads: int) -> dict[str, Any]:
         # Several models share the cores, and threads that are bound to the same core would wait for each other.
         "ENABLE_CPU_PINNING": False,
         # On processors with AVX-512 what OpenVINO 2026.4 keeps of a UNet's first call at a small size is wrong for others,
-        # and noise is drawn. oneDNN below it keeps what is costly, so that calls of changing sizes take no longer without.
+        # and noise is drawn. Without it a call of another size than the last is prepared anew, which docs/engines.md times.
         "CPU_RUNTIME_CACHE_CAPACITY": 0,
     }
 
