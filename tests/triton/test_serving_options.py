@@ -67,7 +67,8 @@ def test_the_request_level_baseline_batches_what_agrees(bundle: Path, tmp_path: 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(bundle: Path, tmp_path: Path) -> None:
     limits = {"max_active_images": 1, "max_waiting_requests": 2}
     with (
-        serving(bundle, tmp_path / "full", Serving(), **limits) as (server, client),
+        serving(bundle, tmp_path / "full", Serving(), **limits) as (server, _),
+        Client(server.address.grpc, retries=0) as client,
         ThreadPoolExecutor(12) as pool,
     ):
         outcomes = [pool.submit(client.generate, "an apple", seed=seed, steps=25) for seed in range(12)]
