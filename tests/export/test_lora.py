@@ -54,6 +54,16 @@ def fused(model: LoadedModel, *loras: Lora) -> LoadedModel:
     return changed
 
 
+def fused_by_diffusers(model: LoadedModel, path: Path) -> LoadedModel:
+    changed = copy.deepcopy(model)
+    with quiet():
+        pipeline = changed.pipeline()
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return changed
+
+
 def with_formula(weights: dict[str, Any], file: File, scale: float) -> dict[str, Any]:
     return {name: (weight + scale * file.products.get(name, 0)).astype(np.float32) for name, weight in weights.items()}
 
@@ -81,13 +91,7 @@ def test_diffusers_finds_the_same_layers(
     for weight in wanted:
         file.add(weight, rng, rank=4, alpha=None if naming == "diffusers" else 2.0)
     path = file.save(tmp_path / "style.safetensors")
-    by_diffusers = copy.deepcopy(model)
-    with quiet():
-        pipeline = by_diffusers.pipeline()
-        pipeline.load_lora_weights(tmp_path, weight_name=path.name)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    ours, theirs = weights_of(fused(model, Lora(path, 1.0))), weights_of(by_diffusers)
+    ours, theirs = weights_of(fused(model, Lora(path, 1.0))), weights_of(fused_by_diffusers(model, path))
     assert sum((ours[name] != weight).any() for name, weight in weights_of(model).items()) == len(wanted)
     for name, weight in theirs.items():
         np.testing.assert_allclose(ours[name], weight, atol=1e-5, err_msg=name)
@@ -175,13 +179,7 @@ def test_dora_of_peft_is_what_diffusers_fuses(plain: LoadedModel, tmp_path: Path
         magnitude = rng.uniform(0.5, 2, len(weights_of(plain)[name])).astype(np.float32)
         file.tensors[f"{file.key(name)}.lora_magnitude_vector"] = magnitude
     path = file.save(tmp_path / "style.safetensors")
-    by_diffusers = copy.deepcopy(plain)
-    with quiet():
-        pipeline = by_diffusers.pipeline()
-        pipeline.load_lora_weights(tmp_path, weight_name=path.name)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    ours, theirs = weights_of(fused(plain, Lora(path, 1.0))), weights_of(by_diffusers)
+    ours, theirs = weights_of(fused(plain, Lora(path, 1.0))), weights_of(fused_by_diffusers(plain, path))
     for name, weight in theirs.items():
         np.testing.assert_allclose(ours[name], weight, atol=1e-5, err_msg=name)
 
