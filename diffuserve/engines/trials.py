@@ -7,7 +7,6 @@ precision draws slightly other images, so each precision has a tolerance of its 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +17,10 @@ import numpy as np
 
 from diffuserve.bundle import (
     Component,
-    File,
     ImageParity,
     Manifest,
     ModelSpec,
     Trial,
-    describe_file,
     read_manifest,
     verify,
     write_manifest,
@@ -31,10 +28,9 @@ from diffuserve.bundle import (
 from diffuserve.engines import ENGINES, load_engine
 from diffuserve.engines.availability import availability
 from diffuserve.engines.compiled_cache import remove_compiled
+from diffuserve.engines.conversion import converted, exported_files, is_made
 from diffuserve.engines.example import Arrays, example_inputs
 from diffuserve.engines.image_parity import image_parity, same_engines
-from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
-from diffuserve.engines.tensorrt_plan import build_plan
 from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed
@@ -46,8 +42,6 @@ AUTO = "auto"
 Way = tuple[str, str]  # engine, precision
 REFERENCE: Way = ("onnxruntime", "fp32")
 
-# In the name of a file that was made of the exported ones for an engine: model.fp16.onnx, model.fp32.sm90.trt11.4.1.plan.
-_MADE = re.compile(r"\.(fp16|bf16|fp32)\.")
 # Rows of a call. The UNet runs the most, and in batches; the other components run once an image.
 _BATCHES = {UNET: (1, 2, 8)}
 _OTHER_BATCHES = (1, 2)
@@ -101,7 +95,7 @@ def _selected(
     progress("an image")
     images = _draw(bundle, manifest, tried)
     components = {
-        name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
+        name: converted(bundle, manifest.components[name], trial.engine, trial.precision, manifest.model)
         for name, trial in _choose(bundle, tried, engine).items()
     }
     if not any(same_engines(image, components) for image in images):
@@ -139,7 +133,7 @@ def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]]) -> li
             continue
         kept = {name: trials[0] if trials[position].rejected else trials[position] for name, trials in tried.items()}
         components = {
-            name: _on(bundle, manifest.components[name], (trial.engine, trial.precision), manifest.model)
+            name: converted(bundle, manifest.components[name], trial.engine, trial.precision, manifest.model)
             for name, trial in kept.items()
         }
         try:
@@ -221,7 +215,7 @@ def _try(
     ]
 
     def load(way: Way) -> Engine:
-        candidate = _on(bundle, component, way, model)
+        candidate = converted(bundle, component, *way, model)
         engine = load_engine(bundle / candidate.files[0].path, candidate, threads=0)
         warm(engine, candidate, model)  # as a server does: what is called first has mattered
         return engine
@@ -255,38 +249,15 @@ def _try(
     return [msgspec.structs.replace(trial, seconds=seconds.get(way, {})) for way, trial in trials.items()]
 
 
-def _on(bundle: Path, component: Component, way: Way, model: ModelSpec) -> Component:
-    """The component as `way` runs it. On a GPU its graph is converted for 16 bits, and for TensorRT a plan is built of that,
-    unless it has been; the exported files stay. (OpenVINO converts fp32 graphs itself.)"""
-    engine, precision = way
-    exported = _exported(component)
-    made: list[Path] = []
-    graph = bundle / exported[0].path
-    if precision in PRECISIONS and engine != "openvino":
-        source, graph = graph, graph.with_suffix(f".{precision}.onnx")
-        if not graph.is_file():
-            sixteen_bit_from_onnx(source, graph, precision)
-        made = sorted(graph.parent.glob(f"{graph.name}*"))
-    if engine == "tensorrt":
-        made = [build_plan(graph, precision, component.tensors, model), *made]
-    files = (*(describe_file(bundle, path) for path in made), *exported)
-    return msgspec.structs.replace(component, engine=engine, precision=precision, files=files)
-
-
-def _exported(component: Component) -> tuple[File, ...]:
-    """Its files without those that were made of them for an engine."""
-    return tuple(file for file in component.files if not _MADE.search(file.path))
-
-
 def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
     """What trials of other engines have left beside the component's files."""
     path = bundle / component.files[0].path
     for engine in ENGINES:
         if engine != component.engine:
-            remove_compiled(path, msgspec.structs.replace(component, files=_exported(component)), engine)
+            remove_compiled(path, msgspec.structs.replace(component, files=exported_files(component)), engine)
     used = {bundle / file.path for file in component.files}
     for file in path.parent.iterdir():
-        if _MADE.search(file.name) and file not in used:
+        if is_made(file.name) and file not in used:
             file.unlink()
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from diffuserve.bundle import Component, Manifest, describe_file
+from diffuserve.bundle import Component, Manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.availability import availability
+from diffuserve.engines.conversion import converted
 from diffuserve.engines.example import Arrays
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.stages import Engine
@@ -58,26 +58,12 @@ def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:
         Skipped: the way cannot run here, or the component not in its precision.
         BundleError: the engine refuses the graph.
     """
-    from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
-
     component = manifest.components[stage]
     if way.lack:
         raise Skipped(way.lack)
     if way.precision == "fp16" and component.overflows_in_fp16:
         raise Skipped(f"the {stage} overflows in fp16, as its checkpoint says")
-    source = graph = bundle / component.files[0].path
-    made: list[Path] = []
-    if way.precision in PRECISIONS:
-        graph = source.with_suffix(f".{way.precision}.onnx")
-        if not graph.is_file():
-            sixteen_bit_from_onnx(source, graph, way.precision)
-        made = sorted(graph.parent.glob(f"{graph.name}*"))
-    if way.engine == "tensorrt":
-        from diffuserve.engines.tensorrt_plan import build_plan
-
-        made = [build_plan(graph, way.precision, component.tensors, manifest.model), *made]
-    files = (*(describe_file(bundle, path) for path in made), *component.files)
-    return msgspec.structs.replace(component, engine=way.engine, precision=way.precision, files=files)
+    return converted(bundle, component, way.engine, way.precision, manifest.model)
 
 
 def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
