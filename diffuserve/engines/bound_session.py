@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.engines.dtypes import check_dtypes
 from diffuserve.engines.example import Arrays
 from diffuserve.tensors import NUMPY_DTYPE, StageSpec
 
@@ -44,9 +45,7 @@ class BoundSession:
             ValueError: an input is missing, unknown or of another dtype. ONNX Runtime itself would take it for what it is
                 not.
         """
-        dtypes = {name: array.dtype for name, array in inputs.items()}
-        if dtypes != self._dtypes:
-            raise ValueError(f"The inputs are {_listed(dtypes)}; expected: {_listed(self._dtypes)}.")
+        check_dtypes(inputs, self._dtypes)
         rows = len(next(iter(inputs.values())))
         padded = {name: _pad(array, padded_rows(rows)) for name, array in inputs.items()}
         with self._lock:
@@ -91,7 +90,3 @@ def _pad(array: NDArray[Any], rows: int) -> NDArray[Any]:
     """Repeats the last row: numbers such as a model may meet."""
     missing = rows - len(array)
     return np.concatenate([array, array[-1:].repeat(missing, axis=0)]) if missing else np.ascontiguousarray(array)
-
-
-def _listed(dtypes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(dtypes.items()))

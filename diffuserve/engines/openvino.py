@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle import Component
 from diffuserve.engines.compiled_cache import CompiledCache
+from diffuserve.engines.dtypes import check_dtypes
 from diffuserve.engines.processor import computes_bf16, processor_name, usable_cores
 from diffuserve.errors import BundleError
 
@@ -71,9 +72,7 @@ class OpenVinoEngine:
             ValueError: an input is missing, unknown or of another dtype. OpenVINO itself would convert it, or take the
                 last call's in its place.
         """
-        dtypes = {name: array.dtype for name, array in inputs.items()}
-        if dtypes != self._dtypes:
-            raise ValueError(f"The inputs are {_listed(dtypes)}; expected: {_listed(self._dtypes)}.")
+        check_dtypes(inputs, self._dtypes)
         try:
             request = self._free.get_nowait()
         except queue.Empty:
@@ -138,7 +137,3 @@ def check_precision(precision: str) -> None:
             f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), which the component asks "
             "for. Choose another: diffuserve engines BUNDLE --select auto"
         )
-
-
-def _listed(dtypes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(dtypes.items()))

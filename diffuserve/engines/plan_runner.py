@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.engines.cuda import Bytes, Gpu
+from diffuserve.engines.dtypes import check_dtypes
 from diffuserve.engines.example import Arrays
 from diffuserve.engines.pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, Profile, has_one_size, most_rows, profile_for
@@ -75,10 +76,7 @@ class PlanRunner:
             ValueError: an input is missing, unknown or of another dtype.
             StageFailed: no profile allows the inputs' shapes, or TensorRT or CUDA failed.
         """
-        dtypes = {name: array.dtype for name, array in inputs.items()}
-        expected = {name: self._dtypes[name] for name in self._inputs}
-        if dtypes != expected:
-            raise ValueError(f"The inputs are {_listed(dtypes)}; expected: {_listed(expected)}.")
+        check_dtypes(inputs, {name: self._dtypes[name] for name in self._inputs})
         shapes = {name: array.shape for name, array in inputs.items()}
         if len({shape[:1] for shape in shapes.values()}) != 1:
             raise ValueError(f"The inputs have different numbers of rows: {shapes}.")
@@ -209,7 +207,3 @@ class _TensorMemory:
 def _accepted(accepted: bool, what: str) -> None:
     if not accepted:
         raise StageFailed(f"TensorRT refuses {what}; its own messages above say why.")
-
-
-def _listed(dtypes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(dtypes.items()))
