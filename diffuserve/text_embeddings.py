@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, Stages, che
 from diffuserve.stats import Stats
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER
 from diffuserve.tokenizer import Encoded, Tokenizer
+
+# Texts whose tokens are kept: those of the requests in flight, a few kilobytes each.
+_ENCODED_TEXTS = 256
 
 
 class TextEmbeddings:
@@ -58,10 +62,12 @@ class TextEmbeddings:
         self._cache: OrderedDict[str, Mapping[str, Float32]] = OrderedDict()
         self._encoding: dict[str, asyncio.Task[Conditioning]] = {}
         self._stats = stats or Stats()
+        # A request asks several times: to embed a text, and what of it did not fit.
+        self._encode = lru_cache(_ENCODED_TEXTS)(self._encode_anew)
 
     def dropped_text(self, text: str) -> str:
         """The end of a text that does not fit, without its attention syntax; empty if everything fits."""
-        return next(iter(self._tokenizers.values())).encode(parse_prompt(text), self._max_chunks).dropped_text
+        return next(iter(self._encode(text).values())).dropped_text
 
     def pads(self, prompt: str, negative_prompt: str | None) -> bool:
         """Whether `get_pair` puts chunks of the empty prompt after one of the two."""
@@ -147,7 +153,7 @@ class TextEmbeddings:
             self._bytes -= _bytes(dropped)
         return embedding
 
-    def _encode(self, text: str) -> dict[str, Encoded]:
+    def _encode_anew(self, text: str) -> dict[str, Encoded]:
         """The text by input of the encoder, in the same number of chunks for all."""
         texts = parse_prompt(text)
 
