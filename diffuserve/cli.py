@@ -16,14 +16,18 @@ from diffuserve.errors import DiffuserveError
 
 # verb: (module with the click command `command`, its line in the help, the extra that installs what it needs)
 _VERBS = {
-    "export": ("diffuserve_export.cli", "Checkpoint -> bundle: ONNX, checksums, parity figures.", "export"),
-    "assemble": ("diffuserve_export.assemble_cli", "Bundle -> Triton model repository.", "serve"),
-    "archive": ("diffuserve_export.archive_cli", "Bundle -> model archive for TorchServe.", "torchserve"),
-    "engines": ("diffuserve.engines.cli", "What this machine can run, and what a bundle runs on.", "serve"),
-    "serve": ("diffuserve.serving.cli", "Starts Triton or TorchServe.", "serve"),
-    "generate": ("diffuserve_client.cli", "Prompt -> image, from a running server or --local.", "serve"),
+    "export": ("diffuserve_export.export_command", "Checkpoint -> bundle: ONNX, checksums, parity figures.", "export"),
+    "assemble": ("diffuserve_export.repository.assemble_command", "Bundle -> Triton model repository.", "serve"),
+    "archive": (
+        "diffuserve_export.repository.archive_command",
+        "Bundle -> model archive for TorchServe.",
+        "torchserve",
+    ),
+    "engines": ("diffuserve.trials.engines_command", "What this machine can run, and what a bundle runs on.", "serve"),
+    "serve": ("diffuserve.serve_command", "Starts Triton or TorchServe.", "serve"),
+    "generate": ("diffuserve_client.generate_command", "Prompt -> image, from a running server or --local.", "serve"),
     "loadtest": ("diffuserve_loadtest.cli", "Loads a server with a workload, and reports.", "loadtest"),
-    "train": ("diffuserve_training.cli", "Trains the bundled model, or a LoRA for a checkpoint.", "train"),
+    "train": ("diffuserve_training.train_command", "Trains the bundled model, or a LoRA for a checkpoint.", "train"),
     "bench": ("diffuserve_loadtest.bench.cli", "Measures, two things against each other in one run.", "loadtest"),
 }
 

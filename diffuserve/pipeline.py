@@ -12,79 +12,36 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from diffuserve.admission import Admission, Promise
-from diffuserve.bundle import read_manifest
+from diffuserve.batching.admission import Admission, Promise
+from diffuserve.batching.costs import CallCosts
+from diffuserve.batching.jobs import Job, LatentShape
+from diffuserve.batching.loop import InflightLoop
+from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.batching.request_selection import RequestSelection
+from diffuserve.batching.selection import InflightSelection, Selection
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.conditioning import conditioning_from_request
-from diffuserve.costs import CallCosts
-from diffuserve.decoding import Decoder
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull
-from diffuserve.images import encode_image, preview_from_latents
-from diffuserve.inflight import InflightLoop, Job
-from diffuserve.infotext import infotext
-from diffuserve.policies import DEFAULT_POLICY, POLICIES
-from diffuserve.request import Limits, TextToImageRequest
+from diffuserve.events import Accepted, Completed, Event, Progressed
+from diffuserve.images.decoding import Decoder
+from diffuserve.images.encoding import encode_image
+from diffuserve.images.infotext import infotext
+from diffuserve.images.previews import preview_from_latents
+from diffuserve.images.safety import refuse_without_safety_checker
+from diffuserve.limits import Limits
+from diffuserve.request import TextToImageRequest
 from diffuserve.request_warnings import request_warnings
-from diffuserve.safety import refuse_without_safety_checker
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.selection import InflightSelection, LatentShape, RequestSelection, Selection
 from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
-from diffuserve.text_embeddings import TextEmbeddings
-from diffuserve.tokenizer import tokenizers_of
+from diffuserve.text.embeddings import TextEmbeddings
+from diffuserve.text.tokenizer import tokenizers_of
 
 REPORT_WAITING_S = 5.0
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """The request has been checked and waits for its first step, `position` requests before it. Sent at once, and again
-    every `REPORT_WAITING_S` while it waits, so that a client sees that the server lives, and the server sees when an
-    HTTP client has gone."""
-
-    steps: int
-    position: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """All images of the request have done `step` of `steps`; `eta_s`: seconds that the remaining steps will take at the
-    speed of those done; `previews` are small PNG files, one an image, or none, as always where there is a safety checker."""
-
-    step: int
-    steps: int
-    eta_s: float
-    previews: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True)
-class Completed:
-    """The finished request.
-
-    `images`: one file an image in the request's format (raw: H x W x 3 bytes, row by row); `pixels`: (n, H, W, 3) uint8;
-    `flagged`: whether the safety checker withheld an image, which then is black; `parameters`: what drew each image, as
-    text; `queue_s`: from arrival to the first step done; `denoise_s`: from there to the last; `total_s`: from arrival to
-    this event.
-    """
-
-    images: tuple[bytes, ...]
-    pixels: NDArray[np.uint8] = field(repr=False)
-    flagged: tuple[bool, ...]
-    seeds: tuple[int, ...]
-    parameters: tuple[str, ...]
-    warnings: tuple[str, ...]
-    queue_s: float
-    denoise_s: float
-    total_s: float
-
-
-Event = Accepted | Progress | Completed
 
 
 @dataclass(frozen=True)
@@ -106,8 +63,8 @@ class Pipeline:
         bundle: folder with manifest.json and the tokenizers; the components are the stages' business.
         stages: the engine calls.
         limits: what is accepted; by default the model's own.
-        batching: inflight; or request or none, the baselines of `diffuserve.selection.RequestSelection`.
-        policy: a name of `diffuserve.policies.POLICIES`, for in-flight batching.
+        batching: inflight; or request or none, the baselines of `diffuserve.batching.request_selection.RequestSelection`.
+        policy: a name of `diffuserve.batching.policies.POLICIES`, for in-flight batching.
         unet_instances: UNet calls in flight at once.
         call_timeout_s: seconds after which a stage's call counts as hung; its requests fail.
         require_safety_checker: refuse a bundle without one.
@@ -184,7 +141,7 @@ class Pipeline:
         self._encoders.shutdown()
 
     async def generate(self, request: TextToImageRequest) -> AsyncGenerator[Event, None]:
-        """Yields `Accepted`, if the request asks for progress a `Progress` a step, and `Completed`.
+        """Yields `Accepted`, if the request asks for progress a `Progressed` a step, and `Completed`.
 
         Closing the iterator, or cancelling the task that reads it, frees the request's rows at the next step.
 
@@ -226,7 +183,7 @@ class Pipeline:
             self._running.pop(steps, None)
             self._admission.accepted.discard(promise)
 
-    async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progress]:
+    async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progressed]:
         while True:
             timeout_s = REPORT_WAITING_S if steps in self._waiting else None
             try:
@@ -237,7 +194,7 @@ class Pipeline:
             if step is None:
                 return
             previews = await self._previews(step) if request.progress else ()
-            yield Progress(step.step, request.steps, step.eta_s, previews)
+            yield Progressed(step.step, request.steps, step.eta_s, previews)
 
     def _position(self, steps: _Steps) -> int:
         """Requests that arrived earlier and wait too."""

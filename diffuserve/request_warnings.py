@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffuserve.bundle import Manifest
-from diffuserve.prompt_syntax import unread_syntax
-from diffuserve.request import Limits, TextToImageRequest
-from diffuserve.text_embeddings import TextEmbeddings
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.limits import Limits
+from diffuserve.request import TextToImageRequest
+from diffuserve.text.embeddings import TextEmbeddings
+from diffuserve.text.prompt_syntax import unread_syntax
 
 _MAX_QUOTED_CHARACTERS = 200
 

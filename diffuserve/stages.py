@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import StageFailed
+from diffuserve.tensors import FINITE
 
 Result = TypeVar("Result")
 Float32 = NDArray[np.float32]
@@ -63,3 +64,19 @@ async def checked(stage: str, call: Awaitable[Result], timeout_s: float = CALL_T
         raise StageFailed(f"The stage {stage} gave no answer in time; a call may take {timeout_s:g} s.") from None
     except Exception as error:
         raise StageFailed(f"The stage {stage} failed: {error or type(error).__name__}") from error
+
+
+def finite_rows(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Args:
+        outputs: a stage's, (B, ...) by name of `diffuserve.tensors`. Every number of a row counts; of an image, which is
+            bytes, what the VAE decoder says of it in `FINITE`.
+
+    Returns:
+        (B,) bool: the rows that hold nothing else.
+    """
+    finite = [
+        (array if name == FINITE else np.isfinite(array)).reshape(len(array), -1).all(axis=1)
+        for name, array in outputs.items()
+    ]
+    rows: NDArray[np.bool_] = np.logical_and.reduce(finite)
+    return rows

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 
 PROMPT = "a slice of pizza, glossy, on a blue background"
 OUTPUT = Path("demo.png")
 
-address = Address.on_free_ports()
+address = TritonAddress.on_free_ports()
 print("Starting Triton ...", flush=True)
 with TritonServer(Path("triton_repo"), address), Client(address.grpc) as client:
     print(f'Drawing "{PROMPT}" ...', flush=True)

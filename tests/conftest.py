@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from tests.families import FAMILIES, Family, make_family
@@ -35,7 +35,7 @@ def bundle() -> Path:
 @pytest.fixture(scope="session")
 def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository that serves the bundled model."""
-    from diffuserve_export.assemble import repository_from_bundle
+    from diffuserve_export.repository.assemble import repository_from_bundle
 
     folder = tmp_path_factory.mktemp("repository")
     repository_from_bundle(bundle, folder)
@@ -45,7 +45,7 @@ def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
     """A real Triton on the bundled model, one for the whole session."""
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         yield server
 
 

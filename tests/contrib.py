@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from diffuserve.engines.graph_index import CONTRIB
+from diffuserve.graphs.graph_index import CONTRIB
 
 
 def spelt_out(model: onnx.ModelProto) -> onnx.ModelProto:

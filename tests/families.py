@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import Manifest, read_manifest
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve_export.export import bundle_from_checkpoint
 from diffuserve_export.quiet import quiet
 from tests.export.tiny import WRITERS

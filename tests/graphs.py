@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.tensors import StageSpec
 

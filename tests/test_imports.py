@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,45 @@ MAY_IMPORT = {
     "diffuserve_training": ("training/diffuserve_training", {"diffuserve"}),
     "triton_repo": ("triton_repo", {"diffuserve"}),
 }
+# The rooms of `diffuserve/`, the lowest first, and which others each imports.
+ROOMS = {
+    "errors": set(),
+    "files": set(),
+    "tensors": set(),
+    "stats": set(),
+    "stages": {"errors", "tensors"},
+    "bundle": {"errors", "files", "tensors"},
+    "limits": {"bundle", "errors"},
+    "samplers": {"errors"},
+    "text": {"bundle", "errors", "stages", "stats", "tensors"},
+    "batching": {"errors", "samplers", "stages", "stats", "tensors"},
+    "request": {"bundle", "errors", "limits", "samplers"},
+    "events": {"request"},
+    "conditioning": {"request", "stages", "tensors"},
+    "request_warnings": {"bundle", "limits", "request", "text"},
+    "images": {"bundle", "errors", "limits", "request", "stages", "stats", "tensors"},
+    "pipeline": {
+        *("batching", "bundle", "conditioning", "errors", "events", "images", "limits", "request", "request_warnings"),
+        *("samplers", "stages", "stats", "tensors", "text"),
+    },
+    "graphs": {"errors"},
+    "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors"},
+    "local_pipeline": {"batching", "engines", "errors", "events", "limits", "pipeline", "request", "stages"},
+    "trials": {
+        *("bundle", "engines", "errors", "events", "graphs", "limits", "pipeline", "request", "stages", "tensors"),
+    },
+    "serving": {"errors"},
+    "triton": {
+        *("bundle", "engines", "errors", "events", "files", "limits", "pipeline", "request", "serving", "stages"),
+        *("stats", "tensors"),
+    },
+    "torchserve": {"bundle", "errors", "limits", "serving", "tensors"},
+    "serve_command": {"bundle", "limits", "tensors", "torchserve", "triton"},
+    "cli": {"errors"},
+}
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
-DEFINES_TORCH_MODULES = Path("export/diffuserve_export/modules.py")
+DEFINES_TORCH_MODULES = Path("export/diffuserve_export/graphs/modules.py")
 # What Locust loads in its own process; no verb does.
 IN_LOCUST = [
     Path("loadtest/diffuserve_loadtest", name) for name in ("distributed.py", "generation.py", "locustfile.py")
@@ -123,6 +162,79 @@ def test_packages_import_one_way(package: str) -> None:
     assert not wrong
 
 
+def _modules(folder: str, package: str) -> dict[str, set[str]]:
+    """What each module of a package imports from the same package, wherever the import stands."""
+    sources = {
+        ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): tree
+        for path, tree in _sources(folder)
+    }
+    imported: dict[str, set[str]] = {name: set() for name in sources}
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                members = (f"{node.module}.{alias.name}" for alias in node.names)
+                imported[name] |= {member if member in sources else node.module for member in members}
+            elif isinstance(node, ast.Import):
+                imported[name] |= {alias.name for alias in node.names}
+    return {name: (names & set(sources)) - {name} for name, names in imported.items()}
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle, or none."""
+    try:
+        list(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_a_circle_is_seen() -> None:
+    assert not _circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert {*_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("package", [name for name in MAY_IMPORT if name != "triton_repo"])
+def test_modules_import_without_circles(package: str) -> None:
+    assert not _circle(_modules(MAY_IMPORT[package][0], package))
+
+
+def test_rooms_import_one_way() -> None:
+    used: dict[str, set[str]] = {}
+    for name, others in _modules("diffuserve", "diffuserve").items():
+        for other in others - {"diffuserve"}:
+            if (room := _room(name)) != _room(other):
+                used.setdefault(room, set()).add(_room(other))
+    assert not _circle(ROOMS)
+    rooms = {_room(name) for name in _modules("diffuserve", "diffuserve")} - {"diffuserve"}
+    assert set(ROOMS) == rooms
+    assert {room: others - ROOMS[room] for room, others in used.items() if others - ROOMS[room]} == {}
+    assert {room: ROOMS[room] - used.get(room, set()) for room in ROOMS if ROOMS[room] - used.get(room, set())} == {}
+
+
+def _room(module: str) -> str:
+    """The folder or file below `diffuserve/` that a module belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
+def test_files_are_small() -> None:
+    lines = {
+        path: len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        for package, (folder, _) in MAY_IMPORT.items()
+        if package != "triton_repo"
+        for path, _ in _sources(folder)
+    }
+    assert {path: count for path, count in lines.items() if count > 400} == {}
+    assert statistics.median(lines.values()) < 120
+
+
+def test_no_room_is_the_house() -> None:
+    lines: Counter[str] = Counter()
+    for path, _ in _sources("diffuserve"):
+        lines[path.parts[1]] += len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    [(room, most)] = lines.most_common(1)
+    assert most < lines.total() / 5, f"{room} has {most} of {lines.total()} lines"
+
+
 def test_the_command_line_alone_names_the_other_packages() -> None:
     others = "|".join(name for name in MAY_IMPORT if name != "diffuserve")
     naming = {
@@ -140,7 +252,7 @@ def test_the_core_loads_few_libraries() -> None:
     wrong = {
         f"{path} imports {name}"
         for path, tree in _sources("diffuserve")
-        if path.parts[1] not in ("triton", "torchserve", "engines")
+        if path.parts[1] not in ("triton", "torchserve", "engines", "graphs", "trials")
         for name in _imports_when_loaded(tree) - allowed
     }
     assert not wrong

@@ -9,10 +9,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from diffuserve.local import LocalPipeline
-from diffuserve.pipeline import Event
+from diffuserve.events import Event, values_from_event
+from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
-from diffuserve.responses import values_from_event
 from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result, event_from_values, result_from_events
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from diffuserve.images import encode_image
+from diffuserve.images.encoding import encode_image
 
 _JPEG_TEXT_CHARS = 30_000  # JPEG's EXIF segment holds 64 kB, and its text is UTF-16
 

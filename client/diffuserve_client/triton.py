@@ -12,7 +12,7 @@ from diffuserve.errors import DiffuserveError
 from diffuserve_client.endpoint import DEFAULT_URL
 from diffuserve_client.failures import error_from_text
 from diffuserve_client.result import Progress, Result
-from diffuserve_client.wire import event_from_response, request_from_fields
+from diffuserve_client.wire import event_from_response, infer_request_from_fields
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Triton:
     default_url: str = DEFAULT_URL
 
     def request(self, model: str, request_id: str, fields: Mapping[str, Any]) -> Any:
-        return request_from_fields(model, request_id, {**fields, "encoding": "binary"})
+        return infer_request_from_fields(model, request_id, {**fields, "encoding": "binary"})
 
     def call(self, channel: Any, request: Any) -> Any:
         # The method takes a stream of requests, of which one and its end look just like a single one; as a stream it would

@@ -25,7 +25,7 @@ _PARAMETER = {"BYTES": "string_param", "BOOL": "bool_param", "FP64": "double_par
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
 
-def request_from_fields(model: str, request_id: str, fields: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
+def infer_request_from_fields(model: str, request_id: str, fields: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
     """One protobuf request.
 
     Args:

@@ -9,7 +9,7 @@ from diffuserve.errors import BundleError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diffuserve.bundle import Component
+    from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
 ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")

@@ -1,4 +1,4 @@
-"""Which engines this machine can run, at which precision, and what the others lack."""
+"""Which engines this machine can run, at which precision, and what is missing for the others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.lack import NO_GPU, Lack
-from diffuserve.engines.onnxruntime_cuda import cuda_lack
+from diffuserve.engines.onnxruntime_cuda import cuda_unavailable
 from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.tensorrt_plan import INSTALL
+from diffuserve.engines.unavailable import NO_GPU, Unavailable
 
 # Packages that bring the same module under another name.
 _OTHER_NAMES = {
@@ -25,22 +25,22 @@ _BF16_ARCHITECTURE = 80
 
 @dataclass(frozen=True)
 class Availability:
-    """One way of running a component; `version` is the installed package's, `lacks` is empty if it can run here."""
+    """One way of running a component; `version` is the installed package's, `missing` is empty if it can run here."""
 
     engine: str
     precision: str
     version: str
-    lacks: tuple[Lack, ...]
+    missing: tuple[Unavailable, ...]
 
     @property
     def usable(self) -> bool:
-        return not self.lacks
+        return not self.missing
 
 
 def availability() -> tuple[Availability, ...]:
     """Every engine and precision that diffuserve knows, those for GPUs last."""
     return tuple(
-        Availability(engine, precision, _version(engine), tuple(lack for check in checks if (lack := check())))
+        Availability(engine, precision, _version(engine), tuple(missing for check in checks if (missing := check())))
         for engine, precision, checks in _WAYS
     )
 
@@ -55,47 +55,49 @@ def _version(package: str) -> str:
     return ""
 
 
-def _installed(package: str, install: str) -> Callable[[], Lack | None]:
-    def check() -> Lack | None:
-        return None if _version(package) else Lack(f"the package {package} is not installed", install)
+def _installed(package: str, install: str) -> Callable[[], Unavailable | None]:
+    def check() -> Unavailable | None:
+        return None if _version(package) else Unavailable(f"the package {package} is not installed", install)
 
     return check
 
 
-def _bf16() -> Lack | None:
+def _bf16() -> Unavailable | None:
     if computes_bf16():
         return None
-    return Lack(
+    return Unavailable(
         f"this processor ({processor_name()}) has no bf16 arithmetic",
         "use fp32, or a processor with AVX512_BF16 or AMX (Intel since Cooper Lake, AMD since Zen 4)",
     )
 
 
-def _gpu() -> Lack | None:
+def _gpu() -> Unavailable | None:
     return None if gpu_architectures() else NO_GPU
 
 
-def _cuda() -> Lack | None:
+def _cuda() -> Unavailable | None:
     try:
         import onnxruntime
     except ImportError:
-        return None  # which is a lack of its own
-    lack = cuda_lack(onnxruntime, gpu_architectures())
-    return None if lack is NO_GPU else lack  # as is this
+        return None  # which is said elsewhere
+    missing = cuda_unavailable(onnxruntime, gpu_architectures())
+    return None if missing is NO_GPU else missing  # as is this
 
 
-def _gpu_bf16() -> Lack | None:
+def _gpu_bf16() -> Unavailable | None:
     first = gpu_architectures()[:1]
     if not first or int(first[0].removeprefix("sm")) >= _BF16_ARCHITECTURE:
-        return None  # that there is no GPU is a lack of its own
-    return Lack(f"this GPU ({first[0]}) has no bf16 arithmetic", "use fp16 or fp32, or a GPU from Ampere (sm80) on")
+        return None  # that there is no GPU is said elsewhere
+    return Unavailable(
+        f"this GPU ({first[0]}) has no bf16 arithmetic", "use fp16 or fp32, or a GPU from Ampere (sm80) on"
+    )
 
 
 _SERVE, _OPENVINO = (f"pip install 'diffuserve[{extra}]'" for extra in ("serve", "openvino"))
 _CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _cuda)
 _TENSORRT_LACKS = (_installed("tensorrt", INSTALL), _installed("cuda-python", INSTALL), _gpu)
 # Engine, precision, and what must be there. An engine's precisions are in the order of preference.
-_WAYS: tuple[tuple[str, str, tuple[Callable[[], Lack | None], ...]], ...] = (
+_WAYS: tuple[tuple[str, str, tuple[Callable[[], Unavailable | None], ...]], ...] = (
     ("onnxruntime", "fp32", (_installed("onnxruntime", _SERVE),)),
     ("openvino", "fp32", (_installed("openvino", _OPENVINO),)),
     ("openvino", "bf16", (_installed("openvino", _OPENVINO), _bf16)),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.engines.dtypes import check_dtypes
-from diffuserve.engines.example import Arrays
+from diffuserve.engines.example_inputs import Arrays
 from diffuserve.tensors import NUMPY_DTYPE, StageSpec
 
 

@@ -2,7 +2,7 @@
 
 An entry is a folder beside the model, named after everything that decides what is in it and after the engine, written
 aside and renamed. It is what a start really loads, so its files are compared with the samples that were taken when it was
-made (`diffuserve.file_samples`); an entry that differs is made anew.
+made (`diffuserve.bundle.file_samples`); an entry that differs is made anew.
 (OpenVINO has a cache of its own, but it writes each file in place: a process that starts while another writes would
 read half of one.) A cache that cannot be written or read costs time and nothing else.
 """
@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import Component
+from diffuserve.bundle.file_samples import FileSample, sample_file
+from diffuserve.bundle.manifest import Component
 from diffuserve.engines.processor import processor_flags, processor_name
-from diffuserve.file_samples import FileSample, sample_file
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from diffuserve.engines.compiled_cache import CompiledCache
-from diffuserve.engines.fused_attention import fuse_attention
 from diffuserve.errors import BundleError
+from diffuserve.graphs.fused_attention import fuse_attention
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from diffuserve.bundle import Component
+    from diffuserve.bundle.manifest import Component
 
 CPU = "CPUExecutionProvider"
 _GRAPH_NAME = "model.onnx"

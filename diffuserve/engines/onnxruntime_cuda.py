@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from diffuserve.engines.bound_session import BoundSession
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.lack import NO_GPU, Lack
 from diffuserve.engines.onnxruntime import CPU, fused_session, imported_onnxruntime, session_options
+from diffuserve.engines.unavailable import NO_GPU, Unavailable
 from diffuserve.errors import BundleError
 
 if TYPE_CHECKING:
-    from diffuserve.bundle import Component
+    from diffuserve.bundle.manifest import Component
 
 CUDA = "CUDAExecutionProvider"
 _MISSING = re.compile(r"Failed to load (\S+?):")
@@ -37,11 +37,11 @@ class OnnxRuntimeCudaEngine:
     """
 
     def __init__(self, path: Path, component: Component) -> None:
-        from diffuserve.engines.fused_for_cuda import fuse_for_cuda
+        from diffuserve.graphs.fused_for_cuda import fuse_for_cuda
 
         runtime = imported_onnxruntime()
-        if lack := cuda_lack(runtime, gpu_architectures()):
-            raise BundleError(f"{path} is to run on an NVIDIA GPU, which ONNX Runtime cannot do here: {lack}.")
+        if missing := cuda_unavailable(runtime, gpu_architectures()):
+            raise BundleError(f"{path} is to run on an NVIDIA GPU, which ONNX Runtime cannot do here: {missing}.")
         providers = [(CUDA, cuda_options(component.precision)), CPU]  # what a GPU cannot do is left to the CPU
         try:
             session = fused_session(path, session_options(threads=0), providers, fuse_for_cuda)
@@ -65,7 +65,7 @@ def cuda_options(precision: str) -> dict[str, str]:
     }
 
 
-def cuda_lack(runtime: Any, architectures: Sequence[str]) -> Lack | None:
+def cuda_unavailable(runtime: Any, architectures: Sequence[str]) -> Unavailable | None:
     """Why ONNX Runtime cannot use a GPU here; None if it can, as a small session on one has shown.
 
     Args:
@@ -73,7 +73,7 @@ def cuda_lack(runtime: Any, architectures: Sequence[str]) -> Lack | None:
         architectures: the GPUs that the driver sees.
     """
     if CUDA not in runtime.get_available_providers():
-        return Lack(
+        return Unavailable(
             f"onnxruntime {runtime.__version__} was built without CUDA",
             "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
@@ -84,7 +84,7 @@ def cuda_lack(runtime: Any, architectures: Sequence[str]) -> Lack | None:
     if CUDA in runtime.InferenceSession(_small_graph(), providers=[CUDA, CPU]).get_providers():
         return None
     which = ", ".join(missing) or "its own message above names them"
-    return Lack(
+    return Unavailable(
         f"onnxruntime {runtime.__version__} was built with CUDA and cannot load it; missing: {which}",
         "pip install 'onnxruntime-gpu[cuda,cudnn]', or PyTorch for the same CUDA",
     )

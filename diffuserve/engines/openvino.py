@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Component
+from diffuserve.bundle.manifest import Component
 from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.dtypes import check_dtypes
 from diffuserve.engines.processor import computes_bf16, processor_name, usable_cores

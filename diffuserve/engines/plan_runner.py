@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from diffuserve.engines.cuda import Bytes, Gpu
 from diffuserve.engines.dtypes import check_dtypes
-from diffuserve.engines.example import Arrays
-from diffuserve.engines.pieces import join_rows, split_rows
+from diffuserve.engines.example_inputs import Arrays
+from diffuserve.engines.row_pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, Profile, has_one_size, most_rows, profile_for
 from diffuserve.errors import StageFailed
 from diffuserve.tensors import NUMPY_DTYPE, StageSpec

@@ -14,7 +14,7 @@ from diffuserve.engines.tensorrt_profiles import Profile, ShapeRange
 from diffuserve.errors import BundleError, StageFailed
 
 if TYPE_CHECKING:
-    from diffuserve.bundle import Component
+    from diffuserve.bundle.manifest import Component
     from diffuserve.tensors import StageSpec
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.tensorrt_profiles import Profile, profiles
 from diffuserve.engines.tensorrt_progress import progress_monitor

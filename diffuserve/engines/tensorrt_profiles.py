@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from diffuserve.bundle import ModelSpec
-from diffuserve.decoding import MAX_DECODE_BATCH
-from diffuserve.engines.example import native_dims
+from diffuserve.bundle.manifest import ModelSpec
+from diffuserve.engines.example_inputs import native_dims
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.request import Limits
+from diffuserve.limits import MAX_DECODE_BATCH, Limits
 from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
 
 # The largest batch of each profile at the native size; `diffuserve bench engine` times every batch size on a plan of others.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from diffuserve.bundle import Component, ModelSpec
-from diffuserve.engines.example import WARM_BATCHES, example_inputs
+from diffuserve.bundle.manifest import Component, ModelSpec
+from diffuserve.engines.example_inputs import WARM_BATCHES, example_inputs
 from diffuserve.stages import Engine
 
 # On a GPU, libraries choose kernels by shape and load them at the first call. A CPU's have little to prepare, and a call

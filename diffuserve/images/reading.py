@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.images.colours import srgb_from
-from diffuserve.images.limits import DEFAULT_LIMITS, PictureLimits
 from diffuserve.images.orientation import orientation_of, upright
+from diffuserve.images.picture_limits import DEFAULT_LIMITS, PictureLimits
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -32,11 +32,11 @@ from types import MappingProxyType
 from typing import Any
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers.ddim import ddim
 from diffuserve.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, dpmpp_2m_sde_karras, unipc
 from diffuserve.samplers.euler import euler, euler_a, heun
 from diffuserve.samplers.lcm import lcm
+from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.pndm import pndm
 from diffuserve.samplers.table import Trajectory, advance, initial_state
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers.latents import x0_and_eps
+from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers.latents import alpha_at_sigma, with_final, x0_and_eps
+from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 

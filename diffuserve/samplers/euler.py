@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers.latents import alpha_at_sigma, initial_sigma, refuse_zero_snr, with_final, x0_at_sigma
+from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 

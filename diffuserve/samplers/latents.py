@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.noise_schedule import NoiseSchedule
+from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Row
 
 

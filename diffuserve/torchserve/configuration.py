@@ -12,9 +12,9 @@ from xml.sax.saxutils import quoteattr
 
 import msgspec
 
-from diffuserve.bundle import MANIFEST_NAME, Manifest
+from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest
 from diffuserve.errors import BundleError
-from diffuserve.request import Limits
+from diffuserve.limits import Limits
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 

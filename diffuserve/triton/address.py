@@ -8,7 +8,7 @@ from diffuserve.serving.address import ServerAddress
 
 
 @dataclass(frozen=True)
-class Address(ServerAddress):
+class TritonAddress(ServerAddress):
     """Where the server listens. Loopback unless told otherwise: Triton itself authenticates nobody."""
 
     host: str = "127.0.0.1"

@@ -19,7 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from diffuserve.engines.pieces import join_rows, split_rows
+from diffuserve.engines.row_pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import Profile, most_rows
 from diffuserve.errors import StageFailed, from_wire
 from diffuserve.stages import Conditioning, Float32

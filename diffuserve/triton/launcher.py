@@ -27,7 +27,7 @@ from diffuserve.serving.process import (
     remove_leftovers_of_the_dead,
 )
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
 from diffuserve.triton.repository import check_repository
@@ -59,7 +59,7 @@ class TritonServer:
     """
 
     def __init__(
-        self, repository: Path, address: Address, *, log_level: str = "error", ready_timeout_s: float = 600.0
+        self, repository: Path, address: TritonAddress, *, log_level: str = "error", ready_timeout_s: float = 600.0
     ) -> None:
         self.repository = repository
         self.address = address
@@ -182,23 +182,6 @@ class TritonServer:
                 self.failure = f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
                 process.kill()
                 return
-
-
-def read_parameters(repository: Path) -> dict[str, str]:
-    """The parameters in the in-flight model's config.pbtxt: its limits and policy, as text.
-
-    Raises:
-        LaunchError: the file is missing or cannot be parsed.
-    """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    path = repository / STABLE_DIFFUSION / "config.pbtxt"
-    try:
-        config = text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
-    return {name: parameter.string_value for name, parameter in config.parameters.items()}
 
 
 def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: ModelControl) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What `assemble` put beside a model's model.py, and the check of it at every start.
 
 `assemble` verifies every byte of the bundle that it places; a start compares samples of each file
-(`diffuserve.file_samples`, which says what they cannot see). A repository may be copied in any way, lie in an image's layer
+(`diffuserve.bundle.file_samples`, which says what they cannot see). A repository may be copied in any way, lie in an image's layer
 or on a volume that cannot be written, and be started many times at once: nothing is remembered beside it. Damage that the
 samples miss is found by assembling again from the bundle.
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from diffuserve.bundle import Component, ModelSpec
+from diffuserve.bundle.file_samples import FileSample, sample_file
+from diffuserve.bundle.manifest import Component, ModelSpec
 from diffuserve.errors import BundleError
-from diffuserve.file_samples import FileSample, sample_file
 from diffuserve.files import write_whole
 
 PLACEMENT_NAME = "placement.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffuserve.bundle import MANIFEST_NAME
+from diffuserve.bundle.manifest import MANIFEST_NAME
 from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.placement import described_placement, read_placement
@@ -60,3 +60,20 @@ def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VER
             f"The models in {repository} are of different bundles: {listed}. Assemble the repository again: diffuserve "
             f"assemble BUNDLE --output {repository}"
         )
+
+
+def read_parameters(repository: Path) -> dict[str, str]:
+    """The parameters in the in-flight model's config.pbtxt: its limits and policy, as text.
+
+    Raises:
+        LaunchError: the file is missing or cannot be parsed.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    path = repository / STABLE_DIFFUSION / CONFIG_NAME
+    try:
+        config = text_format.Parse(path.read_text(), ModelConfig())
+    except (OSError, text_format.ParseError) as error:
+        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}

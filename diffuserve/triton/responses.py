@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.pipeline import Event
+from diffuserve.events import Event, values_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve.responses import values_from_event
 from diffuserve.tensors import FILES, NUMPY_DTYPE, RESPONSE
 
 _DTYPES = {spec.name: NUMPY_DTYPE[spec.dtype] for spec in RESPONSE}

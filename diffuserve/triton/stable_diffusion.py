@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles
 from diffuserve.errors import (
     TRITON_CODE,
@@ -27,8 +27,10 @@ from diffuserve.errors import (
     StageFailed,
     to_wire,
 )
-from diffuserve.pipeline import Completed, Event, Pipeline
-from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.events import Completed, Event
+from diffuserve.limits import Limits
+from diffuserve.pipeline import Pipeline
+from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.serving.lifecycle import LifeSign
 from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from diffuserve import __version__
-from diffuserve.bundle import (
+from diffuserve.bundle.checksums import describe_file, sha256_of_files, verify
+from diffuserve.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Component,
@@ -23,19 +24,17 @@ from diffuserve.bundle import (
     Manifest,
     Preview,
     ReferenceImage,
-    describe_file,
     read_manifest,
-    sha256_of_files,
-    verify,
     write_manifest,
 )
-from diffuserve.engines.image_parity import image_parity
 from diffuserve.errors import BundleError, CheckpointError, StageFailed
 from diffuserve.tensors import TEXT_ENCODER, VAE_ENCODER
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
-from diffuserve_export.model_spec import stages_that_overflow_in_fp16
-from diffuserve_export.onnx import onnx_from_module
+from diffuserve.trials.image_parity import image_parity
+from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
+from diffuserve_export.checkpoint.model_spec import stages_that_overflow_in_fp16
+from diffuserve_export.graphs.onnx import onnx_from_module
 from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.quiet import quiet
@@ -128,7 +127,7 @@ def check_output(output: Path) -> None:
 def _write_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress, strict: bool) -> None:
     """Stage by stage. A module's weights are given up as soon as its graph is written, so that never more than one stage
     is in memory twice."""
-    from diffuserve_export.modules import modules_from_model
+    from diffuserve_export.graphs.modules import modules_from_model
 
     spec, tensors = checkpoint.spec, checkpoint.tensors
     overflowing = stages_that_overflow_in_fp16(checkpoint.configs)

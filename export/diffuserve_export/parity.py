@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Component, ModelSpec, Parity
+from diffuserve.bundle.manifest import Component, ModelSpec, Parity
 from diffuserve.conditioning import guidance_embedding, time_ids
 from diffuserve.engines import load_engine
-from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import CheckpointError
-from diffuserve.finite import finite_rows
+from diffuserve.stages import finite_rows
 from diffuserve.tensors import (
     CLIP_INPUT,
     ENCODER_HIDDEN_STATES,
@@ -33,7 +32,8 @@ from diffuserve.tensors import (
     VAE_ENCODER,
     StageSpec,
 )
-from diffuserve_export.finite import not_finite
+from diffuserve.trials.tolerance import tolerance_of
+from diffuserve_export.graphs.finite_values import not_finite
 from diffuserve_export.sizes import native_units
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import ModelSpec, Preview
+from diffuserve.bundle.manifest import ModelSpec, Preview
 from diffuserve.tensors import VAE_ENCODER
-from diffuserve_export.finite import not_finite
+from diffuserve_export.graphs.finite_values import not_finite
 from diffuserve_export.sizes import native_units
 
 if TYPE_CHECKING:

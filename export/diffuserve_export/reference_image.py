@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from diffuserve.bundle import ModelSpec, ReferenceImage, describe_file
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import ModelSpec, ReferenceImage
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import TEXT_ENCODER
-from diffuserve_export.checkpoint import Checkpoint
-from diffuserve_export.finite import watched
-from diffuserve_export.load import LoadedModel
+from diffuserve_export.checkpoint.checkpoint import Checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
+from diffuserve_export.graphs.finite_values import watched
 from diffuserve_export.quiet import quiet
-from diffuserve_export.schedulers import scheduler_from_sampler
 from diffuserve_export.sizes import native_units
 
 FILE_NAME = "reference.png"
@@ -87,7 +88,7 @@ def reference_from_model(
 
 def _embedded(model: LoadedModel, spec: ModelSpec) -> dict[str, Any]:
     """The prompt, encoded without the last layers: diffusers' own clip_skip fails with transformers 5.6 and later."""
-    from diffuserve_export.modules import modules_from_model
+    from diffuserve_export.graphs.modules import modules_from_model
 
     ids = [
         tokenizer(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from diffuserve.errors import BundleError
-from diffuserve_export.checkpoint import Checkpoint
+from diffuserve_export.checkpoint.checkpoint import Checkpoint
 
 # Every weight in fp32, once as exported and once as the engine stores it; graphs, tokenizers and manifest beside.
 _DISK_BYTES_PER_PARAMETER = 2 * 4

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffuserve.errors import HTTP_STATUS, DiffuserveError, QueueFull, to_wire
-from diffuserve.pipeline import Completed, Event
+from diffuserve.events import Completed, Event, values_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve.responses import values_from_event
 from diffuserve.tensors import FILES, RESPONSE
 
 _MEDIA_TYPES = {

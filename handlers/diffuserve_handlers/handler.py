@@ -16,12 +16,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from diffuserve.bundle import read_manifest
-from diffuserve.engines.local import LoadEngines
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.engines.local_stages import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
-from diffuserve.local import LocalPipeline
-from diffuserve.pipeline import Completed, Event
-from diffuserve.request import Limits
+from diffuserve.events import Completed, Event
+from diffuserve.limits import Limits
+from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.serving.lifecycle import BusySign, DrainFiles
 from diffuserve_handlers.answers import Answer, answer_from_completed, answer_from_error, json_from_event
 from diffuserve_handlers.metrics import Metrics

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.errors import InvalidRequest
-from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.limits import Limits
+from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.tensors import REQUEST
 
 # A worker is not told by which call a gRPC request came. Progress sent to a Predictions call, which takes one answer, would

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve_loadtest.bench.stage_seconds import StageSeconds, best_request_s, measure_stages
 from diffuserve_loadtest.plan import plan
 from diffuserve_loadtest.workload import Workload

@@ -24,7 +24,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-from diffuserve.images import encode_image
+from diffuserve.images.encoding import encode_image
 from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE
 
 SIDE_PX = 8

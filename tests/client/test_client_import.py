@@ -21,7 +21,7 @@ def test_client_loads_no_engine() -> None:
     assert not modules_after(code).intersection(ENGINES)
 
 
-@pytest.mark.parametrize("module", ["diffuserve_client", "diffuserve_client.cli"])
+@pytest.mark.parametrize("module", ["diffuserve_client", "diffuserve_client.generate_command"])
 def test_command_line_loads_nothing_heavy(module: str) -> None:
     heavy = (*ENGINES, "numpy", "grpc", "tritonclient", "PIL", "tqdm")
     assert not modules_after(f"import {module}").intersection(heavy)

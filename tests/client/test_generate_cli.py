@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from diffuserve_client.cli import command
+from diffuserve_client.generate_command import command
 from diffuserve_client.retries import DEFAULT_RETRIES
 from tests.client.fake_triton import SIDE_PX, FakeTriton
 
@@ -136,7 +136,7 @@ def test_a_sheet_too_large_for_its_format_becomes_png(triton: FakeTriton, folder
 
 
 def test_interrupt_cancels_the_request(triton: FakeTriton) -> None:
-    code = "from diffuserve_client.cli import command; command()"
+    code = "from diffuserve_client.generate_command import command; command()"
     args = [sys.executable, "-c", code, "a cat", "endless", "--url", triton.address]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -74,7 +74,7 @@ def test_closing_the_client_cancels_requests_of_other_threads() -> None:
 
 @needs_bundle
 def test_interrupt(tmp_path: Path) -> None:
-    code = "from diffuserve_client.cli import command; command()"
+    code = "from diffuserve_client.generate_command import command; command()"
     prompts = ["a cat", "a dog", "--steps", "1", "--seed", "1", "-n", "1"]
     first = [sys.executable, "-c", code, *prompts, "--local", "--bundle", str(BUNDLE), "--quiet"]
     run = subprocess.run(first, cwd=tmp_path, capture_output=True, text=True, check=True)

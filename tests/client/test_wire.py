@@ -7,16 +7,16 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from diffuserve.errors import InvalidRequest, StageFailed
-from diffuserve.images import encode_image
+from diffuserve.images.encoding import encode_image
 from diffuserve.tensors import REQUEST
 from diffuserve_client.fields import RequestFields, wire_fields
 from diffuserve_client.result import Progress, Result
-from diffuserve_client.wire import event_from_response, request_from_fields
+from diffuserve_client.wire import event_from_response, infer_request_from_fields
 from tests.client.fake_triton import fields_from_request, response
 
 
 def round_trip(**fields: Any) -> dict[str, Any]:
-    sent = request_from_fields("stable_diffusion", "id-1", fields)
+    sent = infer_request_from_fields("stable_diffusion", "id-1", fields)
     received = service_pb2.ModelInferRequest.FromString(sent.SerializeToString())
     assert (received.model_name, received.id) == ("stable_diffusion", "id-1")
     return fields_from_request(received)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffuserve.bundle import (
+from diffuserve.bundle.checksums import describe_file, sha256_of_files
+from diffuserve.bundle.manifest import (
     FORMAT_VERSION,
     Component,
     ImageProcessor,
@@ -22,8 +23,6 @@ from diffuserve.bundle import (
     ModelSpec,
     Preview,
     ReferenceImage,
-    describe_file,
-    sha256_of_files,
     write_manifest,
 )
 from diffuserve.stages import Conditioning, Float32

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from diffuserve.admission import _MARGIN, Admission, CallForecast, Promise
+from diffuserve.batching.admission import _MARGIN, Admission, Promise
+from diffuserve.batching.forecast import CallForecast
 
 SHAPE = (4, 8, 8)
 SIZE = math.prod(SHAPE)

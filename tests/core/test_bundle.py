@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from diffuserve.bundle import File, Manifest, read_manifest, sha256_of, sha256_of_files, verify, write_manifest
+from diffuserve.bundle.checksums import sha256_of, sha256_of_files, verify
+from diffuserve.bundle.manifest import File, Manifest, read_manifest, write_manifest
 from diffuserve.errors import BundleError
 from tests.core.fakes import make_bundle
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import Component, Manifest
+from diffuserve.bundle.manifest import Component, Manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.triton.placement import PLACEMENT_NAME
-from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.core.tiny_graphs import make_real_bundle
 
 ENGINES = ("onnxruntime", "openvino")

@@ -11,10 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import write_manifest
+from diffuserve.bundle.manifest import write_manifest
 from diffuserve.conditioning import conditioning_from_request, guidance_embedding, time_ids
+from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
-from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.stages import Conditioning, Float32
 from diffuserve.tensors import UNET, stage_specs
 from diffuserve_export.quiet import quiet

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve.costs import CallCosts
+from diffuserve.batching.costs import CallCosts
 
 
 def test_interpolates_between_what_was_measured() -> None:

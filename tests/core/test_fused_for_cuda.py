@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from diffuserve.bundle import read_manifest
-from diffuserve.engines.example import example_inputs
-from diffuserve.engines.fused_for_cuda import fuse_for_cuda
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.onnxruntime import session_options
-from diffuserve.engines.sixteen_bit import sixteen_bit_from_onnx
+from diffuserve.graphs.fused_for_cuda import fuse_for_cuda
+from diffuserve.graphs.sixteen_bit import sixteen_bit_from_onnx
 from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET
 from tests.contrib import spelt_out
 from tests.families import Family

@@ -10,15 +10,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import Component, ModelSpec
+from diffuserve.bundle.manifest import Component, ModelSpec
 from diffuserve.engines import load_engine
 from diffuserve.engines.availability import availability
-from diffuserve.engines.example import example_inputs
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.tolerance import tolerance_of
-from diffuserve.engines.trials import select_engines
 from diffuserve.stages import Engine
+from diffuserve.trials.selecting import select_engines
+from diffuserve.trials.tolerance import tolerance_of
 from tests.core.tiny_graphs import make_real_bundle
 
 ROWS = (1, 2, 2, 3, 8, 9, 32, 33, 2, 1, 3)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import Preview
-from diffuserve.images import encode_image, preview_from_latents
-from diffuserve.similarity import psnr_db
+from diffuserve.bundle.manifest import Preview
+from diffuserve.images.encoding import encode_image
+from diffuserve.images.previews import preview_from_latents
+from diffuserve.trials.similarity import psnr_db
 from tests.core.fakes import PREVIEW
 
 TEXTS = ["plain ASCII", "Grüße", "日本語 😀 \u200b", "lines\nand \t tabs", "", "long " * 6500]

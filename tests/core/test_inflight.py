@@ -10,12 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffuserve.batching.jobs import Job
+from diffuserve.batching.loop import InflightLoop
+from diffuserve.batching.policies import POLICIES, Policy, fair
+from diffuserve.batching.request_selection import RequestSelection
+from diffuserve.batching.selection import InflightSelection
 from diffuserve.errors import StageFailed
-from diffuserve.inflight import InflightLoop, Job
-from diffuserve.noise import Generator
-from diffuserve.policies import POLICIES, Policy, fair
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, advance, initial_state, trajectory
-from diffuserve.selection import InflightSelection, RequestSelection
+from diffuserve.samplers.noise import Generator
 from diffuserve.stats import Stats
 from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
 

@@ -11,11 +11,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffuserve.batching.jobs import Job, Latent
+from diffuserve.batching.policies import POLICIES, Policy
+from diffuserve.batching.selection import PRIORITY_AGEING_S, InflightSelection
 from diffuserve.errors import StageFailed
-from diffuserve.inflight import Job, Latent
-from diffuserve.policies import POLICIES, Policy
 from diffuserve.samplers import SAMPLERS
-from diffuserve.selection import PRIORITY_AGEING_S, InflightSelection
 from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
 from tests.core.test_inflight import SHAPES, FakeUNet, finish, make_job, make_loop
 

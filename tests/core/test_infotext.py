@@ -15,10 +15,11 @@ from sd_parsers import ParserManager
 from sd_parsers.parsers import AUTOMATIC1111Parser
 
 from diffuserve import __version__
-from diffuserve.bundle import FusedLora, Manifest
-from diffuserve.images import encode_image
-from diffuserve.infotext import infotext
-from diffuserve.request import EmbeddedGuidanceRequest, Limits, TextToImageRequest, request_from_fields
+from diffuserve.bundle.manifest import FusedLora, Manifest
+from diffuserve.images.encoding import encode_image
+from diffuserve.images.infotext import infotext
+from diffuserve.limits import Limits
+from diffuserve.request import EmbeddedGuidanceRequest, TextToImageRequest, request_from_fields
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, trajectory
 from tests.core.fakes import MODEL, make_bundle
 from tests.core.test_images import PIXELS, text_of

@@ -10,15 +10,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import read_manifest, write_manifest
+from diffuserve.bundle.manifest import read_manifest, write_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.local import LocalStages
+from diffuserve.engines.local_stages import LocalStages
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.pipeline import Completed, Pipeline
-from diffuserve.request import Limits, request_from_fields
+from diffuserve.events import Completed
+from diffuserve.limits import Limits
+from diffuserve.pipeline import Pipeline
+from diffuserve.request import request_from_fields
 from diffuserve.stages import checked
 from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffuserve.noise import Generator
+from diffuserve.samplers.noise import Generator
 
 SHAPES = [(4, 64, 64), (3,), (1,), (17,), (0,), (15,), (16,), (33,), (1, 4, 31, 7), (2,), (5, 3), (4, 96, 128), (1,)]
 

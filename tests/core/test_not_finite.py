@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Manifest, read_manifest
-from diffuserve.decoding import Decoder
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.local import EngineStages
+from diffuserve.engines.local_stages import EngineStages
 from diffuserve.engines.processor import computes_bf16
 from diffuserve.errors import StageFailed
-from diffuserve.finite import finite_rows
-from diffuserve.pipeline import Completed
-from diffuserve.stages import Conditioning, Engine
+from diffuserve.events import Completed
+from diffuserve.images.decoding import Decoder
+from diffuserve.stages import Conditioning, Engine, finite_rows
 from diffuserve.stats import Stats
 from diffuserve.tensors import FINITE, VAE_DECODER
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, FakeStages, make_bundle
 from tests.core.test_pipeline import completed, run, serving, start
 from tests.core.tiny_graphs import make_real_bundle

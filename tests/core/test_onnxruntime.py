@@ -11,12 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from diffuserve.bundle import Component, Manifest, describe_file, read_manifest
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import Component, Manifest, read_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import example_inputs
-from diffuserve.engines.fused_attention import fuse_attention
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import BundleError
+from diffuserve.graphs.fused_attention import fuse_attention
 from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, VAE_DECODER
 from tests.core.tiny_graphs import make_real_bundle
 

@@ -12,14 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from diffuserve.bundle import Manifest
+from diffuserve.bundle.manifest import Manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.bound_session import BoundSession, padded_rows
-from diffuserve.engines.example import Arrays, example_inputs
+from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.lack import NO_GPU
 from diffuserve.engines.onnxruntime import CPU, OnnxRuntimeEngine, fused_session, session_options
-from diffuserve.engines.onnxruntime_cuda import CUDA, cuda_lack, cuda_options
+from diffuserve.engines.onnxruntime_cuda import CUDA, cuda_options, cuda_unavailable
+from diffuserve.engines.unavailable import NO_GPU
 from diffuserve.errors import BundleError
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 from tests.core.tiny_graphs import STAGES, make_real_bundle
@@ -31,7 +31,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 class FakeRuntime:
-    """What `cuda_lack` asks of the module onnxruntime. Its CUDA provider loads if nothing is `missing`, or if its libraries
+    """What `cuda_unavailable` asks of the module onnxruntime. Its CUDA provider loads if nothing is `missing`, or if its libraries
     are found by `preload_dlls`."""
 
     __version__ = "1.99.0"
@@ -68,39 +68,39 @@ LIBRARIES = ("libcublasLt.so.13", "libcurand.so.10")
 
 def test_a_runtime_without_cuda() -> None:
     for architectures in ((), GPU):
-        lack = cuda_lack(FakeRuntime([CPU]), architectures)
-        assert lack is not None
-        assert lack.reason == "onnxruntime 1.99.0 was built without CUDA"
-        assert "onnxruntime-gpu" in lack.mend
+        missing = cuda_unavailable(FakeRuntime([CPU]), architectures)
+        assert missing is not None
+        assert missing.reason == "onnxruntime 1.99.0 was built without CUDA"
+        assert "onnxruntime-gpu" in missing.fix
 
 
 def test_no_gpu() -> None:
     runtime = FakeRuntime([CUDA, CPU], LIBRARIES)
-    assert cuda_lack(runtime, ()) is NO_GPU
+    assert cuda_unavailable(runtime, ()) is NO_GPU
     assert not runtime.sessions
 
 
 def test_libraries_that_are_missing_are_named(capfd: pytest.CaptureFixture[str]) -> None:
-    lack = cuda_lack(FakeRuntime([CUDA, CPU], LIBRARIES), GPU)
-    assert lack is not None
-    assert lack.reason == (
+    missing = cuda_unavailable(FakeRuntime([CUDA, CPU], LIBRARIES), GPU)
+    assert missing is not None
+    assert missing.reason == (
         "onnxruntime 1.99.0 was built with CUDA and cannot load it; missing: libcublasLt.so.13, libcurand.so.10"
     )
-    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in lack.mend
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in missing.fix
     assert capfd.readouterr().out == ""
 
 
 def test_libraries_that_pip_has_installed_are_loaded_first() -> None:
-    assert cuda_lack(FakeRuntime([CUDA, CPU], LIBRARIES, found=True), GPU) is None
+    assert cuda_unavailable(FakeRuntime([CUDA, CPU], LIBRARIES, found=True), GPU) is None
 
 
 def test_a_runtime_that_finds_its_libraries_itself() -> None:
-    assert cuda_lack(FakeRuntime([CUDA, CPU]), GPU) is None
+    assert cuda_unavailable(FakeRuntime([CUDA, CPU]), GPU) is None
 
 
 def test_the_runtime_that_is_installed() -> None:
-    lack = cuda_lack(onnxruntime, gpu_architectures())
-    assert (lack is None) == (CUDA in onnxruntime.get_available_providers() and bool(gpu_architectures()))
+    missing = cuda_unavailable(onnxruntime, gpu_architectures())
+    assert (missing is None) == (CUDA in onnxruntime.get_available_providers() and bool(gpu_architectures()))
 
 
 def test_fp32_is_not_tf32_and_fp16_may_use_tensor_cores() -> None:

@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import Component, Manifest, read_manifest
+from diffuserve.bundle.manifest import Component, Manifest, read_manifest
 from diffuserve.engines import load_engine, processor
 from diffuserve.engines.compiled_cache import cache_folders
-from diffuserve.engines.example import Arrays, example_inputs
+from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.tensors import FINITE, UNET, VAE_DECODER
 from tests.core.tiny_graphs import STAGES, make_real_bundle

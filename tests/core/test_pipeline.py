@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import read_manifest, write_manifest
-from diffuserve.decoding import MAX_DECODE_BATCH
+from diffuserve.bundle.manifest import read_manifest, write_manifest
 from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull, StageFailed
-from diffuserve.images import encode_image
-from diffuserve.infotext import infotext
-from diffuserve.pipeline import Accepted, Completed, Event, Pipeline, Progress
-from diffuserve.request import Limits, TextToImageRequest, request_from_fields
+from diffuserve.events import Accepted, Completed, Event, Progressed
+from diffuserve.images.encoding import encode_image
+from diffuserve.images.infotext import infotext
+from diffuserve.limits import MAX_DECODE_BATCH, Limits
+from diffuserve.pipeline import Pipeline
+from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.tensors import TensorSpec
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, FakeStages, make_bundle
 
 STAGES = ("encode_text", "denoise", "decode")
@@ -120,13 +121,13 @@ def test_previews_come_every_kth_step(fake_bundle: Path) -> None:
     async def main() -> None:
         async with serving(fake_bundle, FakeStages()) as pipeline:
             events = await draw(pipeline, steps=7, preview=3, progress=True, num_images=2)
-            steps = [event for event in events if isinstance(event, Progress)]
+            steps = [event for event in events if isinstance(event, Progressed)]
             assert [len(event.previews) for event in steps] == [0, 0, 2, 0, 0, 2, 0]
             for preview in (*steps[2].previews, *steps[5].previews):
                 with Image.open(io.BytesIO(preview)) as image:
                     assert (image.format, image.size) == ("PNG", (8, 6))
             assert len({*steps[2].previews, *steps[5].previews}) == 4
-            assert not any(isinstance(event, Progress) for event in await draw(pipeline, preview=1))
+            assert not any(isinstance(event, Progressed) for event in await draw(pipeline, preview=1))
 
     run(main)
 

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from diffuserve.engines.cuda import Bytes
-from diffuserve.engines.example import Arrays, example_inputs
+from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.plan_runner import PlanRunner
 from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, Profile, profiles
 from diffuserve.errors import StageFailed

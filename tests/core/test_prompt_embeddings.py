@@ -15,14 +15,15 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffuserve.engines.local import LocalStages
-from diffuserve.pipeline import Completed, Pipeline
-from diffuserve.prompting import BREAK
+from diffuserve.engines.local_stages import LocalStages
+from diffuserve.events import Completed
+from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.similarity import psnr_db
 from diffuserve.stages import Conditioning
-from diffuserve.text_embeddings import TextEmbeddings
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.embeddings import TextEmbeddings
+from diffuserve.text.prompting import BREAK
+from diffuserve.text.tokenizer import Tokenizer
+from diffuserve.trials.similarity import psnr_db
 from tests.core.fakes import TOKENIZER, FakeStages
 from tests.core.webui import chunks_of
 

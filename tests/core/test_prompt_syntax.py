@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffuserve.prompt_syntax import unread_syntax
+from diffuserve.text.prompt_syntax import unread_syntax
 
 KINDS = ["<lora:...>", "<lyco:...>", "<hypernet:...>", "AND", "[from:to:when]", "[this|that]", "BREAK within brackets"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffuserve.prompting import BREAK, MAX_WEIGHT, parse_prompt
+from diffuserve.text.prompting import BREAK, MAX_WEIGHT, parse_prompt
 from tests.core.webui import read_prompt
 
 SPECIAL = r"\()[]"

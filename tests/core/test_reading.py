@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffuserve.images.reading import read_picture
-from diffuserve.similarity import psnr_db
+from diffuserve.trials.similarity import psnr_db
 from tests.core import picture_files as files
 
 Pixels = NDArray[np.uint8]

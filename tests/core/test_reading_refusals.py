@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.images.limits import PictureLimits
+from diffuserve.images.picture_limits import PictureLimits
 from diffuserve.images.reading import read_picture, read_picture_file
 from tests.core import picture_files as files
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.request import MAX_SEED, MAX_TIMEOUT_MS, Limits, TextToImageRequest, request_from_fields
+from diffuserve.limits import Limits
+from diffuserve.request import MAX_SEED, MAX_TIMEOUT_MS, TextToImageRequest, request_from_fields
 from diffuserve.samplers import SAMPLERS
 from diffuserve.tensors import REQUEST
 from tests.core.fakes import MODEL

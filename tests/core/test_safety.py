@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import Manifest, read_manifest, write_manifest
-from diffuserve.decoding import MAX_DECODE_BATCH
+from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
 from diffuserve.errors import BundleError, DeadlineExceeded, StageFailed
-from diffuserve.pipeline import Completed, Progress
-from diffuserve.safety import flagged_from_scores
+from diffuserve.events import Completed, Progressed
+from diffuserve.images.safety import flagged_from_scores
+from diffuserve.limits import MAX_DECODE_BATCH
 from diffuserve.stages import Float32
 from diffuserve.triton.responses import tensors_from_event
 from tests.core.fakes import FakeStages, make_bundle
@@ -97,7 +97,7 @@ def test_previews_are_dropped_with_a_warning(checked_bundle: Path) -> None:
     async def main() -> None:
         async with serving(checked_bundle, FakeStages()) as pipeline:
             *events, done = await draw(pipeline, steps=4, progress=True, preview=1)
-            steps = [event for event in events if isinstance(event, Progress)]
+            steps = [event for event in events if isinstance(event, Progressed)]
             assert [step.previews for step in steps] == [()] * 4
             assert isinstance(done, Completed)
             assert [warning.startswith("No previews were sent") for warning in done.warnings] == [True]

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 
 from diffuserve.errors import BundleError, InvalidRequest
-from diffuserve.noise import Generator
 from diffuserve.samplers import (
     SAMPLERS,
     NoiseSchedule,
@@ -28,7 +27,8 @@ from diffuserve.samplers import (
     sampler_from_config,
     trajectory,
 )
-from diffuserve_export.schedulers import SCHEDULERS, scheduler_from_sampler
+from diffuserve.samplers.noise import Generator
+from diffuserve_export.checkpoint.schedulers import SCHEDULERS, scheduler_from_sampler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # EulerAncestralDiscreteScheduler lacks "sample"; test_prediction_types_agree covers it.
@@ -473,6 +473,6 @@ def test_steps_beyond_the_last_timestep_are_refused() -> None:
 
 
 def test_import_loads_no_torch() -> None:
-    code = "import sys, diffuserve.samplers, diffuserve.noise, diffuserve.tokenizer; print(*sys.modules)"
+    code = "import sys, diffuserve.samplers, diffuserve.samplers.noise, diffuserve.text.tokenizer; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "onnxruntime"} & set(loaded)

@@ -12,10 +12,10 @@ import diffusers
 import pytest
 
 from diffuserve.errors import BundleError, CheckpointError
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import SAMPLERS
-from diffuserve.scheduler_settings import HARMLESS, IMPLEMENTED, check_known
-from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve.samplers.noise_schedule import NoiseSchedule
+from diffuserve.samplers.scheduler_settings import HARMLESS, IMPLEMENTED, check_known
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
 from tests.core.test_samplers import STABLE_DIFFUSION, _check
 from tests.export.tiny import write_checkpoint
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.similarity import psnr_db, ssim
+from diffuserve.trials.similarity import psnr_db, ssim
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 

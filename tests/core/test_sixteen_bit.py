@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, defs, numpy_helper
 
-from diffuserve.engines.example import example_inputs
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.errors import BundleError
+from diffuserve.graphs.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.tensors import STAGES, VAE_DECODER
 from tests.core.tiny_graphs import make_real_bundle
 from tests.graphs import rounded_to_bf16, run_rounded, value_types

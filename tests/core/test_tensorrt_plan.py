@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from diffuserve.bundle import Manifest, read_manifest, verify
+from diffuserve.bundle.checksums import verify
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.engines import tensorrt_plan
 from diffuserve.engines.availability import availability
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.tensorrt_plan import check_plan, plan_path
-from diffuserve.engines.trials import select_engines
 from diffuserve.errors import BundleError
+from diffuserve.trials.selecting import select_engines
 from tests.core.tiny_graphs import make_real_bundle
 
 

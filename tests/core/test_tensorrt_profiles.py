@@ -10,12 +10,12 @@ import onnx
 import onnx.parser
 import pytest
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.example import native_dims
-from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.example_inputs import native_dims
 from diffuserve.engines.tensorrt_profiles import Shapes, check_limits, has_one_size, most_rows, profile_for, profiles
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.request import Limits
+from diffuserve.graphs.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
+from diffuserve.limits import Limits
 from diffuserve.tensors import (
     SAFETY_CHECKER,
     TEXT_ENCODER,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffuserve.errors import StageFailed
-from diffuserve.text_embeddings import TextEmbeddings, weighted
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.embeddings import TextEmbeddings, weighted
+from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, TOKENIZER, FakeStages
 
 TOKENIZE = Tokenizer(TOKENIZER, MODEL.max_tokens)

@@ -11,8 +11,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from diffuserve.errors import BundleError
-from diffuserve.prompting import BREAK, parse_prompt
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.prompting import BREAK, parse_prompt
+from diffuserve.text.tokenizer import Tokenizer
 from tests.core.webui import chunks_of, read_prompt
 
 FOLDER = Path(__file__).parents[2] / "model_store" / "checkpoints" / "tiny-emoji" / "tokenizer"

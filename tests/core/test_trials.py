@@ -14,18 +14,21 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffuserve.bundle import Component, Manifest, Trial, describe_file, read_manifest, verify, write_manifest
-from diffuserve.engines import ENGINES, image_parity, load_engine, processor, tolerance, trials
+from diffuserve.bundle.checksums import describe_file, verify
+from diffuserve.bundle.manifest import Component, Manifest, Trial, read_manifest, write_manifest
+from diffuserve.engines import ENGINES, load_engine, processor
 from diffuserve.engines.availability import Availability, availability
-from diffuserve.engines.cli import command
-from diffuserve.engines.example import WARM_BATCHES, Arrays
+from diffuserve.engines.example_inputs import WARM_BATCHES, Arrays
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.local import LocalStages
+from diffuserve.engines.local_stages import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.trials import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
 from diffuserve.tensors import FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.trials import image_parity, tolerance
+from diffuserve.trials import selecting as trials
+from diffuserve.trials.engines_command import command
+from diffuserve.trials.selecting import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from tests.core.tiny_graphs import STAGES, make_real_bundle
 
 

@@ -11,9 +11,10 @@ import onnx.parser
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffuserve.bundle import Manifest, describe_file, write_manifest
-from diffuserve.engines.image_parity import draw_reference
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import Manifest, write_manifest
 from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.trials.image_parity import draw_reference
 from tests.core.fakes import make_bundle
 
 _GRAPHS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from diffuserve_export.cli import command
+from diffuserve_export.export_command import command
 from tests.export.tiny import write_checkpoint
 
 
@@ -34,7 +34,7 @@ class KilledExport:
 def killed_export(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledExport:
     """An export of the checkpoint that died by SIGKILL once the text encoder was written."""
     output = tmp_path_factory.mktemp("bundles") / "tiny"
-    code = "from diffuserve_export.cli import command; command()"
+    code = "from diffuserve_export.export_command import command; command()"
     arguments = [sys.executable, "-c", code, str(shared_checkpoint), "--output", str(output)]
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
         partial = output.parent / f".tiny.partial-{process.pid}"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from diffuserve_export.quiet import quiet
 from tests.export.original_layout import write_single_file
 from tests.export.tiny import WRITERS

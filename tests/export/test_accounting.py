@@ -19,9 +19,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve.noise_schedule import NoiseSchedule
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve.samplers.noise_schedule import NoiseSchedule
+from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from tests.export.original_layout import original_tensors
 from tests.export.single_files import Tensors, make_distinct, make_single_file
 from tests.export.tiny import WRITERS, add_safety_checker

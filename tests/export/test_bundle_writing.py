@@ -15,18 +15,19 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from diffuserve.bundle import read_manifest, verify
+from diffuserve.bundle.checksums import verify
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import BundleError, CheckpointError
-from diffuserve.tokenizer import Tokenizer
+from diffuserve.text.tokenizer import Tokenizer
 from diffuserve_export import room
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.cli import command
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.safetensors_file import TensorInfo
+from diffuserve_export.checkpoint.weights import Weights
 from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
+from diffuserve_export.export_command import command
 from diffuserve_export.lora import Lora
 from diffuserve_export.room import available_memory_bytes, bundle_size_bytes, export_memory_bytes
-from diffuserve_export.safetensors_file import TensorInfo
 from diffuserve_export.staging import staged
-from diffuserve_export.weights import Weights
 from tests.export.conftest import KilledExport
 
 
@@ -207,7 +208,7 @@ def test_bundle_moved_aside_by_a_dead_export_comes_back(tmp_path: Path) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys, diffuserve_export.cli, diffuserve_export.export, diffuserve_export.parity, diffuserve_export.preview;"
+        "import sys, diffuserve_export.export_command, diffuserve_export.export, diffuserve_export.parity, diffuserve_export.preview;"
         "print({'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint, sha256_of_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint, sha256_of_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.weights import choose_weights
 from diffuserve_export.export import bundle_from_checkpoint
-from diffuserve_export.load import model_from_checkpoint
-from diffuserve_export.weights import choose_weights
 from tests.export.tiny import write_sd2_checkpoint, write_sdxl_checkpoint
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from diffuserve_export.quiet import quiet
 from tests.export.single_files import Tensors, make_distinct
 from tests.export.tiny import write_sdxl_checkpoint

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from diffuserve.bundle import read_manifest
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
-from diffuserve.engines.tolerance import tolerance_of
 from diffuserve.errors import BundleError
+from diffuserve.graphs.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.tensors import STAGES
-from diffuserve_export.cli import command
+from diffuserve.trials.tolerance import tolerance_of
+from diffuserve_export.export_command import command
 from tests.graphs import run_rounded
 
 

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffuserve.bundle import verify
+from diffuserve.bundle.checksums import verify
 from diffuserve.conditioning import guidance_embedding, time_ids
-from diffuserve.engines.local import LocalStages
+from diffuserve.engines.local_stages import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.pipeline import Completed, Pipeline
+from diffuserve.events import Completed
+from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
 from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER, TensorSpec
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
-from diffuserve_export.model_spec import stages_that_overflow_in_fp16
-from diffuserve_export.modules import modules_from_model
-from diffuserve_export.onnx import onnx_from_module
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
+from diffuserve_export.checkpoint.model_spec import stages_that_overflow_in_fp16
+from diffuserve_export.graphs.modules import modules_from_model
+from diffuserve_export.graphs.onnx import onnx_from_module
 from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.quiet import quiet
 from tests.export.tiny import WRITERS, component_of

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from diffuserve_export.export import bundle_from_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
-from diffuserve_export.modules import modules_from_model
+from diffuserve_export.graphs.modules import modules_from_model
 from diffuserve_export.parity import parity_of_onnx, random_input_ids, references_of
 from diffuserve_export.preview import preview_from_vae_encoder
 from diffuserve_export.reference_image import FILE_NAME, reference_from_model
@@ -150,7 +151,7 @@ def test_a_graph_that_makes_what_pytorch_does_not(loaded: tuple[Checkpoint, Load
     """The decoder's graph, of which everything is right but one number."""
     import onnx
 
-    from diffuserve_export.onnx import onnx_from_module
+    from diffuserve_export.graphs.onnx import onnx_from_module
 
     checkpoint, model = loaded
     tensors, module = checkpoint.tensors[VAE_DECODER], modules_from_model(model, checkpoint.spec)[VAE_DECODER]

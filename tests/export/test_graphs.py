@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Manifest, read_manifest
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import NUMPY_DTYPE, STAGES, stage_specs
@@ -151,9 +151,9 @@ def assert_parity(manifest: Manifest) -> None:
 def test_a_wrong_export_is_refused(tiny_bundle: Path, shared_checkpoint: Path) -> None:
     import torch
 
-    from diffuserve_export.checkpoint import open_checkpoint
-    from diffuserve_export.load import model_from_checkpoint
-    from diffuserve_export.modules import modules_from_model
+    from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+    from diffuserve_export.checkpoint.load import model_from_checkpoint
+    from diffuserve_export.graphs.modules import modules_from_model
     from diffuserve_export.parity import parity_of_onnx, references_of
 
     checkpoint = open_checkpoint(shared_checkpoint)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.hub import folder_from_hub, needed_files
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.hub import folder_from_hub, needed_files
 
 
 @dataclass
 class FakeHub:
-    """Implements `diffuserve_export.hub.Hub`."""
+    """Implements `diffuserve_export.checkpoint.hub.Hub`."""
 
     repository: Path
     cache: Path

@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from diffuserve_export.export import bundle_from_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
 from diffuserve_export.lora import Lora, fuse_loras, lora_from_text
 from diffuserve_export.quiet import quiet
 from diffuserve_export.reference_image import reference_from_model

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from diffuserve_export.lora import Lora, fuse_loras
 from tests.export.lora_files import NAMINGS, File, assert_weights, changeable, weights_of
 from tests.export.tiny import write_sdxl_checkpoint

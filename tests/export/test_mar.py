@@ -11,12 +11,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import BundleError
-from diffuserve.request import Limits
+from diffuserve.limits import Limits
 from diffuserve.torchserve.configuration import read_archive
-from diffuserve_export.archive import TorchServing, archive_from_bundle
-from diffuserve_export.archive_cli import command
+from diffuserve_export.repository.archive import TorchServing, archive_from_bundle
+from diffuserve_export.repository.archive_command import command
 
 
 def test_the_archive_holds_the_bundle_its_settings_and_the_handler(bundle: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffuserve_export.accounting import Origin, whole_trailing_layers
-from diffuserve_export.original_layout import ignored_in_original, origins_in_original
+from diffuserve_export.checkpoint.accounting import Origin, whole_trailing_layers
+from diffuserve_export.checkpoint.original_layout import ignored_in_original, origins_in_original
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 

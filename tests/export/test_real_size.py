@@ -23,15 +23,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import Manifest, read_manifest
-from diffuserve.similarity import psnr_db
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.tensors import STAGES, UNET
-from diffuserve.triton.address import Address
+from diffuserve.trials.similarity import psnr_db
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
 from diffuserve_export.quiet import hide_progress_bars, quiet
+from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.room import bundle_size_bytes
 from tests.export.tiny import load_tokenizer
 
@@ -107,7 +107,7 @@ def check(name: str, folder: Path, write: Callable[[Path], Path]) -> None:
 
 def serve(title: str, repository: Path, bundle: Path, manifest: Manifest) -> None:
     """Starts a server, draws the reference image, and one at the native size."""
-    server = TritonServer(repository, Address.on_free_ports())
+    server = TritonServer(repository, TritonAddress.on_free_ports())
     with measured(title):
         server.__enter__()
     try:

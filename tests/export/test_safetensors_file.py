@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.safetensors_file import TensorInfo, read_header
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.safetensors_file import TensorInfo, read_header
 
 
 def zipped() -> bytes:

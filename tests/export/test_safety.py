@@ -13,23 +13,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffuserve.bundle import ImageProcessor, read_manifest
-from diffuserve.engines.local import LocalStages
+from diffuserve.bundle.manifest import ImageProcessor, read_manifest
+from diffuserve.engines.local_stages import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
-from diffuserve.engines.sixteen_bit import sixteen_bit_from_onnx
 from diffuserve.errors import CheckpointError
-from diffuserve.pipeline import Completed, Pipeline
+from diffuserve.events import Completed
+from diffuserve.graphs.sixteen_bit import sixteen_bit_from_onnx
+from diffuserve.images.safety import clip_input_from_image, flagged_from_scores
+from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.safety import clip_input_from_image, flagged_from_scores
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.hub import needed_files
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.safety import image_processor_from_configs
 from diffuserve_export.export import bundle_from_checkpoint, unchanged_manifest
-from diffuserve_export.hub import needed_files
-from diffuserve_export.load import model_from_checkpoint
-from diffuserve_export.modules import modules_from_model
-from diffuserve_export.onnx import onnx_from_module
+from diffuserve_export.graphs.modules import modules_from_model
+from diffuserve_export.graphs.onnx import onnx_from_module
 from diffuserve_export.parity import parity_of_onnx, references_of
 from diffuserve_export.quiet import quiet
-from diffuserve_export.safety import image_processor_from_configs
 from tests.export.test_checkpoint import edit
 from tests.export.tiny import add_safety_checker, component_of
 

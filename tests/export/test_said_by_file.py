@@ -13,18 +13,18 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import CheckpointError
-from diffuserve.noise_schedule import NoiseSchedule
 from diffuserve.samplers import advance, initial_state, trajectory
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
-from diffuserve_export.cli import command
+from diffuserve.samplers.noise_schedule import NoiseSchedule
+from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.safetensors_file import read_header
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
+from diffuserve_export.checkpoint.single_file import config_of_single_file, said_by_file
 from diffuserve_export.export import unchanged_manifest, write_files_beside
-from diffuserve_export.load import model_from_checkpoint
+from diffuserve_export.export_command import command
 from diffuserve_export.quiet import quiet
-from diffuserve_export.safetensors_file import read_header
-from diffuserve_export.schedulers import scheduler_from_sampler
-from diffuserve_export.single_file import config_of_single_file, said_by_file
 from tests.export.single_files import SingleFile, make_single_file
 
 V = {"scheduler.prediction_type": "v_prediction"}

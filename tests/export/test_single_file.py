@@ -16,8 +16,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import LoadedModel, model_from_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.checkpoint.loaded_model import LoadedModel
 from tests.export.original_layout import original_tensors
 from tests.export.single_files import SingleFile, Tensors, make_single_file
 from tests.export.tiny import WRITERS

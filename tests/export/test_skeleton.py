@@ -11,14 +11,14 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from diffuserve.bundle import read_manifest, verify
+from diffuserve.bundle.checksums import verify
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export import skeleton
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.cli import command
-from diffuserve_export.load import model_from_checkpoint
-from diffuserve_export.modules import modules_from_model
-from diffuserve_export.onnx import onnx_from_module, program_from_module
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint, skeleton
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.export_command import command
+from diffuserve_export.graphs.modules import modules_from_model
+from diffuserve_export.graphs.onnx import onnx_from_module, program_from_module
 from tests.export.tiny import WRITERS
 
 ARCHITECTURES = Path(__file__).parents[2] / "loadtest" / "architectures"

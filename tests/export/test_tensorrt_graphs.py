@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, defs
 
-from diffuserve.bundle import read_manifest
-from diffuserve.engines.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.graphs.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
 from diffuserve.tensors import STAGES
 from tests.core.tiny_graphs import make_real_bundle
 from tests.export.tensorrt_operators import CONSTANT_INPUTS, RESIZE, TYPES

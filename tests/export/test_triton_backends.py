@@ -11,16 +11,17 @@ from click.testing import CliRunner
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from diffuserve.bundle import Manifest, describe_file, read_manifest, write_manifest
-from diffuserve.engines.example import native_dims
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
+from diffuserve.engines.example_inputs import native_dims
 from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.errors import BundleError
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.triton.placement import read_placement
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.assemble_cli import command
-from diffuserve_export.triton import Serving
-from diffuserve_export.triton_backends import BACKENDS
+from diffuserve_export.repository.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble_command import command
+from diffuserve_export.repository.triton_backends import BACKENDS
+from diffuserve_export.repository.triton_config import Serving
 from tests.core.fakes import make_bundle
 from tests.core.tiny_graphs import STAGES
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Component, describe_file
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import Component
 from diffuserve.tensors import StageSpec
 from diffuserve_export.quiet import hide_progress_bars, quiet
 

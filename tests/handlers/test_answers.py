@@ -16,7 +16,7 @@ from diffuserve.errors import (
     StageFailed,
     from_wire,
 )
-from diffuserve.pipeline import Accepted, Completed, Progress
+from diffuserve.events import Accepted, Completed, Progressed
 from diffuserve.request import TextToImageRequest
 from diffuserve_handlers.answers import answer_from_completed, answer_from_error, json_from_event
 
@@ -66,7 +66,7 @@ def test_events() -> None:
         "steps": 3,
         "position": 2,
     }
-    progress = json.loads(json_from_event(Progress(1, 3, 0.5, (b"\x89PNG",)), request()))
+    progress = json.loads(json_from_event(Progressed(1, 3, 0.5, (b"\x89PNG",)), request()))
     assert progress == {"event": "progress", "step": 1, "steps": 3, "eta_s": 0.5, "preview": ["iVBORw=="]}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.errors import InvalidRequest
-from diffuserve.request import Limits
+from diffuserve.limits import Limits
 from diffuserve_handlers.requests import Received, received_from_data
 
 MODEL = ModelSpec(
@@ -98,7 +98,7 @@ def test_progress_needs_a_call_that_says_it_is_streamed() -> None:
 
 
 def test_the_bundled_model_needs_nothing_more(bundle: Path) -> None:
-    from diffuserve.bundle import read_manifest
+    from diffuserve.bundle.manifest import read_manifest
 
     model = read_manifest(bundle).model
     received = received_from_data({"body": {"prompt": "a cat"}}, HTTP, model, Limits.for_model(model))

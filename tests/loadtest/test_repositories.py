@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import LaunchError
-from diffuserve.triton.launcher import read_parameters
 from diffuserve.triton.placement import read_placement
-from diffuserve_export.assemble import repository_from_bundle
+from diffuserve.triton.repository import read_parameters
+from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_loadtest.bench.contenders import REQUEST
 from diffuserve_loadtest.repositories import repository_with
 from tests.core.fakes import make_bundle

@@ -92,7 +92,7 @@ def test_the_highest_rate_of_triton(repository: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffuserve_export.archive import archive_from_bundle
+    from diffuserve_export.repository.archive import archive_from_bundle
 
     path = tmp_path_factory.mktemp("mar") / "tiny-emoji.mar"
     archive_from_bundle(bundle, path)

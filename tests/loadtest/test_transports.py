@@ -56,7 +56,7 @@ def test_triton(server: TritonServer, protocol: Protocol) -> None:
 
 @pytest.fixture(scope="module")
 def torchserve(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnderTest]:
-    from diffuserve_export.archive import archive_from_bundle
+    from diffuserve_export.repository.archive import archive_from_bundle
 
     archive = tmp_path_factory.mktemp("mar") / "m.mar"
     archive_from_bundle(bundle, archive)

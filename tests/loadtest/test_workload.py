@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import InvalidRequest
-from diffuserve.request import Limits, request_from_fields
+from diffuserve.limits import Limits
+from diffuserve.request import request_from_fields
 from diffuserve_loadtest.arrivals import due_times
 from diffuserve_loadtest.plan import plan
 from diffuserve_loadtest.target import Protocol, Target

@@ -20,15 +20,15 @@ import grpc
 import psutil
 import pytest
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import BundleError, Draining, LaunchError
-from diffuserve.similarity import psnr_db
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
+from diffuserve.trials.similarity import psnr_db
 from diffuserve_client import Client, TorchServe
-from diffuserve_export.archive import archive_from_bundle, archive_from_checkpoint
-from diffuserve_export.schedulers import scheduler_from_sampler
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
+from diffuserve_export.repository.archive import archive_from_bundle, archive_from_checkpoint
 from tests.conftest import CHECKPOINT
 from tests.triton.test_launcher import still_running
 

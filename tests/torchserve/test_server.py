@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from diffuserve.errors import DeadlineExceeded, DiffuserveError, InvalidRequest, QueueFull, ServerUnavailable
-from diffuserve.similarity import psnr_db
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
+from diffuserve.trials.similarity import psnr_db
 from diffuserve_client import AsyncClient, Client, Progress, Result, TorchServe
 from tests.metrics import read_metrics
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, trajectory
-from diffuserve.similarity import psnr_db
+from diffuserve.trials.similarity import psnr_db
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from tests.metrics import read_metrics

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from diffuserve.bundle import read_manifest
-from diffuserve.decoding import MAX_DECODE_BATCH
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.errors import BundleError
+from diffuserve.limits import MAX_DECODE_BATCH
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.assemble_cli import command
-from diffuserve_export.triton import configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble_command import command
+from diffuserve_export.repository.triton_config import configs_from_manifest, model_py, text_from_config
 from tests.core.fakes import make_bundle
 
 COMMITTED = Path(__file__).parents[2] / "triton_repo"

@@ -12,16 +12,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import read_manifest
-from diffuserve.engines.trials import select_engines
-from diffuserve.file_samples import sample_file
-from diffuserve.similarity import psnr_db
-from diffuserve.triton.address import Address
+from diffuserve.bundle.file_samples import sample_file
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.trials.selecting import select_engines
+from diffuserve.trials.similarity import psnr_db
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.schedulers import scheduler_from_sampler
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
+from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.families import Family
 
 LONG = "a cat, blue, on a table, " * 8
@@ -142,7 +142,7 @@ def test_each_family_as_served(family: Family, tmp_path: Path) -> None:
     repository_from_bundle(family.bundle, tmp_path / "repository")
     requests = requests_to(family)
     with (
-        TritonServer(tmp_path / "repository", Address.on_free_ports()) as server,
+        TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc) as client,
     ):
         images = served(client, requests)
@@ -172,7 +172,7 @@ def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, t
     requests = [{**request, "seed": seed} for seed, request in enumerate(requests)]
 
     def serve() -> list[Any]:
-        address = Address.on_free_ports()
+        address = TritonAddress.on_free_ports()
         with TritonServer(repository, address), Client(address.grpc) as client:
             return served(client, requests)
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from diffuserve.errors import Draining, LaunchError, ServerUnavailable
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 
@@ -26,7 +26,7 @@ DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
 
 
 @contextmanager
-def serve(repository: Path, address: Address, *options: str) -> Iterator[subprocess.Popen[str]]:
+def serve(repository: Path, address: TritonAddress, *options: str) -> Iterator[subprocess.Popen[str]]:
     command = [str(DIFFUSERVE), "serve", "--repository", str(repository), "--http-port", str(address.http_port)]
     command += ["--grpc-port", str(address.grpc_port), "--metrics-port", str(address.metrics_port), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -37,7 +37,7 @@ def serve(repository: Path, address: Address, *options: str) -> Iterator[subproc
         process.communicate()
 
 
-def wait_until_ready(address: Address) -> None:
+def wait_until_ready(address: TritonAddress) -> None:
     end_s = time.monotonic() + 60
     with Client(address.grpc) as client:
         while not client.is_ready():
@@ -59,7 +59,7 @@ def run_folders_of(launcher_pid: int) -> list[Path]:
 
 
 def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(repository: Path) -> None:
-    address = Address.on_free_ports()
+    address = TritonAddress.on_free_ports()
     with (
         serve(repository, address) as process,
         ThreadPoolExecutor(4) as pool,
@@ -84,7 +84,7 @@ def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(r
 
 
 def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_up(repository: Path) -> None:
-    address = Address.on_free_ports()
+    address = TritonAddress.on_free_ports()
     with serve(repository, address) as process:
         wait_until_ready(address)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -93,7 +93,7 @@ def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_
         process.wait()
         psutil.wait_procs(children, timeout=40)
         assert not still_running(children)
-    with TritonServer(repository, Address.on_free_ports()):
+    with TritonServer(repository, TritonAddress.on_free_ports()):
         assert not shared_memory_of(process.pid)
         assert not run_folders_of(process.pid)
 
@@ -101,8 +101,8 @@ def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_
 def test_a_port_in_use_is_named(repository: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        free = Address.on_free_ports()
-        address = Address(http_port=free.http_port, grpc_port=port, metrics_port=free.metrics_port)
+        free = TritonAddress.on_free_ports()
+        address = TritonAddress(http_port=free.http_port, grpc_port=port, metrics_port=free.metrics_port)
         with serve(repository, address) as process:
             _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
@@ -116,14 +116,14 @@ def test_an_engine_that_changed_since_assembly_is_not_served(repository: Path, t
     (spoiled / "unet" / "1" / "model.onnx").write_bytes(b"not a model")
     with (
         pytest.raises(Exception, match="has changed since it was assembled"),
-        TritonServer(spoiled, Address.on_free_ports()),
+        TritonServer(spoiled, TritonAddress.on_free_ports()),
     ):
         pass
 
 
 def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository: Path, tmp_path: Path) -> None:
     """The launcher's own check is passed, so it is the model's warm-up call that fails."""
-    from diffuserve.file_samples import sample_file
+    from diffuserve.bundle.file_samples import sample_file
     from diffuserve.triton.placement import read_placement, write_placement
 
     spoiled = tmp_path / "repository"
@@ -137,7 +137,10 @@ def test_an_engine_that_cannot_run_keeps_the_server_from_being_ready(repository:
         placement.model, placement.bundle_sha256, placement.component, (sample_file(folder, folder / "model.onnx"),)
     )
     write_placement(folder, replaced)
-    with pytest.raises(LaunchError, match="ONNX Runtime cannot load"), TritonServer(spoiled, Address.on_free_ports()):
+    with (
+        pytest.raises(LaunchError, match="ONNX Runtime cannot load"),
+        TritonServer(spoiled, TritonAddress.on_free_ports()),
+    ):
         pass
 
 
@@ -146,24 +149,30 @@ def test_a_missing_repository_and_a_missing_triton_are_named(
 ) -> None:
     with (
         pytest.raises(LaunchError, match="diffuserve assemble"),
-        TritonServer(tmp_path / "none", Address.on_free_ports()),
+        TritonServer(tmp_path / "none", TritonAddress.on_free_ports()),
     ):
         pass
     monkeypatch.setenv("TRITONSERVER", str(tmp_path / "tritonserver"))
-    with pytest.raises(LaunchError, match="no executable file"), TritonServer(repository, Address.on_free_ports()):
+    with (
+        pytest.raises(LaunchError, match="no executable file"),
+        TritonServer(repository, TritonAddress.on_free_ports()),
+    ):
         pass
 
 
 def test_a_client_without_a_server_says_so(repository: Path) -> None:
     started_s = time.monotonic()
-    with Client(Address.on_free_ports().grpc) as client, pytest.raises(ServerUnavailable, match="diffuserve serve"):
+    with (
+        Client(TritonAddress.on_free_ports().grpc) as client,
+        pytest.raises(ServerUnavailable, match="diffuserve serve"),
+    ):
         client.generate("an apple")
     assert time.monotonic() - started_s < 5
 
 
 def test_stopping_leaves_no_temporary_folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         assert list(tmp_path.iterdir())
         assert server.running
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from diffuserve.errors import (
     ServerUnavailable,
     StageFailed,
 )
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, Result
 from tests.triton.test_launcher import serve, still_running, wait_until_ready
@@ -41,7 +41,7 @@ from pathlib import Path
 import triton_python_backend_utils as pb_utils
 from PIL import Image
 
-from diffuserve import policies
+from diffuserve.batching import policies
 from diffuserve.triton.stable_diffusion import StableDiffusionModel
 
 FOLDER = Path({folder!r})
@@ -181,7 +181,7 @@ def faults(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.copytree(repository, copy)
     (copy / "stable_diffusion" / "1" / "model.py").write_text(FAULTY_STABLE_DIFFUSION.format(folder=str(folder)))
     with (
-        TritonServer(copy, Address.on_free_ports(), log_level="info") as server,
+        TritonServer(copy, TritonAddress.on_free_ports(), log_level="info") as server,
         Client(server.address.grpc, idle_timeout_s=IDLE_TIMEOUT_S) as client,
     ):
         yield Faults(server, client, folder)
@@ -198,7 +198,7 @@ def hanging(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     set_parameter(copy, "stable_diffusion", "call_timeout_s", 2.0)
     set_parameter(copy, "unet", "call_timeout_s", 6.0)
     with (
-        TritonServer(copy, Address.on_free_ports()) as server,
+        TritonServer(copy, TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc, idle_timeout_s=IDLE_TIMEOUT_S) as client,
     ):
         yield Faults(server, client, folder)
@@ -354,7 +354,7 @@ def test_a_stage_that_hangs_for_good_is_replaced(hanging: Faults) -> None:
 
 
 def test_without_the_in_flight_process_triton_is_ended_and_clients_hear_of_it(repository: Path) -> None:
-    address = Address.on_free_ports()
+    address = TritonAddress.on_free_ports()
     with (
         serve(repository, address) as process,
         ThreadPoolExecutor(4) as pool,
@@ -378,7 +378,7 @@ def test_sigterm_loses_no_request_whatever_it_waits_for(repository: Path, tmp_pa
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy)
     set_parameter(copy, "stable_diffusion", "max_active_images", 3)
-    address = Address.on_free_ports()
+    address = TritonAddress.on_free_ports()
     with serve(copy, address) as process, ThreadPoolExecutor(12) as pool, Client(address.grpc, retries=0) as client:
         wait_until_ready(address)
         # Of different length, so that some are decoded or done while others have not got their first step.

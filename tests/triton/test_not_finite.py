@@ -13,13 +13,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from diffuserve.bundle import describe_file, read_manifest, write_manifest
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import read_manifest, write_manifest
 from diffuserve.errors import StageFailed
 from diffuserve.tensors import VAE_DECODER
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, Result
-from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.triton.test_http import post
 from tests.triton.test_metrics import values
 
@@ -68,7 +69,7 @@ def overflowing(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         spoilt, msgspec.structs.replace(manifest, components={**manifest.components, VAE_DECODER: component})
     )
     repository_from_bundle(spoilt, folder / "repository")
-    with TritonServer(folder / "repository", Address.on_free_ports()) as server:
+    with TritonServer(folder / "repository", TritonAddress.on_free_ports()) as server:
         yield server
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from diffuserve.samplers import SAMPLERS
-from diffuserve.similarity import psnr_db
+from diffuserve.trials.similarity import psnr_db
 from diffuserve_client import Client
-from diffuserve_export.schedulers import scheduler_from_sampler
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
 
 PROMPTS = ("a slice of pizza, glossy, on a blue background", "a red heart, flat")
 SEEDS = (7, 4_000_000_000)

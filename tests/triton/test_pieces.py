@@ -7,15 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-from diffuserve.bundle import read_manifest, write_manifest
-from diffuserve.file_samples import sample_file
-from diffuserve.similarity import psnr_db
+from diffuserve.bundle.file_samples import sample_file
+from diffuserve.bundle.manifest import read_manifest, write_manifest
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
-from diffuserve.triton.address import Address
+from diffuserve.trials.similarity import psnr_db
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
-from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.metrics import read_metrics
 
 
@@ -33,7 +33,7 @@ def test_calls_of_large_images_are_made_in_pieces(bundle: Path, tmp_path: Path, 
     claim_a_plan(tmp_path / STABLE_DIFFUSION / "1")
     native = read_manifest(bundle).model
     request = {"prompt": "an apple", "seed": 4, "steps": 1, "sampler": "euler", "num_images": 10, "format": "raw"}
-    with TritonServer(tmp_path, Address.on_free_ports()) as server, Client(server.address.grpc) as pieces:
+    with TritonServer(tmp_path, TritonAddress.on_free_ports()) as server, Client(server.address.grpc) as pieces:
 
         def calls_and_rows() -> tuple[float, float]:
             metrics = read_metrics(server.address.metrics)

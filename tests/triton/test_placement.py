@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from diffuserve.bundle.file_samples import sample_file
 from diffuserve.errors import BundleError
-from diffuserve.file_samples import sample_file
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, read_placement, write_placement
-from diffuserve_export.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.core.fakes import MODEL, make_bundle
 
 LARGE_BYTES = 30_000_001

@@ -9,16 +9,16 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from diffuserve.bundle import FusedLora, read_manifest, write_manifest
+from diffuserve.bundle.manifest import FusedLora, read_manifest, write_manifest
 from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION, UNET, VAE_DECODER
 from diffuserve.triton import launcher
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import PLACEMENT_NAME, described_placement, write_placement
 from diffuserve.triton.repository import check_one_bundle, check_repository
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.assemble_cli import command as assemble
+from diffuserve_export.repository.assemble import repository_from_bundle
+from diffuserve_export.repository.assemble_command import command as assemble
 from tests.core.fakes import make_bundle
 
 
@@ -66,7 +66,7 @@ def test_a_triton_that_the_launcher_did_not_check_refuses_them_too(
     monkeypatch.setattr(launcher, "check_repository", lambda repository: None)
     with (
         pytest.raises(LaunchError, match=r"are of different bundles: .*vae_decoder of 5e5e5e5e5e"),
-        TritonServer(tmp_path / "repository", Address.on_free_ports()),
+        TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()),
     ):
         pass
 

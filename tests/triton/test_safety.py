@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve.bundle import Component, describe_file, read_manifest, write_manifest
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import Component, read_manifest, write_manifest
 from diffuserve.errors import LaunchError
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, LocalClient, Progress, Result
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.checkpoint import open_checkpoint
-from diffuserve_export.load import model_from_checkpoint
-from diffuserve_export.modules import modules_from_model
-from diffuserve_export.onnx import onnx_from_module
-from diffuserve_export.triton import Serving
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
+from diffuserve_export.checkpoint.load import model_from_checkpoint
+from diffuserve_export.graphs.modules import modules_from_model
+from diffuserve_export.graphs.onnx import onnx_from_module
+from diffuserve_export.repository.assemble import repository_from_bundle
+from diffuserve_export.repository.triton_config import Serving
 from tests.conftest import CHECKPOINT
 from tests.export.tiny import add_safety_checker
 from tests.triton.test_http import post
@@ -55,7 +56,10 @@ def checked(bundle: Path, client: Client, tmp_path_factory: pytest.TempPathFacto
     checked_bundle = Path(shutil.copytree(bundle, folder / "bundle"))
     add_component(checked_bundle, checkpoint)
     repository_from_bundle(checked_bundle, folder / "repository", Serving(require_safety_checker=True))
-    with TritonServer(folder / "repository", Address.on_free_ports()) as server, Client(server.address.grpc) as own:
+    with (
+        TritonServer(folder / "repository", TritonAddress.on_free_ports()) as server,
+        Client(server.address.grpc) as own,
+    ):
         yield Checked(checked_bundle, server, own, unchecked)
 
 
@@ -139,6 +143,6 @@ def test_without_the_required_checker_the_model_does_not_load(
     config = tmp_path / "stable_diffusion" / "config.pbtxt"
     entry = r'(key: "require_safety_checker"\n  value {\n    string_value: )"False"'
     config.write_text(re.sub(entry, r'\1"True"', config.read_text()))
-    with pytest.raises(LaunchError), TritonServer(tmp_path, Address.on_free_ports()):
+    with pytest.raises(LaunchError), TritonServer(tmp_path, TritonAddress.on_free_ports()):
         pass
     assert "has no safety checker, and one is required" in "".join(capfd.readouterr())

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import QueueFull
-from diffuserve.similarity import psnr_db
-from diffuserve.triton.address import Address
+from diffuserve.trials.similarity import psnr_db
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
-from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_export.triton import Serving
+from diffuserve_export.repository.assemble import repository_from_bundle
+from diffuserve_export.repository.triton_config import Serving
 from tests.metrics import read_metrics
 
 pytestmark = pytest.mark.slow  # four servers
@@ -32,7 +32,7 @@ def serving(bundle: Path, folder: Path, options: Serving, **limits: int) -> Iter
         text = f'{head}key: "{name}"\n  value {{\n    string_value: "{value}{tail[tail.index(chr(34)) :]}'
     config.write_text(text)
     try:
-        with TritonServer(folder, Address.on_free_ports()) as server, Client(server.address.grpc) as client:
+        with TritonServer(folder, TritonAddress.on_free_ports()) as server, Client(server.address.grpc) as client:
             yield server, client
     finally:
         shutil.rmtree(folder)

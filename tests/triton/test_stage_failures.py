@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.file_samples import sample_file
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.errors import StageFailed
-from diffuserve.file_samples import sample_file
 from diffuserve.tensors import TEXT_ENCODER
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
@@ -43,7 +43,7 @@ def merging(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config.dynamic_batching.preferred_batch_size.append(MERGED)
     config.dynamic_batching.max_queue_delay_microseconds = 60_000_000
     path.write_text(text_format.MessageToString(config))
-    with TritonServer(copy, Address.on_free_ports()) as server:
+    with TritonServer(copy, TritonAddress.on_free_ports()) as server:
         yield server
 
 
@@ -120,7 +120,7 @@ def test_an_image_whose_stage_fails_tells_the_stages_words_once(repository: Path
     onnx.save(model, path)
     placement = read_placement(repository / TEXT_ENCODER / "1")
     write_placement(folder, msgspec.structs.replace(placement, files=(sample_file(folder, path),)))
-    with TritonServer(copy, Address.on_free_ports()) as server, Client(server.address.grpc) as client:
+    with TritonServer(copy, TritonAddress.on_free_ports()) as server, Client(server.address.grpc) as client:
         with pytest.raises(StageFailed) as caught:
             client.generate("a rocket", steps=1)
         assert str(caught.value).startswith(f"The stage {TEXT_ENCODER} failed: ")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from diffuserve.bundle import FusedLora, describe_file, sha256_of, sha256_of_files
+from diffuserve.bundle.checksums import describe_file, sha256_of, sha256_of_files
+from diffuserve.bundle.manifest import FusedLora
 from diffuserve.errors import CheckpointError
-from diffuserve_export.weights import parameters_in, sha256_of_weights
+from diffuserve_export.checkpoint.weights import parameters_in, sha256_of_weights
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

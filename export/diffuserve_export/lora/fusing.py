@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from diffuserve.errors import CheckpointError
+from diffuserve_export.checkpoint.weights import listed
 from diffuserve_export.lora.changes import Change, Difference, LowRank
 from diffuserve_export.lora.file import Lora
 from diffuserve_export.lora.keys import (
@@ -27,10 +28,9 @@ from diffuserve_export.lora.keys import (
 )
 from diffuserve_export.lora.names import Layer, LayerNames
 from diffuserve_export.lora.strength import Strengths
-from diffuserve_export.weights import listed
 
 if TYPE_CHECKING:
-    from diffuserve_export.load import LoadedModel
+    from diffuserve_export.checkpoint.loaded_model import LoadedModel
 
 # What a file's header may say of the model that it was trained on.
 _BASE_MODEL = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.weights import listed
+from diffuserve_export.checkpoint.weights import listed
 
 # Parts of a layer's change: A, B and the middle of Tucker's form in W + alpha / rank * B A; DoRA's magnitudes, as LyCORIS
 # and as PEFT saves them; and differences that are added as they are, of a weight and of a bias.

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffuserve_export.original_layout import original_unet_names
+from diffuserve_export.checkpoint.original_layout import original_unet_names
 
 if TYPE_CHECKING:
-    from diffuserve_export.load import LoadedModel
+    from diffuserve_export.checkpoint.loaded_model import LoadedModel
 
 # How names begin, by part: kohya's, diffusers' and PEFT's, LyCORIS' and SimpleTuner's, ComfyUI's, the original code's. In
 # the oldest files of diffusers the UNet's begin with nothing.

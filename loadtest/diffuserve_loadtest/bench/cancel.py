@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import ModelSpec, read_manifest
-from diffuserve.triton.address import Address
-from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve.bundle.manifest import ModelSpec, read_manifest
+from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.launcher import TritonServer
+from diffuserve.triton.repository import read_parameters
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.cancellation import Cancellations, Freed, cancel_under_load
 from diffuserve_loadtest.bench.closed_loop import completions
@@ -38,7 +39,7 @@ def measure_cancel(bundle: Path, repository: Path, *, cancels: int, requests: in
     """
     model = read_manifest(bundle).model
     in_flight = in_flight or max(1, int(read_parameters(repository)["max_rows"]) // 2)
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         cancelled = cancel_under_load(server, model, cancels=cancels, in_flight=in_flight)
         samples = asyncio.run(_watch_memory(server, model, requests, in_flight))
     within = sum(freed.steps <= 1 for freed in cancelled.freed)

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from diffuserve.bundle import ModelSpec
+from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient, Progress
 from diffuserve_loadtest.bench.closed_loop import standing_load

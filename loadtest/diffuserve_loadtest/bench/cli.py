@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffuserve.policies import POLICIES
+from diffuserve.batching.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

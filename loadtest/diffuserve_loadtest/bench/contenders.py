@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffuserve.costs import CallCosts
-from diffuserve.policies import DEFAULT_POLICY, POLICIES
-from diffuserve.selection import InflightSelection, RequestSelection, Selection
+from diffuserve.batching.costs import CallCosts
+from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.batching.request_selection import RequestSelection
+from diffuserve.batching.selection import InflightSelection, Selection
 
 
 @dataclass(frozen=True)

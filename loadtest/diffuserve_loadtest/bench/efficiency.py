@@ -6,9 +6,10 @@ import itertools
 import statistics
 from pathlib import Path
 
-from diffuserve.bundle import read_manifest
-from diffuserve.triton.address import Address
-from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.launcher import TritonServer
+from diffuserve.triton.repository import read_parameters
 from diffuserve_loadtest.bench.closed_loop import saturation
 from diffuserve_loadtest.bench.mixture import Kind
 from diffuserve_loadtest.bench.stage_seconds import StageSeconds, mean_of, measure_stages
@@ -33,7 +34,7 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
     kind = Kind(steps, True, model.width, model.height)
     requests = (kind.fields(number) for number in itertools.count())
     rates, measurements = [], [measure_stages(bundle)]
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         for _ in range(rounds):
             rates.append(saturation(server, requests, in_flight=in_flight, warm_up=in_flight, count=2 * in_flight))
             measurements.append(measure_stages(bundle))

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from numpy.typing import NDArray
 
-from diffuserve.bundle import MANIFEST_NAME, read_manifest, write_manifest
+from diffuserve.bundle.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import example_inputs
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.stage_seconds import StageSeconds, call_seconds, measure_stages, random_sizes

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from diffuserve.inflight import Job
+from diffuserve.batching.jobs import Job, LatentShape
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.selection import LatentShape
 from diffuserve.stages import Conditioning
 from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, SAMPLER, Kind
 

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import read_manifest
-from diffuserve.triton.address import Address
-from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.launcher import TritonServer
+from diffuserve.triton.repository import read_parameters
 from diffuserve_client import Client
 from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
 from diffuserve_loadtest.bench.mixture import (
@@ -120,7 +121,7 @@ def _served(repository: Path, contender: Contender) -> Iterator[TritonServer]:
     """A warm server with the contender's settings."""
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=repository.resolve().parent) as folder:
         copy = repository_with(repository, Path(folder) / "repository", contender.parameters)
-        with TritonServer(copy, Address.on_free_ports()) as server:
+        with TritonServer(copy, TritonAddress.on_free_ports()) as server:
             yield server
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_client.local import LocalClient
@@ -23,7 +23,7 @@ def measure_overhead(bundle: Path, repository: Path, *, steps: int, guidance_sca
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "sampler": SAMPLER, "seed": 7}
     local_s: list[float] = []
     served_s: list[float] = []
-    address = Address.on_free_ports()
+    address = TritonAddress.on_free_ports()
     with TritonServer(repository, address), Client(address.grpc) as served, LocalClient(bundle) as local:
         for run in range(runs + 2):
             for client, times_s in ((local, local_s), (served, served_s)):

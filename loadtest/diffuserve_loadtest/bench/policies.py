@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from diffuserve.bundle import Manifest, read_manifest
-from diffuserve.costs import CallCosts
+from diffuserve.batching.costs import CallCosts
+from diffuserve.batching.loop import InflightLoop
+from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.errors import BundleError
-from diffuserve.inflight import InflightLoop
-from diffuserve.request import Limits
+from diffuserve.limits import Limits
 from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Conditioning, Float32
 from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import ModelSpec, read_manifest
+from diffuserve.bundle.manifest import ModelSpec, read_manifest
 from diffuserve.samplers import SAMPLERS
-from diffuserve.similarity import psnr_db
-from diffuserve.triton.address import Address
+from diffuserve.trials.similarity import psnr_db
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.mixture import PROMPT, sizes_of
@@ -29,7 +29,7 @@ _IDENTICAL_DB = 100.0
 def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: int) -> Report:
     """Draws every request in company of `in_flight` - 1 others, and again with the server to itself."""
     fields = random_requests(read_manifest(bundle).model, requests, seed=0)
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         together = asyncio.run(_draw(server, fields, in_flight))
         alone = asyncio.run(_draw(server, fields, 1))
     figures_db = [psnr_db(one, other) for one, other in zip(together, alone, strict=True)]

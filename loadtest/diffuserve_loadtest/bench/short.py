@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffuserve.bundle import read_manifest
-from diffuserve.costs import CallCosts
-from diffuserve.triton.address import Address
-from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve.batching.costs import CallCosts
+from diffuserve.bundle.manifest import read_manifest
+from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.launcher import TritonServer
+from diffuserve.triton.repository import read_parameters
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.closed_loop import standing_load
 from diffuserve_loadtest.bench.mixture import Kind
@@ -42,7 +43,7 @@ def measure_short(
     in_flight = in_flight or max_rows
     short, long = (Kind(count, True, model.width, model.height) for count in (steps, long_steps))
     before = measure_stages(bundle)
-    with TritonServer(repository, Address.on_free_ports()) as server:
+    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         latencies_s = asyncio.run(_latencies_s(server, short, long, requests, in_flight))
     seconds = mean_of([before, measure_stages(bundle)])
     needed_s = needed(seconds, steps, max_rows)

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from diffuserve.bundle import read_manifest
-from diffuserve.costs import CallCosts
+from diffuserve.batching.costs import CallCosts
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.example import example_inputs
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve_loadtest.bench.mixture import Kind

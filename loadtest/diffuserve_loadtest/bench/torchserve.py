@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.tensors import STABLE_DIFFUSION, VAE_ENCODER
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
@@ -134,7 +134,7 @@ def _triton_bytes(repository: Path, steps: int, in_flight: int) -> dict[str, int
     not load, is left out."""
     names = {STABLE_DIFFUSION, *read_manifest(repository / STABLE_DIFFUSION / "1").components} - {VAE_ENCODER}
     with (
-        TritonServer(repository, Address.on_free_ports()) as server,
+        TritonServer(repository, TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc) as client,
         ThreadPoolExecutor(in_flight) as pool,
     ):

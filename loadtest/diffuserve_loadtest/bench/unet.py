@@ -15,8 +15,9 @@ from typing import Any
 import click
 import msgspec
 
-from diffuserve.bundle import ModelSpec, read_manifest, verify
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.checksums import verify
+from diffuserve.bundle.manifest import ModelSpec, read_manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET

@@ -44,7 +44,7 @@ def ways(graph: Path, checkpoint: Path | None) -> list[Way]:
     checkpoint."""
     found = []
     for each in availability():
-        lack = "; ".join(f"{lack.reason} ({lack.mend})" for lack in each.lacks)
+        lack = "; ".join(f"{missing.reason} ({missing.fix})" for missing in each.missing)
         if each.engine in ("onnxruntime", "openvino"):
             found.append(Way(each.engine, each.precision, graph, lack=lack))
         if each.engine == "openvino":

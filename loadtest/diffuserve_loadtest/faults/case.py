@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-    from diffuserve.triton.address import Address
+    from diffuserve.triton.address import TritonAddress
     from diffuserve_loadtest.faults.background import KnownAnswer
 
 
@@ -83,7 +83,7 @@ class Trial:
         files_left: open files that Triton is known to keep after what the case did to it.
     """
 
-    def __init__(self, repository: Path, address: Address, scale: float = 1.0) -> None:
+    def __init__(self, repository: Path, address: TritonAddress, scale: float = 1.0) -> None:
         self.repository = repository
         self.address = address
         self.scale = scale

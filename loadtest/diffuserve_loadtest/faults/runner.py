@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from diffuserve.triton.address import Address
+from diffuserve.triton.address import TritonAddress
 from diffuserve_client import Client
 from diffuserve_loadtest.faults import connections, garbage, killed, large, overload, silence
 from diffuserve_loadtest.faults.background import Background, draw_known_answers
@@ -32,7 +32,7 @@ def run_cases(names: Sequence[str], repository: Path, *, scale: float = 1.0) -> 
         scale: share of the usual number of requests and seconds.
     """
     results: list[dict[str, Any]] = []
-    with Trial(repository, Address.on_free_ports(), scale) as trial:
+    with Trial(repository, TritonAddress.on_free_ports(), scale) as trial:
         trial.answers = draw_known_answers(trial.address.grpc)
         for name in names:
             click.echo(f"{name}: {CASES[name][0]} ...", err=True)

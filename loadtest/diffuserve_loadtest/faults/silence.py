@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_client.wire import request_from_fields
+from diffuserve_client.wire import infer_request_from_fields
 from diffuserve_loadtest.faults import raw_http
 from diffuserve_loadtest.faults.background import Background
 from diffuserve_loadtest.faults.case import Cases, Trial
@@ -45,7 +45,9 @@ def never_read(trial: Trial) -> None:
             calls = []
             for number, channel in enumerate(channels):
                 sockets.append(raw_http.open_stream(trial.address.http_port, {**_MUCH, "seed": number}, _RECEIVE_BYTES))
-                request = request_from_fields(STABLE_DIFFUSION, f"unread-{number}", {**_MUCH, "encoding": "binary"})
+                request = infer_request_from_fields(
+                    STABLE_DIFFUSION, f"unread-{number}", {**_MUCH, "encoding": "binary"}
+                )
                 stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
                 calls.append(stub.ModelStreamInfer(iter([request])))
             answered = trial.tally.answered

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from diffuserve.similarity import psnr_db
+from diffuserve.trials.similarity import psnr_db
 from diffuserve_loadtest.records import OK, Recording
 from diffuserve_loadtest.report import Plot, Report, Table
 from diffuserve_loadtest.summary import summarise

@@ -6,7 +6,8 @@ from collections import Counter
 import msgspec
 import pytest
 
-from diffuserve.request import Limits, request_from_fields
+from diffuserve.limits import Limits
+from diffuserve.request import request_from_fields
 from diffuserve_loadtest.bench.mixture import kinds_of, poisson_arrivals, shuffled_forever, sizes_of
 from diffuserve_loadtest.bench.same import random_requests
 from diffuserve_loadtest.bench.stage_seconds import random_sizes

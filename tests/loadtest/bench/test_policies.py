@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve_loadtest.bench.contenders import NONE, Contender
 from diffuserve_loadtest.bench.mixture import Arrival
 from diffuserve_loadtest.bench.policies import Simulation, measure_policies

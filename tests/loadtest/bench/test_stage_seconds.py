@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve_loadtest.bench.engine import save_unet_seconds
 from diffuserve_loadtest.bench.mixture import Kind
 from diffuserve_loadtest.bench.short import needed

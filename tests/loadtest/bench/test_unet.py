@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from diffuserve.bundle import read_manifest
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines import processor
-from diffuserve.engines.example import example_inputs
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.arithmetic import flops_of_onnx

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from diffuserve.serving.process import SHARED_MEMORY
-from diffuserve.similarity import psnr_db
-from diffuserve_export.archive import archive_from_bundle
+from diffuserve.trials.similarity import psnr_db
+from diffuserve_export.repository.archive import archive_from_bundle
 from diffuserve_loadtest.peers.comparison import compare_peers, draw_one, uniform
 from diffuserve_loadtest.peers.contenders import Contender, Sources, contenders_from
 from diffuserve_loadtest.peers.figures import SAME_DB

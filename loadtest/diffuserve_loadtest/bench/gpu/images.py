@@ -7,10 +7,11 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.local import EngineStages
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.local_stages import EngineStages
+from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
-from diffuserve.request import Limits, request_from_fields
+from diffuserve.request import request_from_fields
 from diffuserve.tensors import UNET, VAE_ENCODER
 from diffuserve_loadtest.bench.closed_loop import completions
 from diffuserve_loadtest.bench.gpu.model import model_in

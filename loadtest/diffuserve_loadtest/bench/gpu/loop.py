@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from diffuserve.bundle import Manifest
-from diffuserve.costs import CallCosts
-from diffuserve.engines.example import Arrays, example_inputs
-from diffuserve.engines.local import EngineStages
-from diffuserve.inflight import InflightLoop
-from diffuserve.request import Limits
+from diffuserve.batching.costs import CallCosts
+from diffuserve.batching.loop import InflightLoop
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.example_inputs import Arrays, example_inputs
+from diffuserve.engines.local_stages import EngineStages
+from diffuserve.limits import Limits
 from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Engine
 from diffuserve.stats import Stats

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from diffuserve.bundle import MANIFEST_NAME, Component, Manifest, describe_file, read_manifest, write_manifest
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.checksums import describe_file
+from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest, write_manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.arithmetic import flops_of_onnx
 from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.tensors import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from diffuserve_loadtest.bench.gpu.model import model_in
 from diffuserve_loadtest.bench.gpu.record import PhaseRecord

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffuserve.bundle import Manifest
+from diffuserve.bundle.manifest import Manifest
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, UNET
 from diffuserve_loadtest.bench.gpu.cuda_graphs import Graphed
 from diffuserve_loadtest.bench.gpu.loop import backlog_of, kinds_of_mixture

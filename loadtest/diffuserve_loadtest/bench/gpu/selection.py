@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.trials import REFERENCE, select_engines
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.trials.selecting import REFERENCE, select_engines
 from diffuserve_loadtest.bench.gpu.model import copy_bundle
 from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_loadtest.bench.gpu.settings import Settings

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.gpu.card import memory_mib
 from diffuserve_loadtest.bench.gpu.cuda_graphs import Graphed

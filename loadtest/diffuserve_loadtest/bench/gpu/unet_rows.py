@@ -6,8 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
-from diffuserve.bundle import Manifest
-from diffuserve.engines.example import example_inputs
+from diffuserve.bundle.manifest import Manifest
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.gpu.card import memory_mib

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diffuserve.bundle import Component, Manifest
+from diffuserve.bundle.manifest import Component, Manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.availability import availability
-from diffuserve.engines.conversion import converted
-from diffuserve.engines.example import Arrays
+from diffuserve.engines.example_inputs import Arrays
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.stages import Engine
+from diffuserve.trials.conversion import converted
 from diffuserve_loadtest.bench.gpu.record import Skipped
 from diffuserve_loadtest.bench.gpu.settings import Settings
 
@@ -39,7 +39,7 @@ def ways(settings: Settings) -> list[Way]:
     if settings.device == "cpu":
         return [Way("onnxruntime", "fp32")]
     return [
-        Way(each.engine, each.precision, "; ".join(f"{lack.reason}: {lack.mend}" for lack in each.lacks))
+        Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
         if each.engine not in _ON_CPU and each.precision != "fp32"
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from diffuserve.bundle import write_manifest
+from diffuserve.bundle.manifest import write_manifest
 from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Recorder, read_lines
 from diffuserve_loadtest.bench.gpu.settings import Settings
 from tests.core.fakes import MODEL

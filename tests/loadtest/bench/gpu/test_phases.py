@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from diffuserve.bundle import verify
+from diffuserve.bundle.checksums import verify
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_loadtest.bench.gpu import (

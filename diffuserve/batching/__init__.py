@@ -1,0 +1,1 @@
+"""The in-flight batch: what runs together, in which order, and who is let in."""

@@ -1,0 +1,134 @@
+"""A bundle to a Triton model repository.
+
+triton_repo/
+    unet/config.pbtxt           written from the manifest
+    unet/1/model.py             a few lines that import the class from the package, for the Python backend only
+    unet/1/model.onnx           the bundle's file, linked where the file system allows, else copied
+    unet/1/*.onnxruntime/       what the engine has compiled of it on this machine, so that the first start is a fast one
+    unet/1/placement.json       what was placed; written last, so a folder without it is incomplete
+    stable_diffusion/1/...      manifest.json and tokenizer/ instead of an engine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from diffuserve.bundle.checksums import verify
+from diffuserve.bundle.file_samples import sample_file
+from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest
+from diffuserve.engines import ENGINES
+from diffuserve.engines.compiled_cache import compiled_beside
+from diffuserve.errors import BundleError
+from diffuserve.files import write_whole
+from diffuserve.images.safety import refuse_without_safety_checker
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
+from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
+from diffuserve.triton.repository import CONFIG_NAME
+from diffuserve_export.repository.triton_backends import PYTHON
+from diffuserve_export.repository.triton_config import Serving, configs_from_manifest, model_py, text_from_config
+
+
+def repository_from_bundle(
+    bundle: Path, output: Path, serving: Serving | None = None, backend: str = PYTHON
+) -> Manifest:
+    """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
+
+    A safety checker that an earlier bundle had and this one lacks is removed. Other folders of `output` are left alone,
+    but Triton takes each of them for a model.
+
+    Args:
+        bundle: its folder.
+        output: the repository.
+        serving: how it is served.
+        backend: of Triton, for the stages; one of `diffuserve_export.repository.triton_backends.BACKENDS`.
+
+    Raises:
+        BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
+            one of its engines, `output` holds something else than models, or it cannot be written.
+    """
+    manifest = read_manifest(bundle)
+    if serving is not None and serving.require_safety_checker:
+        refuse_without_safety_checker(manifest)
+    check_output(output)
+    verify(bundle, manifest)
+    try:
+        for name, config in configs_from_manifest(manifest, serving, backend).items():
+            folder = output / name / "1"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLACEMENT_NAME).unlink(missing_ok=True)
+            _write(output / name / CONFIG_NAME, text_from_config(config))
+            if config.backend == PYTHON:
+                _write(folder / "model.py", model_py(name))
+            else:
+                (folder / "model.py").unlink(missing_ok=True)
+            component = manifest.components.get(name)
+            if component is not None:
+                # Weights beside an .onnx file are found by their names relative to it.
+                first = bundle / component.files[0].path
+                placed = [
+                    _place(bundle / file.path, folder / (bundle / file.path).relative_to(first.parent))
+                    for file in component.files
+                ]
+                _place_compiled(first, component, folder)
+            else:
+                names = [
+                    MANIFEST_NAME,
+                    *(file.path for file in manifest.files if file.path.startswith("tokenizer")),
+                ]
+                placed = [_place(bundle / path, folder / path) for path in names]
+            files = tuple(sample_file(folder, path) for path in placed)
+            write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
+        earlier = output / SAFETY_CHECKER
+        if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():
+            shutil.rmtree(earlier)
+    except OSError as error:
+        raise BundleError(f"The repository {output} cannot be written: {error}") from error
+    return manifest
+
+
+def check_output(output: Path) -> None:
+    """Raises BundleError if `output` holds something else than models of Triton."""
+    if output.is_file():
+        raise BundleError(f"{output} is a file. Name a folder with --output.")
+    for path in sorted(output.iterdir()) if output.is_dir() else ():
+        ours = path.name in (STABLE_DIFFUSION, *STAGES, SAFETY_CHECKER)
+        if not (path.name.startswith(".") or (path.is_dir() and (ours or (path / CONFIG_NAME).is_file()))):
+            raise BundleError(
+                f"{output} exists and is no model repository: it holds {path.name}, which is no model. Name another --output."
+            )
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file, unless it has the same text already: it then keeps its time."""
+    if path.is_file() and path.read_text() == text:
+        return
+    write_whole(path, text.encode())
+
+
+def _place_compiled(first: Path, component: Component, folder: Path) -> None:
+    """Places what the component's engine has compiled of it, in the stead of what was compiled of an earlier bundle."""
+    entries = {entry.name: entry for entry in compiled_beside(first, component)}
+    for engine in ENGINES:
+        for old in folder.glob(f"*.{engine}"):
+            if old.name not in entries:
+                shutil.rmtree(old)
+    for name, entry in entries.items():
+        for file in entry.iterdir():
+            _place(file, folder / name / file.name)
+
+
+def _place(source: Path, target: Path) -> Path:
+    """Links `source` to `target`, or copies it where it cannot be linked."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copy2(source, aside)
+    # Renaming one name of a file onto another name of the same file does nothing and leaves both.
+    aside.replace(target)
+    aside.unlink(missing_ok=True)
+    return target
