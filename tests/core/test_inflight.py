@@ -18,7 +18,9 @@ from diffuserve.batching.selection import InflightSelection
 from diffuserve.errors import StageFailed
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, advance, initial_state, trajectory
 from diffuserve.samplers.noise import Generator
+from diffuserve.stages import checked
 from diffuserve.stats import Stats
+from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
 
 SCHEDULE = NoiseSchedule.from_config(
@@ -103,8 +105,13 @@ def alone(job: Job) -> Any:
 
 def make_loop(unet: Any, *, max_rows: int = 8, policy: Policy = fair, **options: Any) -> InflightLoop:
     selection = options.pop("selection", None) or InflightSelection(max_rows, policy)
+    timeout_s = options.pop("call_timeout_s", 300)
     settings = {"max_active_images": 64, **options}
-    return InflightLoop(unet, selection, clock=asyncio.get_running_loop().time, **settings)
+
+    async def denoise(*inputs: Any) -> Any:
+        return await checked(UNET, unet(*inputs), timeout_s)
+
+    return InflightLoop(denoise, selection, clock=asyncio.get_running_loop().time, **settings)
 
 
 async def finish(loop: InflightLoop, *waited: Any) -> list[Any]:
