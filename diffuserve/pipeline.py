@@ -176,7 +176,7 @@ class Pipeline:
             timeout_s = None if entry.begun else REPORT_WAITING_S
             try:
                 step = await asyncio.wait_for(steps.get(), timeout_s)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 yield Accepted(request.steps, self._ledger.position(entry))
                 continue
             if step is None:
@@ -241,7 +241,7 @@ class Pipeline:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
             return await asyncio.wait_for(self._draw(request, steps, entry), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExceeded(
                 f"The request was not finished within its timeout_ms of {request.timeout_ms}. "
                 "Allow more time, fewer steps or fewer images."
