@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffuserve_loadtest.bench.onnxruntime_profile import NodeCall, node_calls
+from diffuserve_bench.onnxruntime_profile import NodeCall, node_calls
 
 _SIDE = 2048
 _PRODUCTS = 5

@@ -81,8 +81,8 @@ def command() -> None:
 @_count("--runs", 30, "Of each kind.")
 def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_scale: float, runs: int) -> None:
     """One request alone: served by Triton, against the same stages in this process."""
-    from diffuserve_loadtest.bench.overhead import measure_overhead
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.overhead import measure_overhead
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_overhead(bundle, repository, steps=steps, guidance_scale=guidance_scale, runs=runs), output)
 
@@ -95,8 +95,8 @@ def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_
 @click.option("--save", is_flag=True, help="Write the UNet's figures into the bundle's manifest.")
 def engine(bundle: Path, output: Path, rounds: int, padding_calls: int, save: bool) -> None:
     """Seconds of a call by batch size, and whether padding pays."""
-    from diffuserve_loadtest.bench.engine import measure_engine
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.engine import measure_engine
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_engine(bundle, rounds=rounds, padding_calls=padding_calls, save=save), output)
 
@@ -117,8 +117,8 @@ def unet(
     bundle: Path, output: Path, checkpoint: Path | None, size: tuple[int, int] | None, rows: int, rounds: int
 ) -> None:
     """One UNet call on each of the CPU's engines, against ONNX Runtime: time, arithmetic, operators."""
-    from diffuserve_loadtest.bench.unet import measure_unet
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.unet import measure_unet
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_unet(bundle, checkpoint=checkpoint, size=size, rows=rows, rounds=rounds), output)
 
@@ -132,8 +132,8 @@ def unet(
 @_count("--rounds", 3, "Times that the server, and then the engines, are measured.")
 def efficiency(bundle: Path, repository: Path, output: Path, steps: int, in_flight: int | None, rounds: int) -> None:
     """Images a second of a full server, against the best its engines do in this process."""
-    from diffuserve_loadtest.bench.efficiency import measure_efficiency
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.efficiency import measure_efficiency
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_efficiency(bundle, repository, steps=steps, in_flight=in_flight, rounds=rounds), output)
 
@@ -156,8 +156,8 @@ def mixed(
     saturation_requests: int,
 ) -> None:
     """A mixture under Poisson arrivals: in-flight batching against whole requests and none."""
-    from diffuserve_loadtest.bench.mixed import measure_mixed
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.mixed import measure_mixed
+    from diffuserve_loadtest.report.report import publish
 
     report = measure_mixed(
         bundle,
@@ -182,8 +182,8 @@ def short(
     bundle: Path, repository: Path, output: Path, requests: int, steps: int, long_steps: int, in_flight: int | None
 ) -> None:
     """Short requests amid long ones, against the steps they need."""
-    from diffuserve_loadtest.bench.short import measure_short
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.short import measure_short
+    from diffuserve_loadtest.report.report import publish
 
     report = measure_short(
         bundle, repository, requests=requests, steps=steps, long_steps=long_steps, in_flight=in_flight
@@ -200,8 +200,8 @@ def short(
 @click.option("--in-flight", type=click.IntRange(1), help="Requests that fill the server [default: max_rows / 2]")
 def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests: int, in_flight: int | None) -> None:
     """Cancelling under load: rows freed, tasks left, memory."""
-    from diffuserve_loadtest.bench.cancel import measure_cancel
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.cancel import measure_cancel
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_cancel(bundle, repository, cancels=cancels, requests=requests, in_flight=in_flight), output)
 
@@ -214,8 +214,8 @@ def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests:
 @_count("--in-flight", 32, "Requests in company.", least=2)
 def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight: int) -> None:
     """Images drawn in company, against the same drawn alone."""
-    from diffuserve_loadtest.bench.same import measure_same
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.same import measure_same
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_same(bundle, repository, requests=requests, in_flight=in_flight), output)
 
@@ -224,7 +224,7 @@ def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def gpu(arguments: tuple[str, ...]) -> None:
     """Everything on a GPU, in phases; its own --help says more."""
-    from diffuserve_loadtest.bench.gpu.__main__ import main
+    from diffuserve_bench.gpu.__main__ import main
 
     raise SystemExit(main(arguments, "diffuserve bench gpu"))
 
@@ -240,8 +240,8 @@ def policies(
     bundle: Path, output: Path, policies: tuple[str, ...], loads: tuple[float, ...], requests: int, seeds: int
 ) -> None:
     """Latency under each policy, in virtual time."""
-    from diffuserve_loadtest.bench.policies import measure_policies
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.policies import measure_policies
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_policies(bundle, policies=policies, utilisations=loads, requests=requests, seeds=seeds), output)
 
@@ -255,8 +255,8 @@ def policies(
 @_count("--workers", 1, "Processes that send.")
 def generator(output: Path, rate_per_s: float, seconds: float, workers: int) -> None:
     """The load generator alone, against a stub: what it can send."""
-    from diffuserve_loadtest.bench.generator import measure_generator
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.generator_alone import measure_generator
+    from diffuserve_loadtest.report.report import publish
 
     publish(measure_generator(rate_per_s=rate_per_s, seconds=seconds, workers=workers), output)
 
@@ -287,8 +287,8 @@ def torchserve(
     rounds: int,
 ) -> None:
     """Our handler on TorchServe, against one that calls diffusers for the whole batch."""
-    from diffuserve_loadtest.bench.torchserve import measure_torchserve
-    from diffuserve_loadtest.report import publish
+    from diffuserve_bench.torchserve import measure_torchserve
+    from diffuserve_loadtest.report.report import publish
 
     report = measure_torchserve(
         archive, checkpoint, handler, repository, steps=steps, in_flight=in_flight, rounds=rounds

@@ -13,12 +13,12 @@ from typing import Any
 from diffuserve.bundle import ModelSpec, read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve_bench.cancellation import Cancellations, Freed, cancel_under_load
+from diffuserve_bench.closed_loop import completions
+from diffuserve_bench.mixture import Kind, sizes_of
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.bench.cancellation import Cancellations, Freed, cancel_under_load
-from diffuserve_loadtest.bench.closed_loop import completions
-from diffuserve_loadtest.bench.mixture import Kind, sizes_of
-from diffuserve_loadtest.memory import resident_bytes
-from diffuserve_loadtest.report import Plot, Report, Table
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.server.memory import resident_bytes
 
 _PROMPTS = 16  # few, so that the cache of embeddings is full before the first sample
 _SAMPLES = 40

@@ -12,10 +12,10 @@ from typing import Any
 
 from diffuserve.bundle import ModelSpec
 from diffuserve.triton.launcher import TritonServer
+from diffuserve_bench.closed_loop import standing_load
+from diffuserve_bench.mixture import Kind, sizes_of
 from diffuserve_client import AsyncClient, Progress
-from diffuserve_loadtest.bench.closed_loop import standing_load
-from diffuserve_loadtest.bench.mixture import Kind, sizes_of
-from diffuserve_loadtest.metrics import read_metrics
+from diffuserve_loadtest.server.metrics import read_metrics
 
 _IMAGES = 4
 _STEPS = 20

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffuserve_loadtest.summary import throughput
+from diffuserve_loadtest.report.summary import throughput
 
 if TYPE_CHECKING:
     from diffuserve.triton.launcher import TritonServer

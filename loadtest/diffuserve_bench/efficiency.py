@@ -9,11 +9,11 @@ from pathlib import Path
 from diffuserve.bundle import read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
-from diffuserve_loadtest.bench.closed_loop import saturation
-from diffuserve_loadtest.bench.mixture import Kind
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, mean_of, measure_stages
-from diffuserve_loadtest.metrics import read_metrics
-from diffuserve_loadtest.report import Plot, Report, Table
+from diffuserve_bench.closed_loop import saturation
+from diffuserve_bench.mixture import Kind
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.server.metrics import read_metrics
+from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
 
 
 def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight: int | None, rounds: int) -> Report:

@@ -16,8 +16,8 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, call_seconds, measure_stages, random_sizes
-from diffuserve_loadtest.report import Plot, Report, Table
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.stage_seconds import StageSeconds, call_seconds, measure_stages, random_sizes
 
 PADDED_TO = (1, 2, 4, 8, 16, 32)
 

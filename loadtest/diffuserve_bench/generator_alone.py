@@ -11,12 +11,13 @@ from typing import Any
 
 import psutil
 
-from diffuserve_loadtest.generator import generate
-from diffuserve_loadtest.records import OK, counted_of
-from diffuserve_loadtest.report import Report, Table
-from diffuserve_loadtest.summary import HEADER, Summary, summarise
-from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.workload import Constant, Requests, Workload
+from diffuserve_loadtest.report.report import Report, Table
+from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import OK, counted_of
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.workload.arrivals import Constant
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 _PROTOCOLS: tuple[Protocol, ...] = ("triton-grpc", "triton-http", "triton-stream")
 _DELAYS_S = (0.0, 1.0)
@@ -99,7 +100,7 @@ def _measure(protocol: Protocol, delay_s: float, rate_per_s: float, seconds: flo
 @contextmanager
 def stub(*options: str) -> Iterator[tuple[str, str]]:
     """A stub in a process of its own: its address for gRPC, and that for HTTP."""
-    arguments = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
+    arguments = [sys.executable, "-m", "diffuserve_loadtest.server.stub", *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None  # noqa: S101 - for the type checker
         try:

@@ -6,7 +6,7 @@ from diffuserve.inflight import Job
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.selection import LatentShape
 from diffuserve.stages import Conditioning
-from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, SAMPLER, Kind
+from diffuserve_bench.mixture import GUIDANCE_SCALE, SAMPLER, Kind
 
 
 def job_of(

@@ -14,22 +14,23 @@ from typing import Any
 from diffuserve.bundle import read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
-from diffuserve_client import Client
-from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_loadtest.bench.mixture import (
+from diffuserve_bench.contenders import NONE, REQUEST, Contender, inflight_under
+from diffuserve_bench.mixture import (
     STEPS,
     Arrival,
     Kind,
+    best_mixture_per_s,
     kinds_of,
     poisson_arrivals,
     shuffled_forever,
     sizes_of,
 )
-from diffuserve_loadtest.bench.open_loop import Answered, answer_all
-from diffuserve_loadtest.bench.stage_seconds import best_mixture_per_s, mean_of, measure_stages
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.repositories import repository_with
-from diffuserve_loadtest.summary import HEADER, Summary, summarise
+from diffuserve_bench.open_loop import Answered, answer_all
+from diffuserve_client import Client
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
+from diffuserve_loadtest.server.repositories import repository_with
+from diffuserve_loadtest.stage_seconds import mean_of, measure_stages
 
 _SEED = 1
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffuserve.bundle import ModelSpec
+from diffuserve_loadtest.stage_seconds import StageSeconds, best_request_s
 
 STEPS = (8, 12, 20, 30, 50)
 GUIDANCE_SCALE = 5.0
@@ -89,3 +90,15 @@ def poisson_arrivals(kinds: Sequence[Kind], rate_per_s: float, count: int, seed:
         Arrival(at_s, kind, number)
         for number, (at_s, kind) in enumerate(zip(times_s, shuffled_forever(kinds, seed), strict=False))
     ]
+
+
+def best_mixture_per_s(kinds: Sequence[Kind], seconds: Mapping[tuple[int, int], StageSeconds], max_rows: int) -> float:
+    """Requests a second if every row, text and image ran in the batch that is cheapest for one of them.
+
+    Args:
+        kinds: equally frequent.
+        seconds: by (width, height) in pixels.
+        max_rows: rows of a UNet call, at most.
+    """
+
+    return len(kinds) / sum(best_request_s(seconds[kind.size], kind.steps * kind.rows, 1, max_rows) for kind in kinds)

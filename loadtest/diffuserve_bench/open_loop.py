@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffuserve_loadtest.bench.mixture import Arrival
-from diffuserve_loadtest.records import LATE_S
+from diffuserve_bench.mixture import Arrival
+from diffuserve_loadtest.sending.records import LATE_S
 
 if TYPE_CHECKING:
     from diffuserve.triton.launcher import TritonServer

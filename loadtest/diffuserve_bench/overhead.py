@@ -12,10 +12,10 @@ from typing import Any
 
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
+from diffuserve_bench.mixture import PROMPT, SAMPLER
 from diffuserve_client import Client
 from diffuserve_client.local import LocalClient
-from diffuserve_loadtest.bench.mixture import PROMPT, SAMPLER
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report.report import Report, Table
 
 
 def measure_overhead(bundle: Path, repository: Path, *, steps: int, guidance_scale: float, runs: int) -> Report:

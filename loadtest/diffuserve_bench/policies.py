@@ -21,13 +21,13 @@ from diffuserve.inflight import InflightLoop
 from diffuserve.request import Limits
 from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Conditioning, Float32
-from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_loadtest.bench.loop_load import job_of
-from diffuserve_loadtest.bench.mixture import Arrival, Kind, kinds_of, poisson_arrivals
-from diffuserve_loadtest.bench.open_loop import answered
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.summary import HEADER, Summary, summarise
+from diffuserve_bench.contenders import NONE, REQUEST, Contender, inflight_under
+from diffuserve_bench.loop_load import job_of
+from diffuserve_bench.mixture import Arrival, Kind, kinds_of, poisson_arrivals
+from diffuserve_bench.open_loop import answered
+from diffuserve_bench.virtual_time import run_in_virtual_time
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
 
 _TEXT = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
 

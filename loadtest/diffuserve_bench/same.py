@@ -17,10 +17,10 @@ from diffuserve.samplers import SAMPLERS
 from diffuserve.similarity import psnr_db
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
+from diffuserve_bench.mixture import PROMPT, sizes_of
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.bench.mixture import PROMPT, sizes_of
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.summary import summarise
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import summarise
 
 _STEPS = (4, 20)  # some checkpoints' pndm takes at least 4
 _IDENTICAL_DB = 100.0

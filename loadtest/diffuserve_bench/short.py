@@ -14,12 +14,12 @@ from diffuserve.bundle import read_manifest
 from diffuserve.costs import CallCosts
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
+from diffuserve_bench.closed_loop import standing_load
+from diffuserve_bench.mixture import Kind
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.bench.closed_loop import standing_load
-from diffuserve_loadtest.bench.mixture import Kind
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, mean_of, measure_stages
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.summary import HEADER, summarise
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import HEADER, summarise
+from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
 
 _FILL_S = 5.0
 

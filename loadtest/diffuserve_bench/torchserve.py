@@ -22,11 +22,11 @@ from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer
+from diffuserve_bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_client import Client
-from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
-from diffuserve_loadtest.memory import proportional_bytes
-from diffuserve_loadtest.peers.archive import archive_with_handler
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_loadtest.report.report import Report, Table
+from diffuserve_loadtest.server.archives import archive_with_handler
+from diffuserve_loadtest.server.memory import proportional_bytes
 
 
 def measure_torchserve(

@@ -20,10 +20,10 @@ from diffuserve.engines.example import example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.arithmetic import flops_of_onnx, matrix_product_flops_per_s
-from diffuserve_loadtest.bench.stage_seconds import call_seconds
-from diffuserve_loadtest.bench.unet_ways import Arrays, Way, load, operator_seconds, ways
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_bench.arithmetic import flops_of_onnx, matrix_product_flops_per_s
+from diffuserve_bench.unet_ways import Arrays, Way, load, operator_seconds, ways
+from diffuserve_loadtest.report.report import Report, Table
+from diffuserve_loadtest.stage_seconds import call_seconds
 
 _OPERATORS_SHOWN = 8
 

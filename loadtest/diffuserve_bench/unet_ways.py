@@ -16,8 +16,8 @@ from diffuserve.engines.openvino import cpu_properties
 from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.errors import CheckpointError
 from diffuserve.stages import Engine
-from diffuserve_loadtest.bench.onnxruntime_profile import node_calls
-from diffuserve_loadtest.bench.torch_unet import TorchUnet
+from diffuserve_bench.onnxruntime_profile import node_calls
+from diffuserve_bench.torch_unet import TorchUnet
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -14,10 +14,10 @@ from typing import Any
 from diffuserve.serving.process import SHARED_MEMORY
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.faults.background import KnownAnswer, ask
-from diffuserve_loadtest.faults.case import Tally
-from diffuserve_loadtest.metrics import read_metrics
-from diffuserve_loadtest.server_processes import family_of, model_of
+from diffuserve_faults.known_answers import KnownAnswer, ask
+from diffuserve_faults.tally import Tally
+from diffuserve_loadtest.server.metrics import read_metrics
+from diffuserve_loadtest.server.processes import family_of, model_of
 
 _GAUGES = ("requests_waiting", "requests_running", "rows_waiting", "rows_running")
 _SETTLE_S = 20.0

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from diffuserve.errors import DiffuserveError
 from diffuserve_client import Client
-from diffuserve_loadtest.faults import raw_http
-from diffuserve_loadtest.faults.background import Background
-from diffuserve_loadtest.faults.case import Cases, Trial
-from diffuserve_loadtest.faults.proxy import Proxy
-from diffuserve_loadtest.metrics import read_metrics
+from diffuserve_faults import raw_http
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial
+from diffuserve_faults.proxy import Proxy
+from diffuserve_loadtest.server.metrics import read_metrics
 
 _USERS = 3
 _CLIENTS = 4

@@ -45,8 +45,8 @@ def command(names: tuple[str, ...], repository: Path, output: Path, scale: float
     # Servers are started while gRPC runs in this process; what is forked becomes another program at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-    from diffuserve_loadtest.faults.runner import run_cases
-    from diffuserve_loadtest.report import publish
+    from diffuserve_faults.runner import run_cases
+    from diffuserve_loadtest.report.report import publish
 
     report = run_cases(names or NAMES, repository, scale=scale)
     publish(report, output)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from diffuserve.tensors import REQUEST, STABLE_DIFFUSION
-from diffuserve_loadtest.faults.background import Background
-from diffuserve_loadtest.faults.case import Cases, Trial
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial
 
 _REQUESTS = 10_000
 _THREADS = 8

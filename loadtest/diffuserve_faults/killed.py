@@ -7,9 +7,9 @@ import signal
 import time
 
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
-from diffuserve_loadtest.faults.background import Background
-from diffuserve_loadtest.faults.case import Cases, Trial
-from diffuserve_loadtest.faults.checks import processes_of
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial
+from diffuserve_faults.checks import processes_of
 
 _KILLS = 3
 _ANSWERS_BETWEEN = 12

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve_client import Client
-from diffuserve_loadtest.faults import raw_http
-from diffuserve_loadtest.faults.background import Background
-from diffuserve_loadtest.faults.case import Cases, Trial
+from diffuserve_faults import raw_http
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial
 
 _HUGE_BYTES = 100 * 2**20
 _LARGE_BYTES = 5 * 2**20

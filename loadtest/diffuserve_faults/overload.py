@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from diffuserve.errors import QueueFull
 from diffuserve_client import AsyncClient
-from diffuserve_loadtest.faults.background import KnownAnswer, ask
-from diffuserve_loadtest.faults.case import Cases, Tally, Trial
-from diffuserve_loadtest.summary import summarise
+from diffuserve_faults.case import Cases, Trial
+from diffuserve_faults.known_answers import KnownAnswer, ask
+from diffuserve_faults.tally import Tally
+from diffuserve_loadtest.report.summary import summarise
 
 _USERS = 16
 _CAPACITY_S = 10.0

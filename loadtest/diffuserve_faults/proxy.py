@@ -7,7 +7,7 @@ import socket
 import threading
 from types import TracebackType
 
-from diffuserve_loadtest.faults.raw_http import reset
+from diffuserve_faults.raw_http import reset
 
 
 class Proxy:

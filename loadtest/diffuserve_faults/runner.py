@@ -11,11 +11,13 @@ import click
 
 from diffuserve.triton.address import Address
 from diffuserve_client import Client
-from diffuserve_loadtest.faults import connections, garbage, killed, large, overload, silence
-from diffuserve_loadtest.faults.background import Background, draw_known_answers
-from diffuserve_loadtest.faults.case import Cases, Tally, Trial, merged
-from diffuserve_loadtest.faults.checks import differences, pools_bytes, shared_memory_left, take_snapshot
-from diffuserve_loadtest.report import Report, Table
+from diffuserve_faults import connections, garbage, killed, large, overload, silence
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial, merged
+from diffuserve_faults.checks import differences, pools_bytes, shared_memory_left, take_snapshot
+from diffuserve_faults.known_answers import draw_known_answers
+from diffuserve_faults.tally import Tally
+from diffuserve_loadtest.report.report import Report, Table
 
 CASES: Cases = merged(killed.CASES, connections.CASES, silence.CASES, large.CASES, garbage.CASES, overload.CASES)
 _WARM_UP_IMAGES = 16

@@ -6,10 +6,10 @@ import time
 
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.wire import request_from_fields
-from diffuserve_loadtest.faults import raw_http
-from diffuserve_loadtest.faults.background import Background
-from diffuserve_loadtest.faults.case import Cases, Trial
-from diffuserve_loadtest.faults.checks import take_snapshot
+from diffuserve_faults import raw_http
+from diffuserve_faults.background import Background
+from diffuserve_faults.case import Cases, Trial
+from diffuserve_faults.checks import take_snapshot
 
 _CLIENTS = 6
 _HOLD_S = 15.0

@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 
 from diffuserve.bundle import read_manifest
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, best_request_s, measure_stages
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.stage_seconds import StageSeconds, best_request_s, measure_stages
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Workload
 
 _PLANNED = 1000
 

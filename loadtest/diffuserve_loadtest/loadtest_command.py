@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffuserve_loadtest.target import PROTOCOLS
+from diffuserve_loadtest.sending.target import PROTOCOLS
 
 if TYPE_CHECKING:
-    from diffuserve_loadtest.find_max import Found
-    from diffuserve_loadtest.run import Run
-    from diffuserve_loadtest.servers import UnderTest
-    from diffuserve_loadtest.slo import Slo
-    from diffuserve_loadtest.workload import Workload
+    from diffuserve_loadtest.report.found import Found
+    from diffuserve_loadtest.report.run import Run
+    from diffuserve_loadtest.report.slo import Slo
+    from diffuserve_loadtest.server.under_test import UnderTest
+    from diffuserve_loadtest.workload.workload import Workload
 
 _PATH = click.Path(path_type=Path)
 _SLO_BROKEN, _CANNOT_KEEP_UP = 2, 3
@@ -25,8 +25,8 @@ _TRY_S = 45.0  # of a search
 _MAX_ROWS = 32  # of a UNet call, where the server does not say
 # command: (module with the click command `command`, its line in the help)
 _SUBCOMMANDS = {
-    "faults": ("diffuserve_loadtest.faults.cli", "Attack a server, and count what is lost."),
-    "peers": ("diffuserve_loadtest.peers.cli", "Other servers under the same load."),
+    "faults": ("diffuserve_faults.faults_command", "Attack a server, and count what is lost."),
+    "peers": ("diffuserve_peers.peers_command", "Other servers under the same load."),
 }
 
 
@@ -131,10 +131,10 @@ def run(
     """Runs WORKLOAD. Exit codes: 0 all is well, 1 it could not run, 2 the SLO was broken, 3 the generator could not keep up, so
     that the figures are not the server's."""
     from diffuserve_loadtest.engine_bound import engine_bound_per_s
-    from diffuserve_loadtest.page import publish
-    from diffuserve_loadtest.run import measure_capacity, run_workload
-    from diffuserve_loadtest.slo import slo_from_text
-    from diffuserve_loadtest.workload import read_workload
+    from diffuserve_loadtest.report.page import publish
+    from diffuserve_loadtest.report.slo import slo_from_text
+    from diffuserve_loadtest.run_workload import measure_capacity, run_workload
+    from diffuserve_loadtest.workload.files import read_workload
 
     slo = slo_from_text(slo_text)
     if searching and not slo.terms:
@@ -173,7 +173,7 @@ def run(
 def _overridden(workload: Workload, duration_s: float | None, rate_per_s: float | None) -> Workload:
     import msgspec
 
-    from diffuserve_loadtest.workload import Poisson
+    from diffuserve_loadtest.workload.arrivals import Poisson
 
     if duration_s is not None:
         warm_up_s = min(workload.warm_up_s, duration_s / 4)
@@ -186,8 +186,8 @@ def _overridden(workload: Workload, duration_s: float | None, rate_per_s: float 
 def _running(
     url: str, protocol: str | None, metrics_url: str | None, pid: int | None, key_file: Path | None
 ) -> AbstractContextManager[UnderTest]:
-    from diffuserve_loadtest.servers import UnderTest
-    from diffuserve_loadtest.target import Protocol, Target
+    from diffuserve_loadtest.sending.target import Protocol, Target
+    from diffuserve_loadtest.server.under_test import UnderTest
 
     kind: Protocol = protocol or "triton-grpc"  # type: ignore[assignment]
     if metrics_url is None and kind.startswith("triton"):
@@ -199,7 +199,7 @@ def _running(
 def _started(
     server: str, repository: Path, archive: Path | None, protocol: str | None
 ) -> AbstractContextManager[UnderTest]:
-    from diffuserve_loadtest.servers import only_archive, started_torchserve, started_triton
+    from diffuserve_loadtest.server.under_test import only_archive, started_torchserve, started_triton
 
     if protocol is not None and not protocol.startswith(server):
         raise click.UsageError(f"{protocol} is no protocol of --server {server}.")
@@ -221,9 +221,10 @@ def _search(
     """The run of the highest rate that kept the SLO, or of the last try if none did."""
     import msgspec
 
-    from diffuserve_loadtest.find_max import Try, find_max
-    from diffuserve_loadtest.run import run_workload
-    from diffuserve_loadtest.workload import Poisson
+    from diffuserve_loadtest.find_max import find_max
+    from diffuserve_loadtest.report.found import Try
+    from diffuserve_loadtest.run_workload import run_workload
+    from diffuserve_loadtest.workload.arrivals import Poisson
 
     runs: dict[float, Run] = {}
 
@@ -255,8 +256,8 @@ def _search(
 @click.option("--output", type=_PATH, default=Path("loadtest-results"), show_default=True)
 def compare(first: Path, second: Path, output: Path) -> None:
     """Prints the figures of two runs with their ratios, and plots the latencies over each other."""
-    from diffuserve_loadtest.compare import compare as compared
-    from diffuserve_loadtest.compare import read_for_comparison
-    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.report.compare import compare as compared
+    from diffuserve_loadtest.report.compare import read_for_comparison
+    from diffuserve_loadtest.report.report import publish
 
     publish(compared(read_for_comparison(first), read_for_comparison(second), (first.stem, second.stem)), output)

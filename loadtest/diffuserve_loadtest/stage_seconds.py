@@ -18,7 +18,6 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
-from diffuserve_loadtest.bench.mixture import Kind
 
 BATCHES = (1, 2, 4, 8, 16)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -91,18 +90,6 @@ def mean_of(measurements: Sequence[StageSeconds]) -> StageSeconds:
         mean([each.unet for each in measurements]),
         mean([each.vae_decoder for each in measurements]),
     )
-
-
-def best_mixture_per_s(kinds: Sequence[Kind], seconds: Mapping[tuple[int, int], StageSeconds], max_rows: int) -> float:
-    """Requests a second if every row, text and image ran in the batch that is cheapest for one of them.
-
-    Args:
-        kinds: equally frequent.
-        seconds: by (width, height) in pixels.
-        max_rows: rows of a UNet call, at most.
-    """
-
-    return len(kinds) / sum(best_request_s(seconds[kind.size], kind.steps * kind.rows, 1, max_rows) for kind in kinds)
 
 
 def best_request_s(stages: StageSeconds, unet_rows: int, images: int, max_rows: int) -> float:

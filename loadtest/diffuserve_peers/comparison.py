@@ -15,16 +15,17 @@ import click
 import msgspec
 
 from diffuserve.torchserve.keys import read_inference_token
-from diffuserve_loadtest.generator import generate
-from diffuserve_loadtest.peers.contenders import Contender
-from diffuserve_loadtest.peers.figures import Figures, report_on
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.records import OK, Recording
-from diffuserve_loadtest.report import Report
-from diffuserve_loadtest.servers import UnderTest
-from diffuserve_loadtest.summary import summarise
-from diffuserve_loadtest.watch import Watch
-from diffuserve_loadtest.workload import Bursts, Poisson, Requests, Workload
+from diffuserve_loadtest.report.report import Report
+from diffuserve_loadtest.report.summary import summarise
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import OK, Recording
+from diffuserve_loadtest.server.under_test import UnderTest
+from diffuserve_loadtest.server.watch import Watch
+from diffuserve_loadtest.workload.arrivals import Bursts, Poisson
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
+from diffuserve_peers.contenders import Contender
+from diffuserve_peers.figures import Figures, report_on
 
 LOADS = (0.5, 0.8)
 _WARM_UP_REQUESTS = 8
@@ -94,7 +95,7 @@ def _running(contender: Contender, requests: Requests, figures: Figures) -> Iter
 
 def draw_one(server: UnderTest, requests: Requests) -> bytes:
     """The file of the workload's first image."""
-    from diffuserve_loadtest.transports.http import HttpTransport
+    from diffuserve_loadtest.sending.http_transport import HttpTransport
 
     token = read_inference_token(server.key_file) if server.key_file else None
     transport = HttpTransport(msgspec.structs.replace(server.target, token=token), 1, timeout_s=_FIRST_IMAGE_TIMEOUT_S)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffuserve.serving.process import ServerProcess, free_ports
-from diffuserve_loadtest.peers.archive import archive_with_handler
-from diffuserve_loadtest.peers.environments import python_of
-from diffuserve_loadtest.repositories import repository_with
-from diffuserve_loadtest.servers import UnderTest, started_torchserve, started_triton
-from diffuserve_loadtest.target import Target
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.server.archives import archive_with_handler
+from diffuserve_loadtest.server.repositories import repository_with
+from diffuserve_loadtest.server.under_test import UnderTest, started_torchserve, started_triton
+from diffuserve_peers.environments import python_of
 
 _HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diffuserve.similarity import psnr_db
-from diffuserve_loadtest.records import OK, Recording
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.summary import summarise
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import summarise
+from diffuserve_loadtest.sending.records import OK, Recording
 
 SAME_DB = 40.0
 """Images that are at least so alike are one image, drawn by two engines."""

@@ -39,10 +39,10 @@ def command(
 ) -> None:
     """The same checkpoint on FastAPI, LitServe, TorchServe with a plain handler, and on diffuserve: images a second at
     saturation, latencies at half and at four fifths of the slowest one's, peak memory, lines of setup. About 25 minutes."""
-    from diffuserve_loadtest.peers.comparison import compare_peers, uniform
-    from diffuserve_loadtest.peers.contenders import Sources, contenders_from
-    from diffuserve_loadtest.peers.environments import requirements_of
-    from diffuserve_loadtest.report import publish
+    from diffuserve_loadtest.report.report import publish
+    from diffuserve_peers.comparison import compare_peers, uniform
+    from diffuserve_peers.contenders import Sources, contenders_from
+    from diffuserve_peers.environments import requirements_of
 
     try:
         counts = tuple(int(part) for part in steps.split(","))

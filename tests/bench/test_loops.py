@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 
-from diffuserve_loadtest.bench.closed_loop import completions
-from diffuserve_loadtest.bench.mixture import Arrival, Kind
-from diffuserve_loadtest.bench.open_loop import Answered, answered
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
+from diffuserve_bench.closed_loop import completions
+from diffuserve_bench.mixture import Arrival, Kind
+from diffuserve_bench.open_loop import Answered, answered
+from diffuserve_bench.virtual_time import run_in_virtual_time
 
 _KIND = Kind(10, True, 64, 64)
 

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 
 from diffuserve.request import Limits, request_from_fields
-from diffuserve_loadtest.bench.mixture import kinds_of, poisson_arrivals, shuffled_forever, sizes_of
-from diffuserve_loadtest.bench.same import random_requests
-from diffuserve_loadtest.bench.stage_seconds import random_sizes
+from diffuserve_bench.mixture import kinds_of, poisson_arrivals, shuffled_forever, sizes_of
+from diffuserve_bench.same import random_requests
+from diffuserve_loadtest.stage_seconds import random_sizes
 from tests.core.fakes import MODEL
 
 

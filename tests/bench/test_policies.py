@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from diffuserve.bundle import read_manifest
-from diffuserve_loadtest.bench.contenders import NONE, Contender
-from diffuserve_loadtest.bench.mixture import Arrival
-from diffuserve_loadtest.bench.policies import Simulation, measure_policies
+from diffuserve_bench.contenders import NONE, Contender
+from diffuserve_bench.mixture import Arrival
+from diffuserve_bench.policies import Simulation, measure_policies
 from tests.core.fakes import make_bundle
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from diffuserve.bundle import read_manifest
-from diffuserve_loadtest.bench.engine import save_unet_seconds
-from diffuserve_loadtest.bench.mixture import Kind
-from diffuserve_loadtest.bench.short import needed
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, best_mixture_per_s, mean_of
+from diffuserve_bench.engine import save_unet_seconds
+from diffuserve_bench.mixture import Kind, best_mixture_per_s
+from diffuserve_bench.short import needed
+from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of
 from tests.core.fakes import make_bundle
 
 SECONDS = StageSeconds(

@@ -16,9 +16,9 @@ from diffuserve.engines import processor
 from diffuserve.engines.example import example_inputs
 from diffuserve.errors import BundleError
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.arithmetic import flops_of_onnx
-from diffuserve_loadtest.bench.cli import command
-from diffuserve_loadtest.bench.unet import measure_unet
+from diffuserve_bench.arithmetic import flops_of_onnx
+from diffuserve_bench.bench_command import command
+from diffuserve_bench.unet import measure_unet
 from tests.conftest import CHECKPOINT
 from tests.core.tiny_graphs import make_real_bundle
 

@@ -17,7 +17,7 @@ from diffuserve.policies import POLICIES, Policy, fair
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, advance, initial_state, trajectory
 from diffuserve.selection import InflightSelection, RequestSelection
 from diffuserve.stats import Stats
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
+from diffuserve_bench.virtual_time import run_in_virtual_time
 
 SCHEDULE = NoiseSchedule.from_config(
     {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "skip_prk_steps": True}

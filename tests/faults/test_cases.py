@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from diffuserve_loadtest.faults import cli, runner
-from diffuserve_loadtest.faults.case import Trial
-from diffuserve_loadtest.faults.runner import CASES, run_cases
+from diffuserve_faults import faults_command, runner
+from diffuserve_faults.case import Trial
+from diffuserve_faults.runner import CASES, run_cases
 
 QUICK = ("cut-http", "cut-grpc", "garbage")
 
@@ -28,7 +28,7 @@ def assert_nothing_lost(repository: Path, *names: str, scale: float) -> None:
 
 
 def test_the_command_line_knows_every_case() -> None:
-    assert list(CASES) == list(cli.NAMES)
+    assert list(CASES) == list(faults_command.NAMES)
 
 
 def test_quick_cases_lose_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_what_is_lost_or_not_as_before_sets_the_exit_code(
     good = {"case": "garbage", "tried": 9, "survived": 9, "lost": 0, "answered": 4, "errors": {"http_400": 5}, "cut": 0}
     result = {**good, "losses": [], "problems": [], **change}
     monkeypatch.setattr(runner, "run_cases", lambda names, repository, scale: runner._report([result], [], {}))
-    outcome = CliRunner().invoke(cli.command, ["--output", str(tmp_path)])
+    outcome = CliRunner().invoke(faults_command.command, ["--output", str(tmp_path)])
     assert outcome.exit_code == (1 if words else 0)
     assert re.search(r"^garbage +9 +9 ", outcome.output, re.MULTILINE)
     assert words is None or words in outcome.output

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from diffuserve_client import AsyncClient, Client
-from diffuserve_loadtest.faults import background
-from diffuserve_loadtest.faults.background import Background, KnownAnswer, ask
-from diffuserve_loadtest.faults.case import Tally
-from diffuserve_loadtest.faults.checks import Snapshot, _grown
-from diffuserve_loadtest.faults.proxy import Proxy
+from diffuserve_faults import known_answers
+from diffuserve_faults.background import Background
+from diffuserve_faults.checks import Snapshot, _grown
+from diffuserve_faults.known_answers import KnownAnswer, ask
+from diffuserve_faults.proxy import Proxy
+from diffuserve_faults.tally import Tally
 from tests.client.fake_triton import FakeTriton
 
 FIELDS: dict[str, Any] = {"prompt": "a cat", "seed": 7, "format": "raw"}
@@ -22,7 +23,7 @@ FIELDS: dict[str, Any] = {"prompt": "a cat", "seed": 7, "format": "raw"}
 
 def known(address: str, **fields: Any) -> KnownAnswer:
     with Client(address) as client:
-        return KnownAnswer({**FIELDS, **fields}, background._digest(client.generate(**{**FIELDS, **fields})))
+        return KnownAnswer({**FIELDS, **fields}, known_answers._digest(client.generate(**{**FIELDS, **fields})))
 
 
 def asked(address: str, answer: KnownAnswer, timeout_s: float = 20.0) -> Tally:
@@ -56,7 +57,7 @@ def test_an_error_is_survived_and_counted_by_its_code() -> None:
 
 
 def test_no_answer_in_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_GRACE_S", 0.2)
+    monkeypatch.setattr(known_answers, "GRACE_S", 0.2)
     with FakeTriton() as triton:
         tally = asked(triton.address, KnownAnswer({"prompt": "silent"}, ""), timeout_s=0.1)
     assert tally.lost == ["no answer and no error within 0.3 s"]

@@ -17,10 +17,10 @@ import click
 import psutil
 import pytest
 
-from diffuserve_loadtest.cli import command
-from diffuserve_loadtest.run import Run, read_run
-from diffuserve_loadtest.slo import slo_from_text
-from diffuserve_loadtest.workload import read_workload, shipped_workloads
+from diffuserve_loadtest.loadtest_command import command
+from diffuserve_loadtest.report.run import Run, read_run
+from diffuserve_loadtest.report.slo import slo_from_text
+from diffuserve_loadtest.workload.files import read_workload, shipped_workloads
 
 _ROOT = Path(__file__).parents[2]
 _WORKLOAD = """\
@@ -36,7 +36,7 @@ arrivals: {{process: constant, rate_per_s: 20}}
 @contextmanager
 def _stub(*options: str) -> Iterator[str]:
     """Its gRPC address."""
-    program = [sys.executable, "-m", "diffuserve_loadtest.stub", *options]
+    program = [sys.executable, "-m", "diffuserve_loadtest.server.stub", *options]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -17,12 +17,12 @@ from PIL import Image
 from diffuserve.serving.process import SHARED_MEMORY
 from diffuserve.similarity import psnr_db
 from diffuserve_export.archive import archive_from_bundle
-from diffuserve_loadtest.peers.comparison import compare_peers, draw_one, uniform
-from diffuserve_loadtest.peers.contenders import Contender, Sources, contenders_from
-from diffuserve_loadtest.peers.figures import SAME_DB
+from diffuserve_peers.comparison import compare_peers, draw_one, uniform
+from diffuserve_peers.contenders import Contender, Sources, contenders_from
+from diffuserve_peers.figures import SAME_DB
 from tests.conftest import CHECKPOINT
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 STEPS = 8
 NAMES = [each.name for each in contenders_from(Sources(Path(), Path(), Path(), ROOT / "loadtest" / "peers", Path()))]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

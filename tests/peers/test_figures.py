@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuserve_loadtest.peers.figures import Figures, report_on
-from diffuserve_loadtest.records import OK, Record, Recording
-from diffuserve_loadtest.workload import Poisson, Workload
+from diffuserve_loadtest.sending.records import OK, Record, Recording
+from diffuserve_loadtest.workload.arrivals import Poisson
+from diffuserve_loadtest.workload.workload import Workload
+from diffuserve_peers.figures import Figures, report_on
 
 WORKLOAD = Workload("", Poisson(rate_per_s=1.0))
 

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from diffuserve.errors import LaunchError
-from diffuserve_loadtest.peers import environments
-from diffuserve_loadtest.peers.cli import command
-from diffuserve_loadtest.peers.contenders import Sources, contenders_from, setup_lines
-from diffuserve_loadtest.peers.environments import python_of, requirements_of
+from diffuserve_peers import environments
+from diffuserve_peers.contenders import Sources, contenders_from, setup_lines
+from diffuserve_peers.environments import python_of, requirements_of
+from diffuserve_peers.peers_command import command
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "loadtest" / "peers"
 
 

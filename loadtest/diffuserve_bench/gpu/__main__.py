@@ -1,6 +1,6 @@
 """The command line of `diffuserve bench gpu`, which needs nothing but the standard library to start:
 
-PYTHONPATH=.:loadtest python -m diffuserve_loadtest.bench.gpu --help
+PYTHONPATH=.:loadtest python -m diffuserve_bench.gpu --help
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from diffuserve_loadtest.bench.gpu.phases import PHASES, Phase
-from diffuserve_loadtest.bench.gpu.record import Recorder, read_lines
-from diffuserve_loadtest.bench.gpu.runner import Stopped, run
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.phases import PHASES, Phase
+from diffuserve_bench.gpu.record import Recorder, read_lines
+from diffuserve_bench.gpu.runner import Stopped, run
+from diffuserve_bench.gpu.settings import Settings
 
 _STOPPED_CODE = 128 + 15  # as of a process that SIGTERM has ended
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m diffuserve_loadtest.bench.gpu") -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m diffuserve_bench.gpu") -> int:
     """Returns the exit code: 0 if every phase ended by itself, 1 if one died or was killed, 143 if the run was stopped."""
     options = _parser(program).parse_args(arguments)
     if options.report:
-        from diffuserve_loadtest.bench.gpu.report import markdown
+        from diffuserve_bench.gpu.report import markdown
 
         print(markdown(read_lines(options.report)))
         return 0
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m diffu
 
 
 def _write_machine(settings: Settings, output: Path) -> None:
-    from diffuserve_loadtest.bench.gpu.card import describe
+    from diffuserve_bench.gpu.card import describe
 
     with Recorder(output) as recorder:
         recorder.line("machine", **describe(), settings=settings.to_json())

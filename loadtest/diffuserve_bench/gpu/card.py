@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-from diffuserve_loadtest.machine import describe_machine
+from diffuserve_loadtest.report.machine import describe_machine
 
 # As nvidia-smi calls them; "N/A" where a card or a driver does not tell.
 _FIELDS = {

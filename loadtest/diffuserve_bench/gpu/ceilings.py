@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord
-from diffuserve_loadtest.bench.gpu.settings import Settings, Sizes
-from diffuserve_loadtest.bench.gpu.torch_device import median_s, torch_device
+from diffuserve_bench.gpu.record import PhaseRecord
+from diffuserve_bench.gpu.settings import Settings, Sizes
+from diffuserve_bench.gpu.torch_device import median_s, torch_device
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The process of one phase: python -m diffuserve_loadtest.bench.gpu.child PHASE TARGET OUTPUT SETTINGS.
+"""The process of one phase: python -m diffuserve_bench.gpu.child PHASE TARGET OUTPUT SETTINGS.
 
 It ends with the process that started it, also when that one is killed: its standard input ends then. What libraries print
 goes to standard error, and standard output has nothing but the record.
@@ -16,8 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
-from diffuserve_loadtest.bench.gpu.record import ENDED, FAILED, PhaseRecord, Recorder, outcome_of
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.record import ENDED, FAILED, PhaseRecord, Recorder, outcome_of
+from diffuserve_bench.gpu.settings import Settings
 
 
 def main(phase: str, target: str, output: str, settings: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from diffuserve_loadtest.bench.torch_unet import Tensors
+from diffuserve_bench.torch_unet import Tensors
 
 if TYPE_CHECKING:
     import torch

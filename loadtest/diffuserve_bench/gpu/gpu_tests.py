@@ -6,8 +6,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-from diffuserve_loadtest.bench.gpu.record import FAILED, PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.record import FAILED, PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
 
 _MARKER = "pytest.mark.gpu"
 # Those that take seconds, without the fixtures of the whole project, which need more packages than these tests do. Warnings of

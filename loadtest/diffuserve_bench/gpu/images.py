@@ -12,13 +12,13 @@ from diffuserve.engines.local import EngineStages
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import Limits, request_from_fields
 from diffuserve.tensors import UNET, VAE_ENCODER
-from diffuserve_loadtest.bench.closed_loop import completions
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.ways import Way, first_loaded, load
-from diffuserve_loadtest.bench.mixture import Kind
-from diffuserve_loadtest.summary import throughput
+from diffuserve_bench.closed_loop import completions
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.ways import Way, first_loaded, load
+from diffuserve_bench.mixture import Kind
+from diffuserve_loadtest.report.summary import throughput
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:

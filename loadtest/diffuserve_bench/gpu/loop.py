@@ -20,20 +20,20 @@ from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Engine
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.closed_loop import completions
-from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.torch_device import precision_on, torch_device
-from diffuserve_loadtest.bench.gpu.torch_models import random_unet
-from diffuserve_loadtest.bench.gpu.ways import Way, first_loaded
-from diffuserve_loadtest.bench.loop_load import job_of
-from diffuserve_loadtest.bench.mixture import Arrival, Kind, poisson_arrivals, shuffled_forever
-from diffuserve_loadtest.bench.open_loop import Answered, answered
-from diffuserve_loadtest.bench.stage_seconds import seconds_by_batch
-from diffuserve_loadtest.bench.torch_unet import TorchUnet
-from diffuserve_loadtest.summary import summarise, throughput
+from diffuserve_bench.closed_loop import completions
+from diffuserve_bench.contenders import NONE, REQUEST, Contender
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.torch_device import precision_on, torch_device
+from diffuserve_bench.gpu.torch_models import random_unet
+from diffuserve_bench.gpu.ways import Way, first_loaded
+from diffuserve_bench.loop_load import job_of
+from diffuserve_bench.mixture import Arrival, Kind, poisson_arrivals, shuffled_forever
+from diffuserve_bench.open_loop import Answered, answered
+from diffuserve_bench.torch_unet import TorchUnet
+from diffuserve_loadtest.report.summary import summarise, throughput
+from diffuserve_loadtest.stage_seconds import seconds_by_batch
 
 Result = TypeVar("Result")
 Answer = Callable[[Kind], Awaitable[object]]

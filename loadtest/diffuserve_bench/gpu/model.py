@@ -12,11 +12,11 @@ import msgspec
 from diffuserve.bundle import MANIFEST_NAME, Component, Manifest, describe_file, read_manifest, write_manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.arithmetic import flops_of_onnx
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.ways import on_way, ways
-from diffuserve_loadtest.bench.gpu.weights import fill
+from diffuserve_bench.arithmetic import flops_of_onnx
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.ways import on_way, ways
+from diffuserve_bench.gpu.weights import fill
 
 _STORED_GRAPHS = "*.onnxruntime"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from diffuserve.bundle import Manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.tensors import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.ways import Way, expected_outputs, load, relative_error, ways
-from diffuserve_loadtest.bench.stage_seconds import seconds_by_batch
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.ways import Way, expected_outputs, load, relative_error, ways
+from diffuserve_loadtest.stage_seconds import seconds_by_batch
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:

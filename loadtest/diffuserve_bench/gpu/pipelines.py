@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from diffuserve.bundle import Manifest
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, UNET
-from diffuserve_loadtest.bench.gpu.cuda_graphs import Graphed
-from diffuserve_loadtest.bench.gpu.loop import backlog_of, kinds_of_mixture
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.torch_device import compiler_on, median_s, precision_on, torch_device
-from diffuserve_loadtest.bench.gpu.torch_models import random_unet, random_vae
-from diffuserve_loadtest.bench.mixture import GUIDANCE_SCALE, Arrival
-from diffuserve_loadtest.bench.torch_unet import Tensors
+from diffuserve_bench.gpu.cuda_graphs import Graphed
+from diffuserve_bench.gpu.loop import backlog_of, kinds_of_mixture
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.torch_device import compiler_on, median_s, precision_on, torch_device
+from diffuserve_bench.gpu.torch_models import random_unet, random_vae
+from diffuserve_bench.mixture import GUIDANCE_SCALE, Arrival
+from diffuserve_bench.torch_unet import Tensors
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffuserve_loadtest.bench.gpu.phases import PHASES
+from diffuserve_bench.gpu.phases import PHASES
 
 Lines = Sequence[Mapping[str, Any]]
 # What a table's columns stand for, the first of these that a figure has.

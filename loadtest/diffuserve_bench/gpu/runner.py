@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from diffuserve_loadtest.bench.gpu import child
-from diffuserve_loadtest.bench.gpu.phases import Phase
-from diffuserve_loadtest.bench.gpu.record import DIED, OVERDUE, SKIPPED, STOPPED, PhaseRecord, Recorder
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu import child
+from diffuserve_bench.gpu.phases import Phase
+from diffuserve_bench.gpu.record import DIED, OVERDUE, SKIPPED, STOPPED, PhaseRecord, Recorder
+from diffuserve_bench.gpu.settings import Settings
 
 # With less than this left a phase is not begun.
 _LEAST_S = 1.0

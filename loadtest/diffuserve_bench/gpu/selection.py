@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from diffuserve.bundle import Manifest
 from diffuserve.engines.trials import REFERENCE, select_engines
-from diffuserve_loadtest.bench.gpu.model import copy_bundle
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.ways import ways
+from diffuserve_bench.gpu.model import copy_bundle
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.ways import ways
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from diffuserve_loadtest.bench.gpu.record import Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.record import Skipped
+from diffuserve_bench.gpu.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuserve_loadtest.bench.gpu.record import Skipped
+from diffuserve_bench.gpu.record import Skipped
 
 if TYPE_CHECKING:
     import torch

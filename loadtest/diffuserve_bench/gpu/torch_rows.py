@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from diffuserve.bundle import Manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.gpu.card import memory_mib
-from diffuserve_loadtest.bench.gpu.cuda_graphs import Graphed
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.torch_device import compiler_on, median_s, precision_on, torch_device
-from diffuserve_loadtest.bench.gpu.torch_models import random_unet
-from diffuserve_loadtest.bench.gpu.ways import relative_error
-from diffuserve_loadtest.bench.stage_seconds import random_sizes
-from diffuserve_loadtest.bench.torch_unet import Tensors, TorchUnet
+from diffuserve_bench.gpu.card import memory_mib
+from diffuserve_bench.gpu.cuda_graphs import Graphed
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.torch_device import compiler_on, median_s, precision_on, torch_device
+from diffuserve_bench.gpu.torch_models import random_unet
+from diffuserve_bench.gpu.ways import relative_error
+from diffuserve_bench.torch_unet import Tensors, TorchUnet
+from diffuserve_loadtest.stage_seconds import random_sizes
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ from diffuserve.bundle import Manifest
 from diffuserve.engines.example import example_inputs
 from diffuserve.stages import Engine
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.gpu.card import memory_mib
-from diffuserve_loadtest.bench.gpu.model import model_in
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from diffuserve_loadtest.bench.gpu.ways import Way, expected_outputs, load, relative_error, ways
-from diffuserve_loadtest.bench.stage_seconds import call_seconds, random_sizes
+from diffuserve_bench.gpu.card import memory_mib
+from diffuserve_bench.gpu.model import model_in
+from diffuserve_bench.gpu.record import PhaseRecord
+from diffuserve_bench.gpu.settings import Settings
+from diffuserve_bench.gpu.ways import Way, expected_outputs, load, relative_error, ways
+from diffuserve_loadtest.stage_seconds import call_seconds, random_sizes
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:

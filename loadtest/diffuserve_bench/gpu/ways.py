@@ -14,8 +14,8 @@ from diffuserve.engines.conversion import converted
 from diffuserve.engines.example import Arrays
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.stages import Engine
-from diffuserve_loadtest.bench.gpu.record import Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.record import Skipped
+from diffuserve_bench.gpu.settings import Settings
 
 _ON_CPU = ("onnxruntime", "openvino")
 

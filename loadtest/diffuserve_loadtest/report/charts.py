@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from diffuserve_loadtest.find_max import Found
-from diffuserve_loadtest.records import CANCELLED, OK, Record
-from diffuserve_loadtest.run import Run
+from diffuserve_loadtest.report.found import Found
+from diffuserve_loadtest.report.run import Run
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record
 
 _SIZE_IN = (6.4, 3.2)
 _COLOURS = ("#2f6fde", "#e07b39", "#3d9970", "#b0419b", "#8c6d1f", "#d1495b", "#5b7083")

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from diffuserve_loadtest.records import OK, counted_of
-from diffuserve_loadtest.report import Plot, Report, Table
-from diffuserve_loadtest.run import Run
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.run import Run
+from diffuserve_loadtest.sending.records import OK, counted_of
+from diffuserve_loadtest.workload.workload import Workload
 
 _LOWER_IS_BETTER = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
 
@@ -87,7 +87,7 @@ def read_for_comparison(path: Path) -> Run:
     """Raises `click.ClickException`: it is no run's JSON."""
     import msgspec
 
-    from diffuserve_loadtest.run import read_run
+    from diffuserve_loadtest.report.run import read_run
 
     try:
         return read_run(path)

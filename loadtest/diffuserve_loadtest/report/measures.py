@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 
 from diffuserve.errors import DiffuserveError, Draining, QueueFull
-from diffuserve_loadtest.records import CANCELLED, OK, Record, Recording, counted_of
-from diffuserve_loadtest.slo import Slo
-from diffuserve_loadtest.watch import Sample
+from diffuserve_loadtest.report.slo import Slo
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, counted_of
+from diffuserve_loadtest.server.watch import Sample
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _REFUSALS = (QueueFull.code, Draining.code)

@@ -11,10 +11,10 @@ import click
 import msgspec
 
 from diffuserve.files import write_whole
-from diffuserve_loadtest.find_max import Found
-from diffuserve_loadtest.records import OK
-from diffuserve_loadtest.run import Run, write_run
-from diffuserve_loadtest.workload import to_yaml
+from diffuserve_loadtest.report.found import Found
+from diffuserve_loadtest.report.run import Run, write_run
+from diffuserve_loadtest.sending.records import OK
+from diffuserve_loadtest.workload.files import to_yaml
 
 
 def publish(run: Run, folder: Path, found: Found | None = None) -> None:
@@ -39,9 +39,9 @@ def html(run: Run, found: Found | None = None) -> str:
     """The whole page."""
     from jinja2 import Environment, StrictUndefined
 
-    from diffuserve_loadtest.charts import charts_of
+    from diffuserve_loadtest.report.charts import charts_of
 
-    source = (resources.files("diffuserve_loadtest") / "templates" / "report.html.j2").read_text()
+    source = (resources.files("diffuserve_loadtest.report") / "templates" / "report.html.j2").read_text()
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     return template.render(
         run=run,

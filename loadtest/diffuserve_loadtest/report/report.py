@@ -44,7 +44,7 @@ class Report:
 
 def publish(report: Report, folder: Path) -> None:
     """Prints the report and writes NAME.json, and NAME-PLOT.png for each plot, into `folder`."""
-    from diffuserve_loadtest.machine import describe_machine
+    from diffuserve_loadtest.report.machine import describe_machine
 
     machine = describe_machine()
     folder.mkdir(parents=True, exist_ok=True)

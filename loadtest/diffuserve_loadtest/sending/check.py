@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from diffuserve_loadtest.plan import PlannedRequest
+from diffuserve_loadtest.workload.plan import PlannedRequest
 
 
 class WrongImage(Exception):

@@ -15,11 +15,11 @@ import msgspec
 from gevent.event import Event
 from locust.runners import STATE_MISSING, WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
 
-from diffuserve_loadtest.generation import Generation, Sending
-from diffuserve_loadtest.load import Share
-from diffuserve_loadtest.records import Record
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.sending.generation import Generation, Sending
+from diffuserve_loadtest.sending.load import Share
+from diffuserve_loadtest.sending.records import Record
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.workload.workload import Workload
 
 _SHARE, _STOP, _ENDED = "diffuserve-share", "diffuserve-stop", "diffuserve-ended"
 _LOOK_FOR_LOST_EVERY_S = 1.0

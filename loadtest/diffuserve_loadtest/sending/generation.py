@@ -1,5 +1,5 @@
 """A workload run by Locust in one process: when it begins and ends, and the recording of it. Several processes are in
-`diffuserve_loadtest.distributed`.
+`diffuserve_loadtest.sending.distributed`.
 
 A run that is stopped before its time is recorded with the time that it took.
 """
@@ -15,14 +15,15 @@ import msgspec
 from gevent.event import AsyncResult
 from locust.stats import CSV_STATS_INTERVAL_SEC
 
-from diffuserve_loadtest.generator import CANNOT_KEEP_UP
-from diffuserve_loadtest.lateness import shortfall
-from diffuserve_loadtest.load import Load, Share
-from diffuserve_loadtest.records import CANCELLED, Record, Recording, write_recording
-from diffuserve_loadtest.sender import Sender
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.transports import open_transport
-from diffuserve_loadtest.workload import Closed, Workload
+from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP
+from diffuserve_loadtest.sending.lateness import shortfall
+from diffuserve_loadtest.sending.load import Load, Share
+from diffuserve_loadtest.sending.records import CANCELLED, Record, Recording, write_recording
+from diffuserve_loadtest.sending.sender import Sender
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.sending.transports import open_transport
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.workload import Workload
 
 
 class Generation:

@@ -18,9 +18,10 @@ import click
 
 from diffuserve.errors import DiffuserveError
 from diffuserve.serving.process import free_ports
-from diffuserve_loadtest.records import Recording, read_recording
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.workload import Workload, to_yaml
+from diffuserve_loadtest.sending.records import Recording, read_recording
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.workload.files import to_yaml
+from diffuserve_loadtest.workload.workload import Workload
 
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 CANNOT_KEEP_UP = 3

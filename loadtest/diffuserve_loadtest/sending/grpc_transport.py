@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from diffuserve_client import Client, TorchServe, Triton
-from diffuserve_loadtest.plan import PlannedRequest
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.transports import Answer
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.sending.transport import Answer
+from diffuserve_loadtest.workload.plan import PlannedRequest
 
 # More than a run has in flight. A call that finds no thread would get its answer when another ends, and look slow.
 _MAX_WAITING = 10_000

@@ -13,9 +13,9 @@ from requests.adapters import HTTPAdapter
 
 from diffuserve.errors import from_wire
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_loadtest.plan import PlannedRequest
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.transports import Answer, TransportFailed
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.sending.transport import Answer, TransportFailed
+from diffuserve_loadtest.workload.plan import PlannedRequest
 
 _CONNECT_TIMEOUT_S = 5.0
 _MESSAGE_BYTES = _CHUNK_BYTES = 65536

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffuserve_loadtest.records import LATE_S, Recording, counted_of
+from diffuserve_loadtest.sending.records import LATE_S, Recording, counted_of
 
 LATE_SHARE = 0.01
 

@@ -11,9 +11,10 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Pool
 
-from diffuserve_loadtest.arrivals import due_times
-from diffuserve_loadtest.sender import Sender
-from diffuserve_loadtest.workload import Closed, Workload
+from diffuserve_loadtest.sending.sender import Sender
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.workload import Workload
 
 _STARTS_TOGETHER_S = 0.5
 

@@ -10,11 +10,12 @@ from locust.exception import StopUser
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve.torchserve.keys import read_inference_token
-from diffuserve_loadtest.arrivals import due_times
-from diffuserve_loadtest.distributed import open_generation
-from diffuserve_loadtest.generation import Generation
-from diffuserve_loadtest.target import PROTOCOLS, Target
-from diffuserve_loadtest.workload import Closed, read_workload
+from diffuserve_loadtest.sending.distributed import open_generation
+from diffuserve_loadtest.sending.generation import Generation
+from diffuserve_loadtest.sending.target import PROTOCOLS, Target
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.files import read_workload
 
 _DEFAULT_HOST = {
     "triton-grpc": "localhost:8001",

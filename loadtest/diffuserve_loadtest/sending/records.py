@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from diffuserve.files import write_whole
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.workload.workload import Workload
 
 OK = "ok"
 CANCELLED = "cancelled"

@@ -9,11 +9,11 @@ from typing import Any
 import gevent
 
 from diffuserve.errors import DiffuserveError
-from diffuserve_loadtest.check import WrongImage, check_images
-from diffuserve_loadtest.plan import PlannedRequest, plan
-from diffuserve_loadtest.records import CANCELLED, OK, Record
-from diffuserve_loadtest.transports import Answer, Transport, TransportFailed
-from diffuserve_loadtest.workload import Workload
+from diffuserve_loadtest.sending.check import WrongImage, check_images
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record
+from diffuserve_loadtest.sending.transport import Answer, Transport, TransportFailed
+from diffuserve_loadtest.workload.plan import PlannedRequest, plan
+from diffuserve_loadtest.workload.workload import Workload
 
 _MESSAGE_CHARACTERS = 300
 

@@ -1,4 +1,4 @@
-"""How a request travels: one transport for each protocol of `diffuserve_loadtest.target`.
+"""How a request travels: one transport for each protocol of `diffuserve_loadtest.sending.target`.
 
 They block as seen by their caller, and are made for gevent: a `gevent.Timeout` that strikes inside `send` closes the call, which
 the server sees as a cancellation.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from diffuserve_loadtest.plan import PlannedRequest
-from diffuserve_loadtest.target import Target
+from diffuserve_loadtest.workload.plan import PlannedRequest
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,3 @@ class Transport(Protocol):
             TransportFailed: another.
         """
         ...
-
-
-def open_transport(target: Target, max_in_flight: int) -> Transport:
-    """The transport for a target, which must be called after gevent has patched the standard library."""
-    if target.protocol in ("triton-grpc", "torchserve-grpc"):
-        from diffuserve_loadtest.transports.grpc import GrpcTransport
-
-        return GrpcTransport(target)
-    from diffuserve_loadtest.transports.http import HttpTransport
-
-    return HttpTransport(target, max_in_flight)
-
-
-__all__ = ["Answer", "Transport", "TransportFailed", "open_transport"]

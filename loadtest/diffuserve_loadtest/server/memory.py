@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffuserve_loadtest.server_processes import family_of, memory_bytes, model_of
+from diffuserve_loadtest.server.processes import family_of, memory_bytes, model_of
 
 
 def resident_bytes(root_pid: int) -> dict[str, int]:

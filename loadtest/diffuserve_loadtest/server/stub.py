@@ -2,7 +2,7 @@
 
 It speaks as much of Triton's gRPC and HTTP as the generator uses. `--delay-s` makes it slow, `--stall` leaves requests without
 an answer.
-Run it as a program, `python -m diffuserve_loadtest.stub`; it prints its two addresses.
+Run it as a program, `python -m diffuserve_loadtest.server.stub`; it prints its two addresses.
 """
 
 from __future__ import annotations

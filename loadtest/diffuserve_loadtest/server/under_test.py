@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffuserve.errors import LaunchError
-from diffuserve_loadtest.metrics import read_metrics
-from diffuserve_loadtest.target import Protocol, Target
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.server.metrics import read_metrics
 
 _LOOK_EVERY_S = 0.25
 

@@ -12,8 +12,8 @@ from types import TracebackType
 
 import msgspec
 
-from diffuserve_loadtest.metrics import read_text, values_and_buckets
-from diffuserve_loadtest.server_processes import family_of, memory_bytes, model_of
+from diffuserve_loadtest.server.metrics import read_text, values_and_buckets
+from diffuserve_loadtest.server.processes import family_of, memory_bytes, model_of
 
 INTERVAL_S = 1.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps it

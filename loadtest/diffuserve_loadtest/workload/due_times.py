@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffuserve.errors import InvalidRequest
-from diffuserve_loadtest.workload import Bursts, Constant, Poisson, Rate, Replay, Workload
+from diffuserve_loadtest.workload.arrivals import Bursts, Constant, Poisson, Rate, Replay
+from diffuserve_loadtest.workload.workload import Workload
 
 MAX_REPLAYED = 1_000_000
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from diffuserve_loadtest.workload import Requests, Workload
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 _PLAIN = ("negative_prompt", "width", "height", "timeout_ms", "format")
 

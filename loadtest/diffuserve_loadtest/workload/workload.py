@@ -16,68 +16,14 @@ same times.
 from __future__ import annotations
 
 import math
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from diffuserve.errors import InvalidRequest
+from diffuserve_loadtest.workload.arrivals import Arrivals, Count, Positive, Rate
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-_SHIPPED = resources.files("diffuserve_loadtest") / "workloads"
-
-
-class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="closed"):
-    """A fixed number of users, each of whom sends the next request when the last has been answered."""
-
-    users: Count
-
-
-class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Requests a second, or as a share of the server's capacity, of which 1 is all; two numbers rise or fall linearly from the
-    first to the second over the run. Exactly one of the two is given."""
-
-    rate_per_s: float | tuple[float, float] | None = None
-    load: float | tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.rate_per_s, self.load) if value is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of rate_per_s and load")
-        # Not as a constraint: msgspec 0.22 crashes on a constrained number or a tuple.
-        ends = given[0] if isinstance(given[0], tuple) else (given[0],)
-        if not all(0 < end < math.inf for end in ends):
-            raise ValueError("rate_per_s and load must be positive")
-
-
-class Poisson(Rate, frozen=True, tag_field="process", tag="poisson"):
-    """Strangers: exponential gaps."""
-
-
-class Constant(Rate, frozen=True, tag_field="process", tag="constant"):
-    """A clock: equal gaps."""
-
-
-class Bursts(Rate, frozen=True, tag_field="process", tag="bursts"):
-    """`size` requests at once, as often as the mean rate asks for."""
-
-    size: Count = msgspec.field(default=10)
-
-
-class Replay(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="replay"):
-    """The times, in seconds from the start, that are the first column of a CSV file; `speed` 2 takes half as long.
-
-    A relative path is relative to the workload's file; once read, it is absolute.
-    """
-
-    file: str
-    speed: Positive = 1.0
-
-
-Arrivals = Closed | Poisson | Constant | Bursts | Replay
 
 
 class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,59 +108,3 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(
             self, arrivals=msgspec.structs.replace(self.arrivals, rate_per_s=rate, load=None)
         )
-
-
-def shipped_workloads() -> list[str]:
-    """Names of those that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
-
-
-def read_workload(name: str) -> Workload:
-    """A shipped workload by its name, or one from a file by its path.
-
-    Raises:
-        InvalidRequest: there is no such workload, or its file does not say what it must.
-    """
-    import yaml
-
-    try:
-        if name in shipped_workloads():
-            text, folder = (_SHIPPED / f"{name}.yaml").read_text(), Path()
-        else:
-            text, folder = Path(name).read_text(), Path(name).parent
-    except OSError as error:
-        raise InvalidRequest(
-            f"There is no workload {name!r} ({error.strerror}); give a YAML file, or one of {', '.join(shipped_workloads())}."
-        ) from None
-    try:
-        workload = msgspec.convert(yaml.safe_load(text), Workload)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
-        raise InvalidRequest(f"The workload {name} cannot be read: {error}.") from None
-    _check(name, workload)
-    if isinstance(workload.arrivals, Replay):
-        file = str((folder / workload.arrivals.file).absolute())
-        workload = msgspec.structs.replace(workload, arrivals=msgspec.structs.replace(workload.arrivals, file=file))
-    return workload
-
-
-def to_yaml(workload: Workload) -> str:
-    """What `read_workload` reads back."""
-    import yaml
-
-    text: str = yaml.safe_dump(_without_none(msgspec.to_builtins(workload)), sort_keys=False)
-    return text
-
-
-def _check(name: str, workload: Workload) -> None:
-    if not workload.warm_up_s < workload.duration_s < math.inf:
-        raise InvalidRequest(
-            f"The workload {name} warms up for {workload.warm_up_s} s of {workload.duration_s} s; leave some time to measure."
-        )
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [_without_none(item) for item in value]
-    return value

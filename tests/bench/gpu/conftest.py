@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from diffuserve.bundle import write_manifest
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Recorder, read_lines
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.record import PhaseRecord, Recorder, read_lines
+from diffuserve_bench.gpu.settings import Settings
 from tests.core.fakes import MODEL
 from tests.core.tiny_graphs import make_real_bundle
 

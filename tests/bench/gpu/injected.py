@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 
-from diffuserve_loadtest.bench.gpu.phases import Phase
-from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
-from diffuserve_loadtest.bench.gpu.settings import Settings
+from diffuserve_bench.gpu.phases import Phase
+from diffuserve_bench.gpu.record import PhaseRecord, Skipped
+from diffuserve_bench.gpu.settings import Settings
 
 LONG_S = 120.0  # longer than any of them needs on the slowest machine
 

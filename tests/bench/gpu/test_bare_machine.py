@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from tests.loadtest.bench.gpu.test_runner import ends
+from diffuserve_bench.gpu.settings import Settings
+from tests.bench.gpu.test_runner import ends
 
-_ROOT = Path(__file__).parents[4]
+_ROOT = Path(__file__).parents[3]
 # Of what is installed for the tests, what no phase but those of PyTorch and of the tests may ask for.
 _ABSENT = (
     "accelerate",
@@ -50,7 +50,7 @@ def lines_of_run(arguments: Sequence[str], absent: Sequence[str], folder: Path) 
     """Runs the command in a process, whose children inherit that these packages cannot be imported."""
     (folder / "sitecustomize.py").write_text(_BLOCKER.format(absent=tuple(absent)))
     path = os.pathsep.join(map(str, (folder, _ROOT, _ROOT / "loadtest")))
-    program = [sys.executable, "-m", "diffuserve_loadtest.bench.gpu", "--device", "cpu", *arguments]
+    program = [sys.executable, "-m", "diffuserve_bench.gpu", "--device", "cpu", *arguments]
     run = subprocess.run(
         program, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, timeout=240
     )
@@ -87,7 +87,7 @@ def test_without_anything_but_numpy(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_it_starts_without_any_package() -> None:
-    program = [sys.executable, "-S", "-m", "diffuserve_loadtest.bench.gpu", "--help"]
+    program = [sys.executable, "-S", "-m", "diffuserve_bench.gpu", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "loadtest")}
     run = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
@@ -102,7 +102,7 @@ def test_options_that_are_wrong(tmp_path: Path) -> None:
         (["--seconds", "0"], "it is '0'; it must be a number of seconds above 0"),
         (["--model", str(tmp_path)], "is no bundle: it has no manifest.json"),
     ):
-        program = [sys.executable, "-S", "-m", "diffuserve_loadtest.bench.gpu", *options]
+        program = [sys.executable, "-S", "-m", "diffuserve_bench.gpu", *options]
         run = subprocess.run(program, env=environment, capture_output=True, text=True)
         assert run.returncode == 2
         assert message in " ".join(run.stderr.split())

@@ -14,7 +14,7 @@ import pytest
 from diffuserve.bundle import verify
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_loadtest.bench.gpu import (
+from diffuserve_bench.gpu import (
     ceilings,
     gpu_tests,
     images,
@@ -26,13 +26,13 @@ from diffuserve_loadtest.bench.gpu import (
     torch_rows,
     unet_rows,
 )
-from diffuserve_loadtest.bench.gpu.record import Skipped
-from diffuserve_loadtest.bench.gpu.settings import DRY, Settings
-from diffuserve_loadtest.bench.gpu.torch_models import random_unet
-from diffuserve_loadtest.bench.gpu.ways import Way, load, relative_error, ways
-from diffuserve_loadtest.bench.torch_unet import Tensors
+from diffuserve_bench.gpu.record import Skipped
+from diffuserve_bench.gpu.settings import DRY, Settings
+from diffuserve_bench.gpu.torch_models import random_unet
+from diffuserve_bench.gpu.ways import Way, load, relative_error, ways
+from diffuserve_bench.torch_unet import Tensors
+from tests.bench.gpu.conftest import Written
 from tests.core.fakes import MODEL
-from tests.loadtest.bench.gpu.conftest import Written
 
 _ENGINE = {"engine": "onnxruntime", "precision": "fp32"}
 

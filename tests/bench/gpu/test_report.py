@@ -8,9 +8,9 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from diffuserve_loadtest.bench.cli import command
-from diffuserve_loadtest.bench.gpu.record import read_lines
-from diffuserve_loadtest.bench.gpu.report import markdown
+from diffuserve_bench.bench_command import command
+from diffuserve_bench.gpu.record import read_lines
+from diffuserve_bench.gpu.report import markdown
 
 
 def figure(phase: str, name: str, value: float | None, unit: str, **settings: Any) -> dict[str, Any]:

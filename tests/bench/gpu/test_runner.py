@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from diffuserve_loadtest.bench.gpu.phases import Phase
-from diffuserve_loadtest.bench.gpu.record import read_lines
-from diffuserve_loadtest.bench.gpu.runner import run
-from diffuserve_loadtest.bench.gpu.settings import Settings
-from tests.loadtest.bench.gpu.injected import LONG_S, phase
+from diffuserve_bench.gpu.phases import Phase
+from diffuserve_bench.gpu.record import read_lines
+from diffuserve_bench.gpu.runner import run
+from diffuserve_bench.gpu.settings import Settings
+from tests.bench.gpu.injected import LONG_S, phase
 
-_ROOT = Path(__file__).parents[4]
+_ROOT = Path(__file__).parents[3]
 
 
 def run_phases(phases: Sequence[Phase], folder: Path) -> tuple[bool, list[dict[str, Any]]]:
@@ -103,7 +103,7 @@ def test_no_phase_begins_when_all_time_has_passed(tmp_path: Path) -> None:
 def hanging_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[float | None]]]:
     """A run in a process of its own whose phase hangs, and the processes of that phase."""
     code = (
-        "import sys; from pathlib import Path; from tests.loadtest.bench.gpu.test_runner import run_phases, phase;"
+        "import sys; from pathlib import Path; from tests.bench.gpu.test_runner import run_phases, phase;"
         "run_phases([phase('good'), phase('hanging'), phase('good')], Path(sys.argv[1]))"
     )
     program = [sys.executable, "-c", code, str(folder)]
@@ -134,7 +134,7 @@ def test_a_run_that_is_stopped_loses_nothing_and_leaves_nothing(number: int, tmp
 
 
 def test_a_reader_that_has_gone_ends_nothing(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from tests.loadtest.bench.gpu.test_runner import *; import sys;"
+    code = "from pathlib import Path; from tests.bench.gpu.test_runner import *; import sys;"
     program = [sys.executable, "-c", code + "run_phases([phase('good'), phase('raising')], Path(sys.argv[1]))"]
     with subprocess.Popen([*program, str(tmp_path)], cwd=_ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

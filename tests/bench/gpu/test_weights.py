@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from diffuserve_loadtest.bench.gpu.weights import fill
+from diffuserve_bench.gpu.weights import fill
 
 _GRAPH = """<ir_version: 10, opset_import: ["": 20]>
 layers (float[B, 6, h, w] image, int64[B, n] ids) => (float[B, 8, p, q] filtered, float[B, n, 70] out) {

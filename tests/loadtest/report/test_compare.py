@@ -6,9 +6,9 @@ import click
 import msgspec
 import pytest
 
-from diffuserve_loadtest.compare import compare, differences, read_for_comparison
-from diffuserve_loadtest.report import publish
-from diffuserve_loadtest.run import Run, write_run
+from diffuserve_loadtest.report.compare import compare, differences, read_for_comparison
+from diffuserve_loadtest.report.report import publish
+from diffuserve_loadtest.report.run import Run, write_run
 from tests.loadtest.synthetic import record, run, sample
 
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve_loadtest.measures import Memory, NothingMeasured, latencies, measure, values_for
-from diffuserve_loadtest.records import CANCELLED
-from diffuserve_loadtest.run import rows_per_s
-from diffuserve_loadtest.slo import Slo, slo_from_text
+from diffuserve_loadtest.report.measures import Memory, NothingMeasured, latencies, measure, values_for
+from diffuserve_loadtest.report.slo import Slo, slo_from_text
+from diffuserve_loadtest.run_workload import rows_per_s
+from diffuserve_loadtest.sending.records import CANCELLED
 from tests.loadtest.synthetic import record, recording, run, sample
 
 NO_SLO = Slo()

@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from diffuserve_loadtest.charts import batch_sizes, charts_of
-from diffuserve_loadtest.find_max import Found, Try
-from diffuserve_loadtest.page import html, publish
-from diffuserve_loadtest.run import Run, read_run, write_run
-from diffuserve_loadtest.workload import Poisson
+from diffuserve_loadtest.report.charts import batch_sizes, charts_of
+from diffuserve_loadtest.report.found import Found, Try
+from diffuserve_loadtest.report.page import html, publish
+from diffuserve_loadtest.report.run import Run, read_run, write_run
+from diffuserve_loadtest.workload.arrivals import Poisson
 from tests.loadtest.synthetic import record, run, sample
 
 pytest.importorskip("matplotlib")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffuserve_loadtest.memory import resident_bytes
-from diffuserve_loadtest.report import Plot, Report, Table, publish
+from diffuserve_loadtest.report.report import Plot, Report, Table, publish
+from diffuserve_loadtest.server.memory import resident_bytes
 
 
 def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

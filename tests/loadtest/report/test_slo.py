@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve_loadtest.slo import SloError, slo_from_text
+from diffuserve_loadtest.report.slo import SloError, slo_from_text
 
 VALUES = {"p95": 2.0, "mean": 1.0, "errors": 0.0, "refused": 0.02, "late": 0.0, "goodput": 1.6, "throughput": 2.0}
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve_loadtest.bench.cancel import quarters
-from diffuserve_loadtest.summary import summarise, throughput
+from diffuserve_bench.cancel import quarters
+from diffuserve_loadtest.report.summary import summarise, throughput
 
 
 def test_percentiles_are_interpolated() -> None:

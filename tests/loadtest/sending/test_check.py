@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffuserve_loadtest.check import WrongImage, check_images
-from diffuserve_loadtest.plan import PlannedRequest, plan
-from diffuserve_loadtest.workload import Closed, Requests, Workload
+from diffuserve_loadtest.sending.check import WrongImage, check_images
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.plan import PlannedRequest, plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 
 def asked(**fields: Any) -> PlannedRequest:

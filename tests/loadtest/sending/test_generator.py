@@ -18,16 +18,18 @@ import psutil
 import pytest
 
 from diffuserve.serving.process import free_ports
-from diffuserve_loadtest.arrivals import due_times
-from diffuserve_loadtest.bench.generator import stub
-from diffuserve_loadtest.generator import CANNOT_KEEP_UP, GeneratorFailed, generate
-from diffuserve_loadtest.lateness import shortfall
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.records import CANCELLED, OK, Record, Recording, read_recording
-from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.workload import Arrivals, Bursts, Closed, Constant, Replay, Requests, Workload, to_yaml
+from diffuserve_bench.generator_alone import stub
+from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate
+from diffuserve_loadtest.sending.lateness import shortfall
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, read_recording
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.workload.arrivals import Arrivals, Bursts, Closed, Constant, Replay
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.files import to_yaml
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
-LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
+LOCUSTFILE = Path(__file__).parents[3] / "loadtest" / "locustfile.py"
 
 
 def workload(arrivals: Arrivals, **fields: object) -> Workload:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from diffuserve.errors import DiffuserveError, InvalidRequest, QueueFull
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.transports import Answer, TransportFailed
-from diffuserve_loadtest.transports.http import HttpTransport
-from diffuserve_loadtest.workload import Closed, Requests, Workload
+from diffuserve_loadtest.sending.http_transport import HttpTransport
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.sending.transport import Answer, TransportFailed
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 REQUEST = plan(Workload("A test.", Closed(1), (Requests(steps=3),)), 7)
 IMAGE = b"\xff an image"

@@ -7,11 +7,12 @@ import time
 import pytest
 
 from diffuserve.errors import QueueFull
-from diffuserve_loadtest.plan import PlannedRequest
-from diffuserve_loadtest.records import Record
-from diffuserve_loadtest.sender import Sender
-from diffuserve_loadtest.transports import Answer, TransportFailed
-from diffuserve_loadtest.workload import Closed, Requests, Workload
+from diffuserve_loadtest.sending.records import Record
+from diffuserve_loadtest.sending.sender import Sender
+from diffuserve_loadtest.sending.transport import Answer, TransportFailed
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.plan import PlannedRequest
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 
 class Raises:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from diffuserve.triton.launcher import TritonServer
-from diffuserve_loadtest.generator import generate
-from diffuserve_loadtest.records import CANCELLED, OK
-from diffuserve_loadtest.servers import UnderTest, started_torchserve
-from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.workload import Bursts, Requests, Workload
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import CANCELLED, OK
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.server.under_test import UnderTest, started_torchserve
+from diffuserve_loadtest.workload.arrivals import Bursts
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 REQUESTS = (
     Requests(

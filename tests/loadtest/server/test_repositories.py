@@ -7,9 +7,9 @@ import pytest
 from diffuserve.errors import LaunchError
 from diffuserve.triton.launcher import read_parameters
 from diffuserve.triton.placement import read_placement
+from diffuserve_bench.contenders import REQUEST
 from diffuserve_export.assemble import repository_from_bundle
-from diffuserve_loadtest.bench.contenders import REQUEST
-from diffuserve_loadtest.repositories import repository_with
+from diffuserve_loadtest.server.repositories import repository_with
 from tests.core.fakes import make_bundle
 
 

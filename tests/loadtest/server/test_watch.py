@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffuserve_loadtest.metrics import values_and_buckets
-from diffuserve_loadtest.servers import UnderTest
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.watch import SHARED_MEMORY, Watch, processes_of
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.server.metrics import values_and_buckets
+from diffuserve_loadtest.server.under_test import UnderTest
+from diffuserve_loadtest.server.watch import SHARED_MEMORY, Watch, processes_of
 
 METRICS = """\
 # HELP diffuserve_unet_rows UNet rows executed.

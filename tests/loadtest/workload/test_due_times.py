@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffuserve.errors import InvalidRequest
-from diffuserve_loadtest.arrivals import due_times
-from diffuserve_loadtest.workload import Arrivals, Bursts, Closed, Constant, Poisson, Replay, Workload
+from diffuserve_loadtest.workload.arrivals import Arrivals, Bursts, Closed, Constant, Poisson, Replay
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.workload import Workload
 
 RATES = st.floats(0.5, 20)
 OPEN = st.sampled_from([Poisson, Constant, Bursts])

@@ -10,10 +10,12 @@ import pytest
 from diffuserve.bundle import read_manifest
 from diffuserve.errors import InvalidRequest
 from diffuserve.request import Limits, request_from_fields
-from diffuserve_loadtest.arrivals import due_times
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.target import Protocol, Target
-from diffuserve_loadtest.workload import Closed, Requests, Workload, read_workload, shipped_workloads, to_yaml
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.workload.arrivals import Closed
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.files import read_workload, shipped_workloads, to_yaml
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 
 def test_the_shipped_ones_are_those_that_the_docs_name() -> None:
