@@ -39,7 +39,7 @@ class Load:
 
     Attributes:
         unsent: requests that were due and not sent, because `max_in_flight` were.
-        sent_for_s: seconds of the run in which requests were sent: the workload's, unless it was stopped.
+        sent_for_s: seconds of the run in which requests were sent: the workload's, unless it was stopped or had sent all.
         ended: set when the duration is over and everything in flight has been answered or given up, or when it was stopped.
     """
 
@@ -48,7 +48,8 @@ class Load:
         self._sender = sender
         self._share = share
         self._started_s = time.perf_counter() + share.starts_at - time.time()
-        self._numbers = itertools.count(share.index, share.count)
+        self._numbers = _numbers(workload, share)
+        self._all_sent = Event()
         self._in_flight = Pool()
         self.unsent = 0
         self.sent_for_s = workload.duration_s
@@ -57,11 +58,15 @@ class Load:
         self._running = gevent.spawn(run)
 
     def send_next(self) -> bool:
-        """A user's turn in a closed loop; False when the time is over."""
+        """A user's turn in a closed loop; False when the time is over or all has been sent."""
         self._sleep_until(0.0)
         if self.ended.is_set() or self._now_s() >= self._workload.duration_s:
             return False
-        turn = self._in_flight.spawn(self._sender.send, next(self._numbers), self._started_s, None)
+        number = next(self._numbers, None)
+        if number is None:
+            self._all_sent.set()
+            return False
+        turn = self._in_flight.spawn(self._sender.send, number, self._started_s, None)
         turn.join()
         return True
 
@@ -86,8 +91,10 @@ class Load:
         self._wait_for_the_last()
 
     def _wait_for_the_last(self) -> None:
-        """Until the time is over and everything has been answered; in a closed loop users send meanwhile."""
-        self._sleep_until(self._workload.duration_s)
+        """Until the time is over, or all has been sent, and everything has been answered; in a closed loop users send
+        meanwhile."""
+        if self._all_sent.wait(max(0.0, self._workload.duration_s - self._now_s())):
+            self.sent_for_s = min(self.sent_for_s, self._now_s())
         # Each gives up by itself when its patience is over.
         self._in_flight.join()
         self.ended.set()
@@ -102,3 +109,9 @@ class Load:
     def _sleep_until(self, at_s: float) -> None:
         # Even for what is overdue, so that answers are read while the generator catches up.
         gevent.sleep(max(0.0, at_s - self._now_s()))
+
+
+def _numbers(workload: Workload, share: Share) -> Iterator[int]:
+    """Of the requests of a process in a closed loop."""
+    most = workload.arrivals.requests if isinstance(workload.arrivals, Closed) else None
+    return itertools.count(share.index, share.count) if most is None else iter(range(share.index, most, share.count))

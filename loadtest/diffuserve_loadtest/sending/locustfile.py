@@ -65,7 +65,7 @@ def _generation(environment: Any) -> Generation:
         workload = workload.at_capacity(options.capacity_per_s)
     if isinstance(workload.arrivals, Closed):
         options.num_users = options.num_users or workload.arrivals.users
-        options.spawn_rate = options.spawn_rate or workload.arrivals.users
+        options.spawn_rate = options.spawn_rate or workload.arrivals.users / (workload.arrivals.ramp_s or 1.0)
     else:
         next(due_times(workload), None)  # what is wrong with them is said now, and not when the run has begun
     host = environment.host or _DEFAULT_HOST.get(options.protocol)

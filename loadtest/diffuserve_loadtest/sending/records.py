@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from diffuserve.errors import DiffuserveError
 from diffuserve.files import write_whole
 from diffuserve_loadtest.workload.workload import Workload
 
@@ -15,6 +16,12 @@ CANCELLED = "cancelled"
 """The workload had it cancelled; it is neither a success nor an error."""
 LATE_S = 0.05
 """A request of an open loop that is sent later than this after it was due was late."""
+
+
+class RequestsFailed(DiffuserveError):
+    """Requests were not answered in a run that means something only if all are."""
+
+    code = "requests_failed"
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -83,3 +90,15 @@ def read_recording(path: Path) -> Recording:
 def counted_of(recording: Recording) -> list[Record]:
     """The requests that were due after the warm-up."""
     return [record for record in recording.records if record.due_s >= recording.workload.warm_up_s]
+
+
+def all_answered(recording: Recording) -> Sequence[Record]:
+    """The records of a run, in the order in which the answers came. Raises `RequestsFailed` if one is no answer, or is missing."""
+    failed = [record for record in recording.records if record.outcome != OK]
+    if failed or recording.unsent:
+        words = f" The first one: {failed[0].outcome}: {failed[0].message}" if failed else ""
+        raise RequestsFailed(
+            f"Of {len(recording.records) + recording.unsent} requests {len(failed)} failed and {recording.unsent} were not "
+            f"sent.{words}"
+        )
+    return recording.records

@@ -12,9 +12,17 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="process", tag="closed"):
-    """A fixed number of users, each of whom sends the next request when the last has been answered."""
+    """A fixed number of users, each of whom sends the next request when the last has been answered.
+
+    Attributes:
+        users: how many.
+        requests: of all users together, after which the run ends; None: as many as fit into its duration.
+        ramp_s: seconds in which the users begin, one after another.
+    """
 
     users: Count
+    requests: Count | None = None
+    ramp_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

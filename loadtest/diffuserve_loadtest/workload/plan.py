@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,7 @@ class PlannedRequest:
 def plan(workload: Workload, number: int) -> PlannedRequest:
     """Request `number` of a workload. Its seed is its number too, so that answers can be compared between runs."""
     choose = random.Random(f"request {workload.seed} {number}")  # noqa: S311 - a load, no secret
-    [part] = choose.choices(workload.requests, [part.weight for part in workload.requests])
+    part = _part_of(workload, number)
     steps, images = _one(choose, part.steps), _one(choose, part.num_images)
     guidance_scale = _one(choose, part.guidance_scale)
     guided = guidance_scale > 1
@@ -65,6 +67,18 @@ def plan(workload: Workload, number: int) -> PlannedRequest:
         (part.width, part.height),
         cancel_after_s if cancelled else None,
     )
+
+
+def _part_of(workload: Workload, number: int) -> Requests:
+    """Systematic sampling (Madow and Madow, On the Theory of Systematic Sampling, 1944), block by block, each of as many
+    requests as there are parts: a short run has the weights' shares, too. Parts of one weight come once in each block."""
+    count = len(workload.requests)
+    block, place = divmod(number, count)
+    choose = random.Random(f"block {workload.seed} {block}")  # noqa: S311 - a load, no secret
+    ranks, offset = choose.sample(range(count), count), choose.random()
+    bounds = list(itertools.accumulate(part.weight for part in workload.requests))
+    at = (ranks[place] + offset) * bounds[-1] / count
+    return workload.requests[min(bisect.bisect_right(bounds, at), count - 1)]
 
 
 def _one(choose: random.Random, values: Any) -> Any:

@@ -67,7 +67,8 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         description: one line for people.
         arrivals: when requests are sent.
         requests: the mixture.
-        duration_s: seconds in which requests are sent, the warm-up included; the run ends when the last one has been answered.
+        duration_s: seconds in which requests are sent, at most, the warm-up included; the run ends when the last one has
+            been answered.
         warm_up_s: requests due before this are sent and not counted.
         seed: of everything that is drawn.
         max_in_flight: of an open loop; what is due beyond it is not sent, and counted.

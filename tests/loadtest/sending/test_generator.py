@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
@@ -19,15 +22,17 @@ import pytest
 
 from diffuserve.serving.process import free_ports
 from diffuserve_bench.generator_alone import stub
-from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate
+from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate, generating
 from diffuserve_loadtest.sending.lateness import shortfall
-from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, read_recording
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, RequestsFailed, read_recording
 from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.server.stub import noise_png
 from diffuserve_loadtest.workload.arrivals import Arrivals, Bursts, Closed, Constant, Replay
 from diffuserve_loadtest.workload.due_times import due_times
 from diffuserve_loadtest.workload.files import to_yaml
 from diffuserve_loadtest.workload.plan import plan
 from diffuserve_loadtest.workload.workload import Requests, Workload
+from tests.loadtest.sending.test_http_transport import server
 
 LOCUSTFILE = Path(__file__).parents[3] / "loadtest" / "locustfile.py"
 
@@ -78,6 +83,78 @@ def test_a_closed_loop_has_as_many_in_flight_as_it_has_users() -> None:
     for record in recording.records:
         at_once = [other for other in recording.records if other.sent_s <= record.sent_s < other.done_s]
         assert len(at_once) <= 3
+
+
+def test_a_closed_loop_ends_when_all_has_been_sent() -> None:
+    load = workload(Closed(3, requests=10), duration_s=3600)
+    with stub() as (grpc, _):
+        recording, _ = generate(load, Target("triton-grpc", grpc))
+    assert outcomes(recording) == {OK: 10}
+    assert recording.workload.duration_s < 3600
+
+
+def test_several_processes_share_the_users_of_a_closed_loop() -> None:
+    all_are_there = threading.Barrier(4, timeout=30)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with contextlib.suppress(threading.BrokenBarrierError):
+                all_are_there.wait()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(noise_png())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    load = workload(Closed(4, requests=8), duration_s=3600, patience_s=60)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http, ThreadPoolExecutor() as pool:
+        pool.submit(http.serve_forever)
+        try:
+            recording, _ = generate(load, Target("image-http", f"http://127.0.0.1:{http.server_port}"), workers=2)
+        finally:
+            http.shutdown()
+    assert outcomes(recording) == {OK: 8}
+
+
+def test_users_begin_one_after_another() -> None:
+    load = workload(Closed(4, requests=4, ramp_s=4), duration_s=3600, patience_s=1)
+    with stub("--stall", "4") as (grpc, _):
+        recording, _ = generate(load, Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"timeout": 4}
+    assert max(record.sent_s for record in recording.records) > 2
+
+
+def test_what_is_sent_beside_a_block_ends_with_it() -> None:
+    load = workload(Closed(2), duration_s=3600)
+    with server(200, "image/png", noise_png()) as (url, came):
+        with generating(load, Target("image-http", url)):
+            _wait_for(lambda: len(came) > 4)
+        assert not _locusts()
+
+
+def test_a_block_may_end_before_anything_was_sent() -> None:
+    with generating(workload(Closed(1)), Target("triton-grpc", "localhost:1")):
+        [locust] = _locusts()
+    assert not locust.is_running()
+
+
+def test_a_failure_beside_a_block_is_told() -> None:
+    load = workload(Closed(1, requests=1), duration_s=3600)
+    with (
+        stub("--error", "[queue_full] full") as (grpc, _),
+        pytest.raises(
+            RequestsFailed, match=r"Of 1 requests 1 failed and 0 were not sent. The first one: queue_full: full"
+        ),
+        generating(load, Target("triton-grpc", grpc)),
+    ):
+        [locust] = _locusts()
+        _wait_for(lambda: not locust.is_running() or locust.status() == psutil.STATUS_ZOMBIE)
+
+
+def _locusts() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "locust" in " ".join(child.cmdline())]
 
 
 def test_the_servers_error_is_told_by_its_code() -> None:
@@ -138,7 +215,7 @@ def test_no_process_is_left_and_a_failure_says_why() -> None:
     load = workload(Constant(load=0.5))
     with pytest.raises(GeneratorFailed, match="--capacity-per-s"):
         generate(load, Target("triton-grpc", "localhost:1"))
-    assert not [child for child in psutil.Process().children(recursive=True) if "locust" in " ".join(child.cmdline())]
+    assert not _locusts()
 
 
 def locust(folder: Path, load: Workload, *options: str) -> list[str]:

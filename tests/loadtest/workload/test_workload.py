@@ -133,6 +133,15 @@ def test_the_mixture_has_the_shares_it_says() -> None:
     assert all(request.fields["steps"] == 50 and 1 <= request.cancel_after_s <= 2 for request in cancelled)
 
 
+def test_a_short_run_has_the_mixture_too() -> None:
+    parts = tuple(Requests(weight=weight, steps=steps) for steps, weight in ((10, 1), (20, 1), (30, 1), (40, 1)))
+    workload = Workload("A test.", Closed(1), parts)
+    steps = [plan(workload, number).fields["steps"] for number in range(400)]
+    blocks = [tuple(steps[first : first + 4]) for first in range(0, 400, 4)]
+    assert all(sorted(block) == [10, 20, 30, 40] for block in blocks)
+    assert len(set(blocks)) == 24
+
+
 def test_rows_and_words_follow_from_what_is_asked() -> None:
     workload = Workload(
         "A test.", Closed(1), (Requests(steps=8, num_images=4, guidance_scale=1, width=64, height=128),)
