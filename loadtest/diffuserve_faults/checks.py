@@ -38,7 +38,7 @@ class Snapshot:
     pools_bytes: int
 
 
-def processes_of(server: TritonServer) -> dict[str, Any]:
+def processes_by_name(server: TritonServer) -> dict[str, Any]:
     """psutil's processes: `tritonserver`, and each model's by its name."""
     import psutil
 
@@ -53,7 +53,7 @@ def processes_of(server: TritonServer) -> dict[str, Any]:
 
 def take_snapshot(server: TritonServer) -> Snapshot:
     """Raises psutil's error if a process ends meanwhile."""
-    processes = processes_of(server)
+    processes = processes_by_name(server)
     return Snapshot(
         {name: process.num_fds() for name, process in processes.items()},
         {name: _resident_bytes(process.pid) for name, process in processes.items()},

@@ -9,7 +9,7 @@ import time
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
-from diffuserve_faults.checks import processes_of
+from diffuserve_faults.checks import processes_by_name
 
 _KILLS = 3
 _ANSWERS_BETWEEN = 12
@@ -70,7 +70,7 @@ def _background(trial: Trial) -> Background:
 
 
 def _kill_model(trial: Trial, model: str) -> None:
-    processes_of(trial.server)[model].kill()
+    processes_by_name(trial.server)[model].kill()
     trial.warm = None  # the process that takes its place is cold
 
 

@@ -19,6 +19,7 @@ class Proxy:
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._open = True
+        self._lock = threading.Lock()  # no connection begins while they are reset
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> Proxy:
@@ -35,7 +36,8 @@ class Proxy:
 
     def reset(self) -> None:
         """Takes no more connections and resets those there are, to both sides."""
-        self._open = False
+        with self._lock:
+            self._open = False
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
@@ -56,9 +58,14 @@ class Proxy:
             while True:
                 here, _ = self._listener.accept()
                 there = socket.create_connection(self._to)
-                self._sockets += [here, there]
-                self._start(self._pump, here, there)
-                self._start(self._pump, there, here)
+                with self._lock:
+                    if not self._open:
+                        reset(here)
+                        reset(there)
+                        return
+                    self._sockets += [here, there]
+                    self._start(self._pump, here, there)
+                    self._start(self._pump, there, here)
 
     @staticmethod
     def _pump(source: socket.socket, target: socket.socket) -> None:
