@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +12,7 @@ from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
 from diffuserve_loadtest.sending.generator import generate
 from diffuserve_loadtest.sending.records import OK, counted_of
 from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.server.stub import stub
 from diffuserve_loadtest.workload.arrivals import Constant
 from diffuserve_loadtest.workload.workload import Requests, Workload
 
@@ -95,19 +92,6 @@ def _measure(protocol: Protocol, delay_s: float, rate_per_s: float, seconds: flo
         "cpu_ms": 1000 * cpu_s / len(recording.records),
         "kept_up": kept_up,
     }
-
-
-@contextmanager
-def stub(*options: str) -> Iterator[tuple[str, str]]:
-    """A stub in a process of its own: its address for gRPC, and that for HTTP."""
-    arguments = [sys.executable, "-m", "diffuserve_loadtest.server.stub", *options]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None  # noqa: S101 - for the type checker
-        try:
-            grpc, http = process.stdout.readline().split()
-            yield grpc, http
-        finally:
-            process.kill()
 
 
 def _children_cpu_s() -> float:

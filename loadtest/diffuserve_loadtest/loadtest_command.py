@@ -131,7 +131,7 @@ def run(
     """Runs WORKLOAD. Exit codes: 0 all is well, 1 it could not run, 2 the SLO was broken, 3 the generator could not keep up, so
     that the figures are not the server's."""
     from diffuserve_loadtest.engine_bound import engine_bound_per_s
-    from diffuserve_loadtest.report.page import publish
+    from diffuserve_loadtest.report.page import publish_run
     from diffuserve_loadtest.report.slo import slo_from_text
     from diffuserve_loadtest.run_workload import measure_capacity, run_workload
     from diffuserve_loadtest.workload.files import read_workload
@@ -163,7 +163,7 @@ def run(
                 engine_bound_per_s=bound_per_s,
                 workers=workers,
             )
-    publish(result, output, found)
+    publish_run(result, output, found)
     if not result.kept_up:
         sys.exit(_CANNOT_KEEP_UP)
     if (found is not None and found.rate_per_s is None) or (found is None and not result.slo_kept):
@@ -256,8 +256,7 @@ def _search(
 @click.option("--output", type=_PATH, default=Path("loadtest-results"), show_default=True)
 def compare(first: Path, second: Path, output: Path) -> None:
     """Prints the figures of two runs with their ratios, and plots the latencies over each other."""
-    from diffuserve_loadtest.report.compare import compare as compared
-    from diffuserve_loadtest.report.compare import read_for_comparison
+    from diffuserve_loadtest.report.compare import comparison_of, read_for_comparison
     from diffuserve_loadtest.report.report import publish
 
-    publish(compared(read_for_comparison(first), read_for_comparison(second), (first.stem, second.stem)), output)
+    publish(comparison_of(read_for_comparison(first), read_for_comparison(second), (first.stem, second.stem)), output)

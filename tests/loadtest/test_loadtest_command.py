@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ import pytest
 from diffuserve_loadtest.loadtest_command import command
 from diffuserve_loadtest.report.run import Run, read_run
 from diffuserve_loadtest.report.slo import slo_from_text
+from diffuserve_loadtest.server.stub import stub
 from diffuserve_loadtest.workload.files import read_workload, shipped_workloads
 
 _ROOT = Path(__file__).parents[2]
@@ -31,18 +31,6 @@ patience_s: 5
 max_in_flight: {max_in_flight}
 arrivals: {{process: constant, rate_per_s: 20}}
 """
-
-
-@contextmanager
-def _stub(*options: str) -> Iterator[str]:
-    """Its gRPC address."""
-    program = [sys.executable, "-m", "diffuserve_loadtest.server.stub", *options]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split()[0]
-        finally:
-            process.kill()
 
 
 def _loadtest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +45,7 @@ def _against(address: str, folder: Path, *options: str, max_in_flight: int = 100
 
 
 def test_a_promise_that_was_kept(tmp_path: Path) -> None:
-    with _stub() as address:
+    with stub() as (address, _):
         code, printed, run = _against(address, tmp_path, "--slo", "p50<2s,errors<1%")
     assert code == 0, printed
     assert run.measures.outcomes == {"ok": 30}
@@ -71,14 +59,14 @@ def test_a_promise_that_was_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_share_the_requests(tmp_path: Path) -> None:
-    with _stub() as address:
+    with stub() as (address, _):
         code, printed, run = _against(address, tmp_path, "--workers", "2")
     assert code == 0, printed
     assert run.measures.outcomes == {"ok": 30}
 
 
 def test_a_promise_that_was_broken(tmp_path: Path) -> None:
-    with _stub("--error", "[queue_full retry_after_s=1] 3 requests are waiting") as address:
+    with stub("--error", "[queue_full retry_after_s=1] 3 requests are waiting") as (address, _):
         code, printed, run = _against(address, tmp_path, "--slo", "errors<1%")
     assert code == 2, printed
     assert run.measures.refused == 1.0
@@ -88,7 +76,7 @@ def test_a_promise_that_was_broken(tmp_path: Path) -> None:
 
 
 def test_a_generator_that_could_not_keep_up(tmp_path: Path) -> None:
-    with _stub("--delay-s", "1") as address:
+    with stub("--delay-s", "1") as (address, _):
         code, printed, run = _against(address, tmp_path, "--slo", "errors<1%", max_in_flight=2)
     assert code == 3, printed
     assert not run.kept_up
@@ -102,7 +90,7 @@ def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) ->
     (tmp_path / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=100))
     program = [Path(sys.executable).with_name("diffuserve"), "loadtest", "few.yaml", "--duration", "60"]
     with (
-        _stub() as address,
+        stub() as (address, _),
         subprocess.Popen([*program, "--url", address], cwd=tmp_path, stderr=subprocess.PIPE) as process,
     ):
         try:

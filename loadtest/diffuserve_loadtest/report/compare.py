@@ -16,7 +16,7 @@ from diffuserve_loadtest.workload.workload import Workload
 _LOWER_IS_BETTER = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
 
 
-def compare(first: Run, second: Run, names: tuple[str, str]) -> Report:
+def comparison_of(first: Run, second: Run, names: tuple[str, str]) -> Report:
     """A table with ratios, second over first, and the latency distributions over each other."""
     rows = [
         _row("answered, requests/s", first.measures.throughput_per_s, second.measures.throughput_per_s),

@@ -17,7 +17,7 @@ from diffuserve_loadtest.sending.records import OK
 from diffuserve_loadtest.workload.files import to_yaml
 
 
-def publish(run: Run, folder: Path, found: Found | None = None) -> None:
+def publish_run(run: Run, folder: Path, found: Found | None = None) -> None:
     """Prints the summary and writes NAME.json and NAME.html."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in figures_of(run).items():

@@ -12,8 +12,11 @@ import base64
 import io
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -34,6 +37,19 @@ def noise_png(side_px: int = _SIDE_PX) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "png", compress_level=1)
     return stream.getvalue()
+
+
+@contextmanager
+def stub(*options: str) -> Iterator[tuple[str, str]]:
+    """The stub in a process of its own: its address for gRPC, and that for HTTP."""
+    arguments = [sys.executable, "-m", "diffuserve_loadtest.server.stub", *options]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None  # noqa: S101 - for the type checker
+        try:
+            grpc, http = process.stdout.readline().split()
+            yield grpc, http
+        finally:
+            process.kill()
 
 
 @click.command()

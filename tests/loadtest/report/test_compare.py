@@ -6,7 +6,7 @@ import click
 import msgspec
 import pytest
 
-from diffuserve_loadtest.report.compare import compare, differences, read_for_comparison
+from diffuserve_loadtest.report.compare import comparison_of, differences, read_for_comparison
 from diffuserve_loadtest.report.report import publish
 from diffuserve_loadtest.report.run import Run, write_run
 from tests.loadtest.synthetic import record, run, sample
@@ -18,7 +18,7 @@ def _run(latency_s: float, resident_bytes: int = 2**20) -> Run:
 
 def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    report = compare(_run(2.0), _run(1.0, 3 * 2**20), ("before", "after"))
+    report = comparison_of(_run(2.0), _run(1.0, 3 * 2**20), ("before", "after"))
     rows = {row[0]: row[1:] for row in report.tables[0].rows}
     assert rows["latency p95, s"] == ("2", "1", "0.50")
     assert rows["answered, requests/s"] == ("0.5", "0.5", "1.00")
@@ -45,7 +45,7 @@ def test_what_makes_a_comparison_doubtful_is_said() -> None:
         "the workloads differ in seed.",
         "the generator of the second run could not keep up.",
     ]
-    assert compare(first, second, ("a", "b")).remarks[1] == "Warning: the workloads differ in seed."
+    assert comparison_of(first, second, ("a", "b")).remarks[1] == "Warning: the workloads differ in seed."
 
 
 def test_a_comparison_of_something_else(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from diffuserve_loadtest.report.charts import batch_sizes, charts_of
 from diffuserve_loadtest.report.found import Found, Try
-from diffuserve_loadtest.report.page import html, publish
+from diffuserve_loadtest.report.page import html, publish_run
 from diffuserve_loadtest.report.run import Run, read_run, write_run
 from diffuserve_loadtest.workload.arrivals import Poisson
 from tests.loadtest.synthetic import record, run, sample
@@ -125,7 +125,7 @@ def test_json_holds_the_whole_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    publish(made_up(), tmp_path / "results", Found(None, [Try(0.5, False, {}, 0.0)]))
+    publish_run(made_up(), tmp_path / "results", Found(None, [Try(0.5, False, {}, 0.0)]))
     printed = capsys.readouterr().out
     assert re.search(r"p95<2s +2\.\d+ s: BROKEN\nerrors<5% +1\.10%: kept", printed)
     assert re.search(r"queue_full +1: <script>", printed)

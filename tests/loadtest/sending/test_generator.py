@@ -21,12 +21,11 @@ import psutil
 import pytest
 
 from diffuserve.serving.process import free_ports
-from diffuserve_bench.generator_alone import stub
 from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate, generating
 from diffuserve_loadtest.sending.lateness import shortfall
 from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, RequestsFailed, read_recording
 from diffuserve_loadtest.sending.target import Protocol, Target
-from diffuserve_loadtest.server.stub import noise_png
+from diffuserve_loadtest.server.stub import noise_png, stub
 from diffuserve_loadtest.workload.arrivals import Arrivals, Bursts, Closed, Constant, Replay
 from diffuserve_loadtest.workload.due_times import due_times
 from diffuserve_loadtest.workload.files import to_yaml
@@ -119,7 +118,7 @@ def test_several_processes_share_the_users_of_a_closed_loop() -> None:
 
 
 def test_users_begin_one_after_another() -> None:
-    load = workload(Closed(4, requests=4, ramp_s=4), duration_s=3600, patience_s=1)
+    load = workload(Closed(4, requests=4, ramp_s=4), duration_s=3600, patience_s=8)
     with stub("--stall", "4") as (grpc, _):
         recording, _ = generate(load, Target("triton-grpc", grpc))
     assert outcomes(recording) == {"timeout": 4}
