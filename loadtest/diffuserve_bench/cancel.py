@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
+import bisect
 import statistics
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from diffuserve.bundle import ModelSpec, read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
 from diffuserve_bench.cancellation import Cancellations, Freed, cancel_under_load
-from diffuserve_bench.closed_loop import completions
-from diffuserve_bench.mixture import Kind, sizes_of
-from diffuserve_client import AsyncClient
+from diffuserve_bench.mixture import closed, kind_of, sizes_of
 from diffuserve_loadtest.report.report import Plot, Report, Table
-from diffuserve_loadtest.server.memory import resident_bytes
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import all_answered
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.server.watch import Watch
 
 _PROMPTS = 16  # few, so that the cache of embeddings is full before the first sample
-_SAMPLES = 40
 _SHORT_STEPS = 2
 
 
@@ -40,41 +40,48 @@ def measure_cancel(bundle: Path, repository: Path, *, cancels: int, requests: in
     in_flight = in_flight or max(1, int(read_parameters(repository)["max_rows"]) // 2)
     with TritonServer(repository, Address.on_free_ports()) as server:
         cancelled = cancel_under_load(server, model, cancels=cancels, in_flight=in_flight)
-        samples = asyncio.run(_watch_memory(server, model, requests, in_flight))
+        samples = _watch_memory(server, model, requests, in_flight)
     within = sum(freed.steps <= 1 for freed in cancelled.freed)
     return Report(
         "cancel",
         {"bundle": str(bundle), "cancels": cancels, "requests": requests, "in_flight": in_flight},
-        {"cancellations": asdict(cancelled), "freed_within_one_step": within, "resident_bytes": samples},
+        {
+            "cancellations": asdict(cancelled),
+            "freed_within_one_step": within,
+            "resident_bytes": [asdict(sample) for sample in samples],
+        },
         [_freed_table(cancelled.freed), _memory_table(samples, requests)],
         [
             f"Rows free within one step: {within} of {len(cancelled.freed)}",
             _leaks(cancelled),
         ],
-        {"memory": _plot(samples, requests)},
+        {"memory": _plot(samples)},
     )
 
 
-async def _watch_memory(server: TritonServer, model: ModelSpec, requests: int, in_flight: int) -> list[dict[str, int]]:
-    """Resident bytes by process, `_SAMPLES` times over the requests, after a warm-up."""
-    width, height = sizes_of(model)[1]
-    kind = Kind(_SHORT_STEPS, True, width, height)
+@dataclass(frozen=True)
+class MemorySample:
+    """Resident bytes by process, when so many requests had been answered."""
 
-    def fields() -> Iterator[dict[str, Any]]:
-        for number in itertools.count():
-            yield {**kind.fields(number), "prompt": f"an apple, number {number % _PROMPTS}"}
+    answered: int
+    resident_bytes: dict[str, int]
 
-    endless = fields()
+
+def _watch_memory(server: TritonServer, model: ModelSpec, requests: int, in_flight: int) -> list[MemorySample]:
+    """A look every second, after a warm-up."""
+    kind = kind_of(_SHORT_STEPS, sizes_of(model)[1])
+    known = msgspec.structs.replace(kind, prompt=tuple(f"an apple, number {number}" for number in range(_PROMPTS)))
+    warm_up = max(4 * _PROMPTS, requests // 20)
+    with Watch(None, server.pid) as watch:
+        recording, _ = generate(
+            closed([known], in_flight, warm_up + requests), Target("triton-grpc", server.address.grpc)
+        )
+    done_s = sorted(record.done_s for record in all_answered(recording))
     samples = []
-    async with AsyncClient(server.address.grpc) as client:
-
-        def answer(fields: dict[str, Any]) -> Awaitable[object]:
-            return client.generate(**fields)
-
-        await completions(answer, endless, in_flight=in_flight, count=max(_PROMPTS, requests // 20))
-        for _ in range(_SAMPLES):
-            await completions(answer, endless, in_flight=in_flight, count=max(1, requests // _SAMPLES))
-            samples.append(resident_bytes(server.pid))
+    for look in watch.samples:
+        answered = bisect.bisect_right(done_s, look.at_s - recording.started_at) - warm_up
+        if answered >= 0:
+            samples.append(MemorySample(answered, {name: each.resident_bytes for name, each in look.processes.items()}))
     return samples
 
 
@@ -94,25 +101,25 @@ def _freed_table(freed: Sequence[Freed]) -> Table:
     )
 
 
-def _memory_table(samples: Sequence[dict[str, int]], requests: int) -> Table:
+def _memory_table(samples: Sequence[MemorySample], requests: int) -> Table:
     rows = []
-    for name in sorted(samples[-1]):
-        first, last = quarters([sample[name] / 2**20 for sample in samples if name in sample])
+    for name in sorted(samples[-1].resident_bytes):
+        first, last = quarters([y for _, y in _line(samples, name)])
         rows.append((name, f"{first:.1f}", f"{last:.1f}", f"{last - first:+.1f}"))
     title = f"Resident memory over {requests} requests of {_SHORT_STEPS} steps, MiB"
     return Table(title, ("process", "first quarter", "last quarter", "difference"), rows)
 
 
-def _plot(samples: Sequence[dict[str, int]], requests: int) -> Plot:
-    lines = {
-        name: [
-            ((index + 1) * requests / len(samples), sample[name] / 2**20)
-            for index, sample in enumerate(samples)
-            if name in sample
-        ]
-        for name in sorted(samples[-1])
-    }
+def _plot(samples: Sequence[MemorySample]) -> Plot:
+    lines = {name: _line(samples, name) for name in sorted(samples[-1].resident_bytes)}
     return Plot(lines, "requests answered", "resident memory, MiB")
+
+
+def _line(samples: Sequence[MemorySample], name: str) -> list[tuple[float, float]]:
+    """Requests answered, and MiB of a process."""
+    return [
+        (sample.answered, sample.resident_bytes[name] / 2**20) for sample in samples if name in sample.resident_bytes
+    ]
 
 
 def _leaks(cancelled: Cancellations) -> str:

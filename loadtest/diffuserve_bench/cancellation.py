@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from diffuserve.bundle import ModelSpec
 from diffuserve.triton.launcher import TritonServer
-from diffuserve_bench.closed_loop import standing_load
-from diffuserve_bench.mixture import Kind, sizes_of
+from diffuserve_bench.mixture import closed, kind_of, sizes_of
+from diffuserve_bench.standing_load import standing_load
 from diffuserve_client import AsyncClient, Progress
 from diffuserve_loadtest.server.metrics import read_metrics
+from diffuserve_loadtest.workload.plan import plan
 
 _IMAGES = 4
 _STEPS = 20
@@ -54,18 +56,16 @@ def cancel_under_load(server: TritonServer, model: ModelSpec, *, cancels: int, i
 
 async def _cancel_under_load(server: TritonServer, model: ModelSpec, cancels: int, in_flight: int) -> Cancellations:
     choose = random.Random(0)  # noqa: S311 - a load, no secret
-    width, height = sizes_of(model)[1]  # the smaller one: what is shown does not depend on the size
-    standing = Kind(_STANDING_STEPS, True, width, height)
-    victim = Kind(_STEPS, True, width, height)
+    size = sizes_of(model)[1]  # the smaller one: what is shown does not depend on the size
+    standing = closed([kind_of(_STANDING_STEPS, size)], in_flight)
+    victims = closed([msgspec.structs.replace(kind_of(_STEPS, size), num_images=_IMAGES)], 1, seed=2)
+    standing_rows = plan(standing, 0).rows * in_flight
     freed = []
-    async with AsyncClient(server.address.grpc) as client:
-        requests = (standing.fields(10**6 + number) for number in itertools.count())
-        async with standing_load(client, requests, in_flight=in_flight):
+    with standing_load(server, standing):
+        async with AsyncClient(server.address.grpc) as client:
             for number in range(cancels):
-                fields = {**victim.fields(number), "num_images": _IMAGES}
-                freed.append(
-                    await _cancel_one(server, client, fields, choose.randint(1, _STEPS // 2), standing.rows * in_flight)
-                )
+                fields, after_step = plan(victims, number).fields, choose.randint(1, _STEPS // 2)
+                freed.append(await _cancel_one(server, client, fields, after_step, standing_rows))
     return Cancellations(freed, *await _leaked(server))
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from pathlib import Path
+
+import msgspec
 
 from diffuserve.bundle import read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
-from diffuserve_bench.closed_loop import saturation
-from diffuserve_bench.mixture import Kind
+from diffuserve_bench.mixture import closed, kind_of
 from diffuserve_loadtest.report.report import Plot, Report, Table
+from diffuserve_loadtest.report.summary import throughput
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import all_answered
+from diffuserve_loadtest.sending.target import Target
 from diffuserve_loadtest.server.metrics import read_metrics
 from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
 
@@ -30,12 +34,10 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
     model = read_manifest(bundle).model
     max_rows = int(read_parameters(repository)["max_rows"])
     in_flight = in_flight or max_rows
-    kind = Kind(steps, True, model.width, model.height)
-    requests = (kind.fields(number) for number in itertools.count())
     rates, measurements = [], [measure_stages(bundle)]
     with TritonServer(repository, Address.on_free_ports()) as server:
-        for _ in range(rounds):
-            rates.append(saturation(server, requests, in_flight=in_flight, warm_up=in_flight, count=2 * in_flight))
+        for number in range(rounds):
+            rates.append(_saturation_per_s(server, steps, (model.width, model.height), in_flight, number))
             measurements.append(measure_stages(bundle))
         metrics = read_metrics(server.address.metrics)
     served, seconds = statistics.fmean(rates), mean_of(measurements)
@@ -69,6 +71,17 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
         ],
         {"throughput": _plot(seconds, served, steps, max_rows)},
     )
+
+
+def _saturation_per_s(server: TritonServer, steps: int, size: tuple[int, int], in_flight: int, number: int) -> float:
+    """Images a second while there is always one more, so that of four rounds of requests the last answers do not count."""
+    kind = kind_of(steps, size)
+    fresh = msgspec.structs.replace(
+        kind, prompt=f"{kind.prompt} of round {number}"
+    )  # no text is known from the last round
+    recording, _ = generate(closed([fresh], in_flight, 4 * in_flight), Target("triton-grpc", server.address.grpc))
+    done_s = sorted(record.done_s for record in all_answered(recording))
+    return throughput(done_s[: 3 * in_flight], in_flight)
 
 
 def _plot(seconds: StageSeconds, served: float, steps: int, max_rows: int) -> Plot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,24 +15,22 @@ from diffuserve.bundle import read_manifest
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
 from diffuserve_bench.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_bench.mixture import (
-    STEPS,
-    Arrival,
-    Kind,
-    best_mixture_per_s,
-    kinds_of,
-    poisson_arrivals,
-    shuffled_forever,
-    sizes_of,
-)
-from diffuserve_bench.open_loop import Answered, answer_all
+from diffuserve_bench.mixture import STEPS, backlog, kinds_of, one_of_each, poisson, sizes_of
 from diffuserve_client import Client
+from diffuserve_loadtest.engine_bound import bound_per_s
 from diffuserve_loadtest.report.report import Plot, Report, Table
 from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
+from diffuserve_loadtest.sending.generator import generate
+from diffuserve_loadtest.sending.records import Record, all_answered
+from diffuserve_loadtest.sending.target import Target
 from diffuserve_loadtest.server.repositories import repository_with
 from diffuserve_loadtest.stage_seconds import mean_of, measure_stages
+from diffuserve_loadtest.workload.plan import PlannedRequest
+from diffuserve_loadtest.workload.workload import Workload
 
 _SEED = 1
+# Far from those of the loads, so that no text is known yet.
+_WARM_UP_BLOCK, _ALONE_BLOCKS = 10**6, (10**6 + 1, 10**6 + 2)
 
 
 @dataclass(frozen=True)
@@ -71,28 +69,20 @@ def measure_mixed(
     kinds = kinds_of(model)
     max_rows = int(read_parameters(repository)["max_rows"])
     before = {size: measure_stages(bundle, size) for size in sizes_of(model)}
-    backlog = [
-        Arrival(0.0, kind, number)
-        for number, kind in enumerate(itertools.islice(shuffled_forever(kinds, _SEED), saturation_requests))
-    ]
+    all_at_once = backlog(kinds, saturation_requests, _SEED)
     saturations: dict[str, float] = {}
     points: list[Point] = []
-    alone_s: Mapping[Kind, float] = {}
+    alone_s: Mapping[str, float] = {}
     for contender in (REQUEST, NONE, *inflight_under(policies)):  # the first is what the loads are measured by
         with _served(repository, contender) as server:
-            _warm_up(server, kinds)
-            alone_s = alone_s or _alone_s(server, kinds)
-            saturations[contender.name] = answer_all(server, backlog).throughput_per_s
+            _warm_up(server, all_at_once)
+            alone_s = alone_s or _alone_s(server, all_at_once)
+            saturations[contender.name] = _throughput_per_s(_answers(server, all_at_once))
             for load in loads:
-                arrivals = poisson_arrivals(kinds, load * saturations[REQUEST.name], requests, _SEED)
-                answered = answer_all(server, arrivals)
-                slowdowns = [
-                    latency_s / alone_s[arrival.kind]
-                    for latency_s, arrival in zip(answered.latency_s, arrivals, strict=True)
-                ]
-                points.append(_point(contender, load, answered, slowdowns))
+                workload = poisson(kinds, load * saturations[REQUEST.name], requests, _SEED)
+                points.append(_point(contender, load, _answers(server, workload), alone_s))
     seconds = {size: mean_of([stages, measure_stages(bundle, size)]) for size, stages in before.items()}
-    best_per_s = best_mixture_per_s(kinds, seconds, max_rows)
+    best_per_s = bound_per_s(all_at_once, model, seconds, max_rows)
     return Report(
         "mixed",
         {
@@ -101,13 +91,15 @@ def measure_mixed(
             "requests": requests,
             "saturation_requests": saturation_requests,
             "max_rows": max_rows,
-            "kinds": [asdict(kind) for kind in kinds],
+            "kinds": [_to_json(request) for request in one_of_each(all_at_once)],
         },
         {
             "engines_allow_per_s": best_per_s,
             "engines": {f"{width} x {height}": stages.to_json() for (width, height), stages in seconds.items()},
             "saturation_per_s": saturations,
-            "alone_s": [{**asdict(kind), "seconds": seconds} for kind, seconds in alone_s.items()],
+            "alone_s": [
+                {**_to_json(request), "seconds": alone_s[request.kind]} for request in one_of_each(all_at_once)
+            ],
             "points": [asdict(point) for point in points],
         },
         [_saturation_table(saturations, best_per_s), _points_table(points)],
@@ -125,31 +117,46 @@ def _served(repository: Path, contender: Contender) -> Iterator[TritonServer]:
             yield server
 
 
-def _warm_up(server: TritonServer, kinds: Sequence[Kind]) -> None:
+def _warm_up(server: TritonServer, workload: Workload) -> None:
     """A request of each size, guided and not."""
     with Client(server.address.grpc) as client:
-        for number, kind in enumerate(kinds):
-            if kind.steps == min(STEPS):
-                client.generate(**kind.fields(10**6 + number))
+        for request in one_of_each(workload, block=_WARM_UP_BLOCK):
+            if request.fields["steps"] == min(STEPS):
+                client.generate(**request.fields)
 
 
-def _alone_s(server: TritonServer, kinds: Sequence[Kind]) -> dict[Kind, float]:
+def _alone_s(server: TritonServer, workload: Workload) -> dict[str, float]:
     """Seconds of each kind on an idle server, the fastest of two."""
-    seconds = {}
+    seconds: dict[str, float] = {}
     with Client(server.address.grpc) as client:
-        for number, kind in enumerate(kinds):
-            times_s = []
-            for again in range(2):
+        for block in _ALONE_BLOCKS:
+            for request in one_of_each(workload, block):
                 started_s = time.perf_counter()
-                client.generate(**kind.fields(2 * 10**6 + 2 * number + again))
-                times_s.append(time.perf_counter() - started_s)
-            seconds[kind] = min(times_s)
+                client.generate(**request.fields)
+                seconds[request.kind] = min(seconds.get(request.kind, math.inf), time.perf_counter() - started_s)
     return seconds
 
 
-def _point(contender: Contender, load: float, answered: Answered, slowdowns: Sequence[float]) -> Point:
-    latency_s = summarise(answered.latency_s)
-    return Point(contender.name, load, latency_s, summarise(slowdowns), answered.throughput_per_s, answered.late)
+def _answers(server: TritonServer, workload: Workload) -> Sequence[Record]:
+    return all_answered(generate(workload, Target("triton-grpc", server.address.grpc))[0])
+
+
+def _throughput_per_s(answers: Sequence[Record]) -> float:
+    """To the last answer."""
+    return len(answers) / max(record.done_s for record in answers)
+
+
+def _point(contender: Contender, load: float, answers: Sequence[Record], alone_s: Mapping[str, float]) -> Point:
+    latency_s = summarise([record.latency_s for record in answers])
+    slowdown = summarise([record.latency_s / alone_s[record.kind] for record in answers])
+    late = sum(record.late for record in answers)
+    return Point(contender.name, load, latency_s, slowdown, _throughput_per_s(answers), late)
+
+
+def _to_json(request: PlannedRequest) -> dict[str, Any]:
+    """Its kind."""
+    width, height = request.size
+    return {"steps": request.fields["steps"], "guided": request.rows > 1, "width": width, "height": height}
 
 
 def _saturation_table(saturations: Mapping[str, float], best_per_s: float) -> Table:

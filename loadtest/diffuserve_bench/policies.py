@@ -22,12 +22,13 @@ from diffuserve.request import Limits
 from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Conditioning, Float32
 from diffuserve_bench.contenders import NONE, REQUEST, Contender, inflight_under
-from diffuserve_bench.loop_load import job_of
-from diffuserve_bench.mixture import Arrival, Kind, kinds_of, poisson_arrivals
-from diffuserve_bench.open_loop import answered
+from diffuserve_bench.in_process import Answered, job_of, open_loop
+from diffuserve_bench.mixture import backlog, kinds_of, one_of_each, poisson
 from diffuserve_bench.virtual_time import run_in_virtual_time
 from diffuserve_loadtest.report.report import Plot, Report, Table
 from diffuserve_loadtest.report.summary import HEADER, Summary, summarise
+from diffuserve_loadtest.workload.plan import PlannedRequest
+from diffuserve_loadtest.workload.workload import Workload
 
 _TEXT = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
 
@@ -57,37 +58,44 @@ class Simulation:
             )
         self.costs = CallCosts(manifest.unet_seconds)
         self.kinds = kinds_of(manifest.model)
+        self.one_of_each = one_of_each(backlog(self.kinds, len(self.kinds), seed=0))
         self._schedule = NoiseSchedule.from_config(manifest.scheduler)
         self._native_px = manifest.model.width * manifest.model.height
-        self._sizes = sorted({kind.size for kind in self.kinds})
+        self._sizes = sorted({self.size(request) for request in self.one_of_each})
 
     def area(self, size: tuple[int, int]) -> float:
         return size[0] * size[1] / self._native_px
 
-    def alone_s(self, kind: Kind) -> float:
-        return kind.steps * self.costs.seconds(kind.rows) * self.area(kind.size)
+    def size(self, request: PlannedRequest) -> tuple[int, int]:
+        return request.fields["width"], request.fields["height"]
+
+    def alone_s(self, request: PlannedRequest) -> float:
+        steps: int = request.fields["steps"]
+        return steps * self.costs.seconds(request.rows) * self.area(self.size(request))
 
     @property
     def capacity_per_s(self) -> float:
         """Requests of the mixture a second, if every row ran in the cheapest batch."""
         row_s = min(self.costs.seconds(rows) / rows for rows in range(1, self.max_rows + 1))
-        return 1 / statistics.mean(kind.steps * kind.rows * row_s * self.area(kind.size) for kind in self.kinds)
+        return 1 / statistics.mean(
+            request.unet_rows * row_s * self.area(self.size(request)) for request in self.one_of_each
+        )
 
-    def latencies_s(self, contender: Contender, arrivals: Sequence[Arrival]) -> list[float]:
+    def run(self, contender: Contender, workload: Workload) -> Answered:
         """What each request waits from its arrival to its last step, in virtual time."""
-        return run_in_virtual_time(self._run(contender, arrivals))
+        return run_in_virtual_time(self._run(contender, workload))
 
-    async def _run(self, contender: Contender, arrivals: Sequence[Arrival]) -> list[float]:
+    async def _run(self, contender: Contender, workload: Workload) -> Answered:
         now_s = asyncio.get_running_loop().time
         selection = contender.selection(self.max_rows, self.costs)
         loop = InflightLoop(self._denoise, selection, max_active_images=self.max_active_images, clock=now_s)
 
-        def answer(arrival: Arrival) -> Awaitable[object]:
+        def answer(request: PlannedRequest) -> Awaitable[object]:
             # A size is told by the width of a latent of one row.
-            shape = (1, 1, self._sizes.index(arrival.kind.size) + 1)
-            return loop.denoise(job_of(arrival.kind, arrival.seed, self._schedule, shape, _TEXT, now_s()))
+            shape = (1, 1, self._sizes.index(self.size(request)) + 1)
+            return loop.denoise(job_of(request, self._schedule, shape, _TEXT, now_s()))
 
-        return (await answered(arrivals, answer, now_s)).latency_s
+        return await open_loop(workload, answer, now_s)
 
     async def _denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
         size = self._sizes[sample.shape[-1] - 1]
@@ -120,10 +128,13 @@ def _outcome(simulation: Simulation, contender: Contender, utilisation: float, r
     latencies_s: list[float] = []
     slowdowns: list[float] = []
     for seed in range(seeds):
-        arrivals = poisson_arrivals(simulation.kinds, utilisation * simulation.capacity_per_s, requests, seed)
-        for arrival, latency_s in zip(arrivals, simulation.latencies_s(contender, arrivals), strict=True):
-            latencies_s.append(latency_s)
-            slowdowns.append(latency_s / simulation.alone_s(arrival.kind))
+        workload = poisson(simulation.kinds, utilisation * simulation.capacity_per_s, requests, seed)
+        answered = simulation.run(contender, workload)
+        latencies_s += answered.latency_s
+        slowdowns += [
+            latency_s / simulation.alone_s(request)
+            for request, latency_s in zip(answered.requests, answered.latency_s, strict=True)
+        ]
     return Outcome(contender.name, utilisation, summarise(latencies_s), summarise(slowdowns))
 
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
+import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from diffuserve.bundle import read_manifest
 from diffuserve.costs import CallCosts
 from diffuserve.triton.address import Address
 from diffuserve.triton.launcher import TritonServer, read_parameters
-from diffuserve_bench.closed_loop import standing_load
-from diffuserve_bench.mixture import Kind
-from diffuserve_client import AsyncClient
+from diffuserve_bench.mixture import closed, kind_of
+from diffuserve_bench.standing_load import standing_load
+from diffuserve_client import Client
 from diffuserve_loadtest.report.report import Plot, Report, Table
 from diffuserve_loadtest.report.summary import HEADER, summarise
 from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of, measure_stages
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Workload
 
-_FILL_S = 5.0
+# So that no text of a short request is known from a long one's.
+_OTHER_TEXTS = 10**6
 
 
 def measure_short(
@@ -40,10 +41,14 @@ def measure_short(
     model = read_manifest(bundle).model
     max_rows = int(read_parameters(repository)["max_rows"])
     in_flight = in_flight or max_rows
-    short, long = (Kind(count, True, model.width, model.height) for count in (steps, long_steps))
+    size = (model.width, model.height)
     before = measure_stages(bundle)
+    # Long ones begin over the time that one takes, so that they end at any moment and not all at the same.
+    calls_a_step = math.ceil(2 * in_flight / max_rows)
+    long_s = long_steps * calls_a_step * CallCosts(before.unet).seconds(max_rows)
+    short, long = closed([kind_of(steps, size)], 1), closed([kind_of(long_steps, size)], in_flight, ramp_s=long_s)
     with TritonServer(repository, Address.on_free_ports()) as server:
-        latencies_s = asyncio.run(_latencies_s(server, short, long, requests, in_flight))
+        latencies_s = _latencies_s(server, short, long, requests)
     seconds = mean_of([before, measure_stages(bundle)])
     needed_s = needed(seconds, steps, max_rows)
     latency_s = summarise(latencies_s)
@@ -89,19 +94,14 @@ def needed(seconds: StageSeconds, steps: int, max_rows: int) -> float:
     return steps * CallCosts(seconds.unet).seconds(max_rows) + seconds.text_encoder[1] + seconds.vae_decoder[1]
 
 
-async def _latencies_s(server: TritonServer, short: Kind, long: Kind, requests: int, in_flight: int) -> list[float]:
+def _latencies_s(server: TritonServer, short: Workload, long: Workload, requests: int) -> list[float]:
     choose = random.Random(0)  # noqa: S311 - a load, no secret
-    # The first of them have fewer steps, so that long ones end at any moment and not all at the same.
-    steps = itertools.chain((choose.randint(1, long.steps) for _ in range(in_flight)), itertools.repeat(long.steps))
-    long_requests = (replace(long, steps=count).fields(10**6 + number) for number, count in enumerate(steps))
     latencies_s = []
-    async with AsyncClient(server.address.grpc) as client:
-        await client.generate(**short.fields(10**5))
-        async with standing_load(client, long_requests, in_flight=in_flight):
-            await asyncio.sleep(_FILL_S)
-            for number in range(requests):
-                await asyncio.sleep(choose.uniform(0, 1))
-                started_s = time.perf_counter()
-                await client.generate(**short.fields(number))
-                latencies_s.append(time.perf_counter() - started_s)
+    with standing_load(server, long), Client(server.address.grpc) as client:
+        for number in range(requests):
+            time.sleep(choose.uniform(0, 1))
+            fields = plan(short, _OTHER_TEXTS + number).fields
+            started_s = time.perf_counter()
+            client.generate(**fields)
+            latencies_s.append(time.perf_counter() - started_s)
     return latencies_s

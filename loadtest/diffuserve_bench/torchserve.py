@@ -26,7 +26,7 @@ from diffuserve_bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_client import Client
 from diffuserve_loadtest.report.report import Report, Table
 from diffuserve_loadtest.server.archives import archive_with_handler
-from diffuserve_loadtest.server.memory import proportional_bytes
+from diffuserve_loadtest.server.watch import processes_of
 
 
 def measure_torchserve(
@@ -57,7 +57,7 @@ def measure_torchserve(
                         round_s = _round_s(server, steps, in_flight)
                         if number:  # the first fills caches and allocates
                             seconds[kind].append(round_s)
-            worker_bytes = proportional_bytes(ours.pid)["worker"]
+            worker_bytes = processes_of(ours.pid)["worker"].proportional_bytes
             model = ours.archive.manifest.model
             settings = {name: ours.archive.config[name] for name in ("batchSize", "maxBatchDelay")}
     triton_bytes = _triton_bytes(repository, steps, in_flight)
@@ -150,4 +150,5 @@ def _triton_bytes(repository: Path, steps: int, in_flight: int) -> dict[str, int
                 range(in_flight),
             )
         )
-        return {name: size for name, size in proportional_bytes(server.pid).items() if name in names}
+        processes = processes_of(server.pid)
+        return {name: each.proportional_bytes for name, each in processes.items() if name in names}

@@ -7,9 +7,11 @@ import msgspec
 import pytest
 
 from diffuserve.request import Limits, request_from_fields
-from diffuserve_bench.mixture import kinds_of, poisson_arrivals, shuffled_forever, sizes_of
+from diffuserve_bench.mixture import backlog, kinds_of, one_of_each, poisson, sizes_of
 from diffuserve_bench.same import random_requests
 from diffuserve_loadtest.stage_seconds import random_sizes
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.plan import plan
 from tests.core.fakes import MODEL
 
 
@@ -22,31 +24,39 @@ def test_sizes_come_from_the_model() -> None:
 
 def test_arrivals_come_at_the_rate_with_all_kinds_alike() -> None:
     kinds = kinds_of(MODEL)
-    arrivals = poisson_arrivals(kinds, 4.0, 2000, seed=1)
-    assert len(arrivals) / arrivals[-1].at_s == pytest.approx(4.0, rel=0.1)
-    gaps_s = [later.at_s - earlier.at_s for earlier, later in itertools.pairwise(arrivals)]
+    workload = poisson(kinds, 4.0, 2000, seed=1)
+    times_s = list(due_times(workload))
+    assert len(times_s) == 2000
+    assert len(times_s) / times_s[-1] == pytest.approx(4.0, rel=0.1)
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)]
     assert min(gaps_s) >= 0
     # Of exponential gaps, 1 - 1/e are shorter than their mean.
     assert sum(gap_s < 0.25 for gap_s in gaps_s) / len(gaps_s) == pytest.approx(0.632, abs=0.04)
-    assert set(Counter(arrival.kind for arrival in arrivals).values()) == {2000 // len(kinds)}
+    counts = Counter(plan(workload, number).kind for number in range(2000))
+    assert list(counts.values()) == [2000 // len(kinds)] * len(kinds)
 
 
 def test_another_rate_brings_the_same_requests() -> None:
-    slow, fast = (poisson_arrivals(kinds_of(MODEL), rate_per_s, 30, seed=5) for rate_per_s in (1.0, 2.0))
-    assert [(one.kind, one.seed) for one in slow] == [(one.kind, one.seed) for one in fast]
-    assert [one.at_s for one in slow] == pytest.approx([2 * one.at_s for one in fast])
-    assert poisson_arrivals(kinds_of(MODEL), 1.0, 30, seed=5) == slow
-    assert poisson_arrivals(kinds_of(MODEL), 1.0, 30, seed=6) != slow
+    slow, fast = (poisson(kinds_of(MODEL), rate_per_s, 30, seed=5) for rate_per_s in (1.0, 2.0))
+    assert [plan(slow, number) for number in range(30)] == [plan(fast, number) for number in range(30)]
+    assert list(due_times(slow)) == pytest.approx([2 * at_s for at_s in due_times(fast)])
+    other = poisson(kinds_of(MODEL), 1.0, 30, seed=6)
+    assert list(due_times(other)) != list(due_times(slow))
+    assert [plan(other, number) for number in range(30)] != [plan(slow, number) for number in range(30)]
+
+
+def test_a_backlog_is_all_there_at_the_start() -> None:
+    assert list(due_times(backlog(kinds_of(MODEL), 70, seed=1))) == [0.0] * 70
 
 
 def test_every_request_is_one_that_the_server_takes() -> None:
     kinds = kinds_of(MODEL)
-    mixed = [kind.fields(0) for kind in itertools.islice(shuffled_forever(kinds, 0), len(kinds))]
-    assert len(mixed) == len({tuple(fields.items()) for fields in mixed})
-    for fields in (*mixed, *random_requests(MODEL, 50, seed=0)):
+    requests = one_of_each(backlog(kinds, len(kinds), seed=0))
+    assert len({request.kind for request in requests}) == len(kinds)
+    for fields in random_requests(MODEL, 50, seed=0):
         request_from_fields(fields, MODEL, Limits.for_model(MODEL))
-    checked = [request_from_fields(kind.fields(0), MODEL, Limits.for_model(MODEL)) for kind in kinds]
-    assert [request.rows for request in checked] == [kind.rows for kind in kinds]
+    checked = [request_from_fields(request.fields, MODEL, Limits.for_model(MODEL)) for request in requests]
+    assert [request.rows for request in checked] == [request.rows for request in requests]
 
 
 def test_random_sizes_never_repeat() -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from diffuserve.bundle import read_manifest
 from diffuserve_bench.contenders import NONE, Contender
-from diffuserve_bench.mixture import Arrival
+from diffuserve_bench.mixture import backlog, poisson
 from diffuserve_bench.policies import Simulation, measure_policies
 from tests.core.fakes import make_bundle
 
@@ -14,16 +15,15 @@ from tests.core.fakes import make_bundle
 def test_a_request_alone_takes_its_own_time(tmp_path: Path) -> None:
     simulation = Simulation(make_bundle(tmp_path))
     for kind in simulation.kinds:
-        [latency_s] = simulation.latencies_s(Contender("inflight"), [Arrival(3.0, kind, 0)])
-        assert latency_s == pytest.approx(simulation.alone_s(kind))
+        answered = simulation.run(Contender("inflight"), backlog([kind], 1, seed=0))
+        assert answered.latency_s == pytest.approx([simulation.alone_s(answered.requests[0])])
 
 
 def test_one_at_a_time_is_a_queue(tmp_path: Path) -> None:
     simulation = Simulation(make_bundle(tmp_path))
-    kinds = simulation.kinds[:3]
-    latencies_s = simulation.latencies_s(NONE, [Arrival(0.001 * at, kind, at) for at, kind in enumerate(kinds)])
-    ends_s = [sum(map(simulation.alone_s, kinds[: count + 1])) for count in range(3)]
-    assert latencies_s == pytest.approx([end_s - 0.001 * at for at, end_s in enumerate(ends_s)])
+    answered = simulation.run(NONE, poisson(simulation.kinds, 1e6, 3, seed=0))
+    ends_s = list(itertools.accumulate(map(simulation.alone_s, answered.requests)))
+    assert answered.latency_s == pytest.approx(ends_s, abs=1e-4)
 
 
 def test_contenders_meet_the_same_load(tmp_path: Path) -> None:
@@ -43,5 +43,7 @@ def test_contenders_meet_the_same_load(tmp_path: Path) -> None:
 def test_capacity_is_that_of_the_cheapest_rows(tmp_path: Path) -> None:
     make_bundle(tmp_path, unet_seconds={1: 0.01, 8: 0.04, 32: 0.2})
     simulation = Simulation(read_manifest(tmp_path))
-    rows = sum(kind.steps * kind.rows * simulation.area(kind.size) for kind in simulation.kinds) / len(simulation.kinds)
+    rows = sum(
+        request.unet_rows * simulation.area(simulation.size(request)) for request in simulation.one_of_each
+    ) / len(simulation.kinds)
     assert simulation.capacity_per_s == pytest.approx(1 / (rows * 0.005))

@@ -6,10 +6,11 @@ import pytest
 
 from diffuserve.bundle import read_manifest
 from diffuserve_bench.engine import save_unet_seconds
-from diffuserve_bench.mixture import Kind, best_mixture_per_s
+from diffuserve_bench.mixture import closed, kind_of
 from diffuserve_bench.short import needed
+from diffuserve_loadtest.engine_bound import bound_per_s
 from diffuserve_loadtest.stage_seconds import StageSeconds, mean_of
-from tests.core.fakes import make_bundle
+from tests.core.fakes import MODEL, make_bundle
 
 SECONDS = StageSeconds(
     text_encoder={1: 0.1, 16: 0.8}, unet={2: 0.2, 4: 0.3, 8: 0.9}, vae_decoder={1: 0.5, 2: 0.9, 16: 8.0}
@@ -28,10 +29,10 @@ def test_the_best_batch_need_not_be_the_largest() -> None:
 
 
 def test_the_engines_bound_for_a_mixture() -> None:
-    kinds = [Kind(10, True, 64, 48), Kind(10, False, 64, 48)]
+    workload = closed([kind_of(10, (64, 48)), kind_of(10, (64, 48), guided=False)], 1)
     # A row in a call of 4, a text in a call of 16, an image in a call of 2.
     mean_s = 15 * 0.3 / 4 + 0.8 / 16 + 0.9 / 2
-    assert best_mixture_per_s(kinds, {(64, 48): SECONDS}, max_rows=8) == pytest.approx(1 / mean_s)
+    assert bound_per_s(workload, MODEL, {(64, 48): SECONDS}, max_rows=8) == pytest.approx(1 / mean_s)
 
 
 def test_a_short_request_needs_its_steps_at_the_full_budget() -> None:

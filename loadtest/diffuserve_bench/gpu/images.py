@@ -12,13 +12,15 @@ from diffuserve.engines.local import EngineStages
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import Limits, request_from_fields
 from diffuserve.tensors import UNET, VAE_ENCODER
-from diffuserve_bench.closed_loop import completions
 from diffuserve_bench.gpu.model import model_in
 from diffuserve_bench.gpu.record import PhaseRecord
 from diffuserve_bench.gpu.settings import Settings
 from diffuserve_bench.gpu.ways import Way, first_loaded, load
-from diffuserve_bench.mixture import Kind
+from diffuserve_bench.in_process import closed_loop
+from diffuserve_bench.mixture import closed, kind_of
 from diffuserve_loadtest.report.summary import throughput
+from diffuserve_loadtest.workload.plan import PlannedRequest, plan
+from diffuserve_loadtest.workload.workload import Workload
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:
@@ -29,10 +31,10 @@ def measure(settings: Settings, record: PhaseRecord) -> None:
     for stage in manifest.components.keys() - {UNET, VAE_ENCODER}:
         engines[stage] = load(bundle, manifest, stage, _allowed(manifest, stage, way))
     count, steps = settings.sizes.in_flight, settings.sizes.closed_steps
-    kind = Kind(steps, True, manifest.model.width, manifest.model.height)
+    workload = closed([kind_of(steps, (manifest.model.width, manifest.model.height))], count)
     # The second time all kernels have been chosen.
     for _ in range(2):
-        images_per_s = asyncio.run(_images_per_s(bundle, manifest, EngineStages(engines), kind, count))
+        images_per_s = asyncio.run(_images_per_s(bundle, manifest, EngineStages(engines), workload, count))
     record.figure("whole requests", images_per_s, "images/s to PNG", in_flight=count, steps=steps, **way.settings)
 
 
@@ -43,17 +45,19 @@ def _allowed(manifest: Manifest, stage: str, way: Way) -> Way:
     return way
 
 
-async def _images_per_s(bundle: Path, manifest: Manifest, stages: EngineStages, kind: Kind, in_flight: int) -> float:
+async def _images_per_s(
+    bundle: Path, manifest: Manifest, stages: EngineStages, workload: Workload, in_flight: int
+) -> float:
     limits = Limits.for_model(manifest.model)
     pipeline = Pipeline(bundle, stages, limits)
 
-    async def answer(seed: int) -> None:
-        fields = {**kind.fields(seed), "prompt": str(seed)}
-        async for _ in pipeline.generate(request_from_fields(fields, manifest.model, limits)):
+    async def answer(request: PlannedRequest) -> None:
+        async for _ in pipeline.generate(request_from_fields(request.fields, manifest.model, limits)):
             pass  # no progress was asked for
 
+    requests = (plan(workload, number) for number in itertools.count())
     try:
-        done_s = await completions(answer, itertools.count(), in_flight=in_flight, count=3 * in_flight)
+        done_s = await closed_loop(requests, answer, in_flight=in_flight, count=3 * in_flight)
     finally:
         await pipeline.close()
         stages.close()

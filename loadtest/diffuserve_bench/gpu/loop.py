@@ -20,7 +20,6 @@ from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Engine
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
-from diffuserve_bench.closed_loop import completions
 from diffuserve_bench.contenders import NONE, REQUEST, Contender
 from diffuserve_bench.gpu.model import model_in
 from diffuserve_bench.gpu.record import PhaseRecord, Skipped
@@ -28,29 +27,29 @@ from diffuserve_bench.gpu.settings import Settings
 from diffuserve_bench.gpu.torch_device import precision_on, torch_device
 from diffuserve_bench.gpu.torch_models import random_unet
 from diffuserve_bench.gpu.ways import Way, first_loaded
-from diffuserve_bench.loop_load import job_of
-from diffuserve_bench.mixture import Arrival, Kind, poisson_arrivals, shuffled_forever
-from diffuserve_bench.open_loop import Answered, answered
+from diffuserve_bench.in_process import Answered, closed_loop, job_of, open_loop
+from diffuserve_bench.mixture import backlog, closed, kind_of, one_of_each, poisson
 from diffuserve_bench.torch_unet import TorchUnet
 from diffuserve_loadtest.report.summary import summarise, throughput
 from diffuserve_loadtest.stage_seconds import seconds_by_batch
+from diffuserve_loadtest.workload.plan import PlannedRequest, plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 Result = TypeVar("Result")
-Answer = Callable[[Kind], Awaitable[object]]
+Answer = Callable[[PlannedRequest], Awaitable[object]]
 INFLIGHT = Contender("inflight")
 SEED = 1
 
 
-def kinds_of_mixture(manifest: Manifest, settings: Settings) -> list[Kind]:
+def mixture_of(manifest: Manifest, settings: Settings) -> list[Requests]:
     """Guided requests of the native size that differ in their steps."""
     model = manifest.model
-    return [Kind(steps, True, model.width, model.height) for steps in settings.sizes.steps]
+    return [kind_of(steps, (model.width, model.height)) for steps in settings.sizes.steps]
 
 
-def backlog_of(kinds: list[Kind], count: int) -> list[Arrival]:
-    """Requests that are all there at the start."""
-    chosen = itertools.islice(shuffled_forever(kinds, SEED), count)
-    return [Arrival(0.0, kind, number) for number, kind in enumerate(chosen)]
+def backlog_of(manifest: Manifest, settings: Settings) -> Workload:
+    """Requests of the mixture that are all there at the start."""
+    return backlog(mixture_of(manifest, settings), settings.sizes.backlog, SEED)
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:
@@ -117,11 +116,8 @@ class _Served:
         text = {name: array[0] for name, array in _inputs(self.manifest, 1).items()}
         shape = text.pop("sample").shape
         del text["timestep"]
-        seeds = itertools.count()
         try:
-            return await user(
-                lambda kind: loop.denoise(job_of(kind, next(seeds), schedule, shape, text, time.monotonic()))
-            )
+            return await user(lambda request: loop.denoise(job_of(request, schedule, shape, text, time.monotonic())))
         finally:
             await loop.close()
             stages.close()
@@ -135,8 +131,10 @@ class _Served:
 def _closed_loop(served: _Served, way: Way, settings: Settings, record: PhaseRecord) -> None:
     """So many guided requests as fill the row budget, always one more; the engine alone is timed before and behind."""
     count, steps = settings.sizes.in_flight, settings.sizes.closed_steps
-    kind = Kind(steps, True, served.manifest.model.width, served.manifest.model.height)
-    rows = min(count * kind.rows, served.max_rows)
+    model = served.manifest.model
+    workload = closed([kind_of(steps, (model.width, model.height))], count)
+    rows_a_step = plan(workload, 0).rows
+    rows = min(count * rows_a_step, served.max_rows)
 
     def alone_per_s() -> float:
         seconds = seconds_by_batch(
@@ -145,41 +143,44 @@ def _closed_loop(served: _Served, way: Way, settings: Settings, record: PhaseRec
         return rows / seconds[rows]
 
     before = alone_per_s()
-    done_s = served.use(
-        INFLIGHT, lambda answer: completions(answer, itertools.repeat(kind), in_flight=count, count=3 * count)
-    )
+    requests = (plan(workload, number) for number in itertools.count())
+    done_s = served.use(INFLIGHT, lambda answer: closed_loop(requests, answer, in_flight=count, count=3 * count))
     images_per_s = throughput(done_s, count)
     alone = (before + alone_per_s()) / 2
     named = {"in_flight": count, "steps": steps, **way.settings}
     record.figure("closed loop", images_per_s, "images/s to latents", **named)
-    share = images_per_s * steps * kind.rows / alone
+    share = images_per_s * steps * rows_a_step / alone
     record.figure("closed loop over the engine alone", share, "of its rows/s", **named)
     record.figure("closed loop", served.rows_a_call, "rows/call", **named)
 
 
 def _open_loop(served: _Served, way: Way, settings: Settings, record: PhaseRecord) -> None:
-    kinds, contenders = kinds_of_mixture(served.manifest, settings), (REQUEST, INFLIGHT, NONE)
-    backlog = backlog_of(kinds, settings.sizes.backlog)
+    mixture, all_at_once = mixture_of(served.manifest, settings), backlog_of(served.manifest, settings)
+    contenders = (REQUEST, INFLIGHT, NONE)
 
-    def run(contender: Contender, arrivals: list[Arrival]) -> Answered:
-        return served.use(
-            contender, lambda answer: answered(arrivals, lambda arrival: answer(arrival.kind), time.perf_counter)
-        )
+    def run(contender: Contender, workload: Workload) -> Answered:
+        return served.use(contender, lambda answer: open_loop(workload, answer))
 
-    alone_s = {kind: min(run(INFLIGHT, [Arrival(0.0, kind, 0)]).latency_s[0] for _ in range(2)) for kind in kinds}
+    alone_s = {
+        one_of_each(alone)[0].kind: min(run(INFLIGHT, alone).latency_s[0] for _ in range(2))
+        for alone in (backlog([kind], 1, SEED) for kind in mixture)
+    }
     saturations = {}
     for contender in contenders:
-        saturations[contender] = run(contender, backlog).throughput_per_s
-        named = {"batching": contender.name, "requests": len(backlog), **way.settings}
+        saturations[contender] = run(contender, all_at_once).throughput_per_s
+        named = {"batching": contender.name, "requests": settings.sizes.backlog, **way.settings}
         record.figure("saturation", saturations[contender], "images/s to latents", **named)
         record.figure("saturation", served.rows_a_call, "rows/call", **named)
     for load in settings.sizes.loads:
-        arrivals = poisson_arrivals(kinds, load * saturations[REQUEST], settings.sizes.arrivals, SEED)
+        workload = poisson(mixture, load * saturations[REQUEST], settings.sizes.arrivals, SEED)
         for contender in contenders:
-            outcome = run(contender, arrivals)
+            outcome = run(contender, workload)
             latency_s = summarise(outcome.latency_s)
             slowdown = summarise(
-                [each_s / alone_s[arrival.kind] for each_s, arrival in zip(outcome.latency_s, arrivals, strict=True)]
+                [
+                    each_s / alone_s[request.kind]
+                    for each_s, request in zip(outcome.latency_s, outcome.requests, strict=True)
+                ]
             )
             named = {"batching": contender.name, "load": load, **way.settings}
             record.figure("latency, mean", latency_s.mean, "s", **named)

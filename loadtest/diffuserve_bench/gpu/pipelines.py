@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from diffuserve.bundle import Manifest
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, UNET
 from diffuserve_bench.gpu.cuda_graphs import Graphed
-from diffuserve_bench.gpu.loop import backlog_of, kinds_of_mixture
+from diffuserve_bench.gpu.loop import backlog_of
 from diffuserve_bench.gpu.model import model_in
 from diffuserve_bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_bench.gpu.settings import Settings
 from diffuserve_bench.gpu.torch_device import compiler_on, median_s, precision_on, torch_device
 from diffuserve_bench.gpu.torch_models import random_unet, random_vae
-from diffuserve_bench.mixture import GUIDANCE_SCALE, Arrival
+from diffuserve_bench.mixture import GUIDANCE_SCALE
 from diffuserve_bench.torch_unet import Tensors
+from diffuserve_loadtest.workload.plan import plan
 
 if TYPE_CHECKING:
     import torch
@@ -134,22 +135,24 @@ class _Drawing:
 
     def mixture_alone(self, way: str) -> None:
         """A request after another."""
-        batches = [(1, arrival.kind.steps) for arrival in self._backlog()]
+        batches = [(1, steps) for steps in self._backlog()]
         seconds = median_s(lambda: self._draw_all(batches), self._device, 1)
         self._figure("mixture, one at a time", len(batches) / seconds, "images/s to latents", way)
 
     def mixture_in_batches(self, way: str) -> None:
         """Requests of as many steps together, as if all had been known before: the best that batches of whole requests do."""
         most = max(self._settings.sizes.pipeline_batches)
-        counts = Counter(arrival.kind.steps for arrival in self._backlog())
+        counts = Counter(self._backlog())
         batches = [
             (min(most, count - first), steps) for steps, count in counts.items() for first in range(0, count, most)
         ]
         seconds = median_s(lambda: self._draw_all(batches), self._device, 1)
         self._figure("mixture, in batches of alike requests", counts.total() / seconds, "images/s to latents", way)
 
-    def _backlog(self) -> list[Arrival]:
-        return backlog_of(kinds_of_mixture(self._manifest, self._settings), self._settings.sizes.backlog)
+    def _backlog(self) -> list[int]:
+        """Steps of each request."""
+        workload = backlog_of(self._manifest, self._settings)
+        return [plan(workload, number).fields["steps"] for number in range(self._settings.sizes.backlog)]
 
     def _draw_all(self, batches: Sequence[tuple[int, int]]) -> None:
         """`batches`: images and steps of each."""

@@ -35,6 +35,12 @@ class PlannedRequest:
     size: tuple[int | None, int | None]
     cancel_after_s: float | None
 
+    @property
+    def rows(self) -> int:
+        """UNet rows that it takes per step."""
+        steps: int = self.fields["steps"]
+        return self.unet_rows // steps
+
 
 def plan(workload: Workload, number: int) -> PlannedRequest:
     """Request `number` of a workload. Its seed is its number too, so that answers can be compared between runs."""

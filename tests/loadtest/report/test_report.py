@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from diffuserve_loadtest.report.report import Plot, Report, Table, publish
-from diffuserve_loadtest.server.memory import resident_bytes
 
 
 def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +26,3 @@ def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureF
     assert written["ratio"] == 1.5
     assert {"processor", "cores", "numpy"} <= set(written["machine"])
     assert (tmp_path / "results" / "try-lines.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_resident_memory_of_a_process() -> None:
-    assert resident_bytes(os.getpid())["tritonserver"] > 2**20
