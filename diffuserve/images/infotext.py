@@ -26,24 +26,10 @@ import numpy as np
 from diffuserve import __version__
 from diffuserve.bundle.manifest import FusedLora, Manifest
 from diffuserve.request import TextToImageRequest
+from diffuserve.samplers import SAMPLERS
 from diffuserve.tensors import UNET
 
-# The names under which other tools know the samplers; the schedule stands beside them.
-_SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2m_sde_karras": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "heun": "Heun",
-    "lcm": "LCM",
-}
-# The web UI's samplers that have timesteps of their own, whatever the schedule type.
-_WITHOUT_SCHEDULE = ("ddim", "unipc", "pndm", "lcm")
-# Its names for Lin et al.'s spacings, arXiv:2305.08891, table 2.
+# The web UI's names for Lin et al.'s spacings, arXiv:2305.08891, table 2.
 _SCHEDULE_TYPES = {"linspace": "Uniform", "leading": "DDIM", "trailing": "SGM Uniform"}
 
 _NEGATIVE_PROMPT = "Negative prompt:"
@@ -96,20 +82,19 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int, *, padd
     return "\n".join(lines)
 
 
-def _sampler_settings(sampler: str, scheduler: Mapping[str, Any]) -> dict[str, str]:
+def _sampler_settings(name: str, scheduler: Mapping[str, Any]) -> dict[str, str]:
     """The sampler and its schedule, in two settings as the web UI has had them since 1.9. It still reads "DPM++ 2M Karras",
     but takes a plain "DPM++ 2M" for that too, so the schedule has to be told."""
-    if sampler == "pndm":
-        return {"Sampler": "PLMS" if scheduler.get("skip_prk_steps") else "PNDM"}
-    name = {"Sampler": _SAMPLER_NAMES[sampler]}
-    if sampler in _WITHOUT_SCHEDULE:
-        return name
-    if sampler.endswith("_karras"):
-        return {**name, "Schedule type": "Karras"}
+    sampler = SAMPLERS[name]
+    if name == "pndm" and scheduler.get("skip_prk_steps"):
+        return {"Sampler": "PLMS"}
+    if not sampler.spaced:
+        return {"Sampler": sampler.infotext}
     spacing = scheduler.get("timestep_spacing") or "linspace"
-    if spacing == "linspace" and sampler.startswith("dpmpp"):
+    if spacing == "linspace" and name.startswith("dpmpp"):
         spacing = "trailing"  # which begins at the same timesteps and leaves out the last too
-    return {**name, "Schedule type": _SCHEDULE_TYPES[spacing]}
+    schedule_type = "Karras" if sampler.settings.get("use_karras_sigmas") else _SCHEDULE_TYPES[spacing]
+    return {"Sampler": sampler.infotext, "Schedule type": schedule_type}
 
 
 def _clip_skip(clip_skip: int, family: str) -> int | None:
