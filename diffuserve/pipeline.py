@@ -35,7 +35,7 @@ from diffuserve.limits import Limits
 from diffuserve.request import TextToImageRequest
 from diffuserve.request_warnings import request_warnings
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages
+from diffuserve.stages import CALL_TIMEOUT_S, Float32, StageCalls, Stages
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve.text.embeddings import TextEmbeddings
@@ -91,28 +91,27 @@ class Pipeline:
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
         self.stats = Stats()
+        calls = StageCalls(stages, call_timeout_s)
         self._embeddings = TextEmbeddings(
             tokenizers_of(bundle, self.manifest),
-            stages,
+            calls,
             self.stats,
             max_chunks=self.limits.max_prompt_chunks,
             zero_empty_negative=self.manifest.model.zero_empty_negative,
-            call_timeout_s=call_timeout_s,
         )
         selection = _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
         self._admission = Admission(selection.max_rows, unet_instances)
         self._loop = InflightLoop(
-            stages.denoise,
+            calls.denoise,
             selection,
             max_active_images=self.limits.max_active_images,
             instances=unet_instances,
-            call_timeout_s=call_timeout_s,
             stats=self.stats,
             on_call=self._admission.calls.observe,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
-        self._decoder = Decoder(self.manifest, stages, self._encoders, self.stats, call_timeout_s)
+        self._decoder = Decoder(self.manifest, calls, self._encoders, self.stats)
         # In order of arrival: those not past their first step, and those past it.
         self._waiting: dict[_Steps, TextToImageRequest] = {}
         self._running: dict[_Steps, TextToImageRequest] = {}

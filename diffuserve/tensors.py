@@ -44,10 +44,15 @@ STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
 # The one that some have: it looks at finished images.
 SAFETY_CHECKER = "safety_checker"
 
+SAMPLE = "sample"
+TIMESTEP = "timestep"
 ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 TEXT_EMBEDS = "text_embeds"
 TIME_IDS = "time_ids"
 TIMESTEP_COND = "timestep_cond"
+NOISE_PRED = "noise_pred"
+LATENT_SAMPLE = "latent_sample"
+IMAGE = "image"
 # Whether all that an image was rounded from is finite: bytes cannot tell black from not a number.
 FINITE = "finite"
 CLIP_INPUT = "clip_input"
@@ -88,15 +93,15 @@ def stage_specs(
     hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
     # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
     context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (-1, hidden_size))
-    sample = TensorSpec("sample", "FP32", (latent_channels, -1, -1))
-    noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
-    latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
-    image = TensorSpec("image", "UINT8", (-1, -1, 3))
+    sample = TensorSpec(SAMPLE, "FP32", (latent_channels, -1, -1))
+    noise_pred = TensorSpec(NOISE_PRED, "FP32", (latent_channels, -1, -1))
+    latent_sample = TensorSpec(LATENT_SAMPLE, "FP32", (latent_channels, -1, -1))
+    image = TensorSpec(IMAGE, "UINT8", (-1, -1, 3))
     specs = {
         TEXT_ENCODER: StageSpec(input_ids, (hidden, *pooled)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
-        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context, *added), (noise_pred,)),
+        UNET: StageSpec((sample, TensorSpec(TIMESTEP, "FP32", (1,)), context, *added), (noise_pred,)),
         VAE_DECODER: StageSpec((latent_sample,), (image, TensorSpec(FINITE, "BOOL", (1,)))),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }

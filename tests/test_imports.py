@@ -39,7 +39,7 @@ ROOMS = {
     "limits": {"bundle", "errors"},
     "samplers": {"errors"},
     "text": {"bundle", "errors", "stages", "stats", "tensors"},
-    "batching": {"errors", "samplers", "stages", "stats", "tensors"},
+    "batching": {"errors", "samplers", "stages", "stats"},
     "request": {"bundle", "errors", "limits", "samplers"},
     "events": {"request"},
     "conditioning": {"request", "stages", "tensors"},

@@ -20,8 +20,8 @@ from diffuserve.events import Completed
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.stages import Engine, Float32
-from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.stages import ArraysByName, Engine
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve.trials.similarity import psnr_db, ssim
 from diffuserve.trials.tolerance import min_image_psnr_db
 
@@ -90,8 +90,10 @@ class _Unchecked(EngineStages):
         super().__init__(engines)
         self._concepts = concepts
 
-    async def score_concepts(self, clip_input: Float32) -> Float32:
-        return np.full((len(clip_input), self._concepts), -1, np.float32)
+    async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
+        if stage == SAFETY_CHECKER:
+            return {CONCEPT_SCORES: np.full((len(inputs[CLIP_INPUT]), self._concepts), -1, np.float32)}
+        return await super().run(stage, inputs)
 
 
 class _OneEngineAtATime(Mapping[str, Engine]):
