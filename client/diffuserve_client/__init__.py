@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffuserve.request import RequestFields
     from diffuserve_client.aio import AsyncClient
     from diffuserve_client.client import Client
-    from diffuserve_client.fields import RequestFields
     from diffuserve_client.local import LocalClient
     from diffuserve_client.result import Progress, Result
     from diffuserve_client.torchserve import TorchServe

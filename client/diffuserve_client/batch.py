@@ -12,7 +12,7 @@ from diffuserve.errors import DiffuserveError
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
     from diffuserve_client.result import Progress, Result
 
 # Enough to fill a server's batch, and far from its queue's limit.

@@ -21,7 +21,7 @@ from diffuserve_client.watchdog import Watchdog
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
     from diffuserve_client.server import Server
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
+from diffuserve_client.request_options import request_options
 
 if TYPE_CHECKING:
+    from diffuserve.request import RequestFields
     from diffuserve_client.batch import TextToImage
-    from diffuserve_client.fields import RequestFields
 
 _BUNDLES = Path("model_store/bundles")
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -26,15 +27,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="More prompts: UTF-8, one a line, # for comments.",
 )
-@click.option("--negative-prompt", metavar="TEXT", help="What the images should not show.")
-@click.option("--steps", type=int, help="Denoising steps.")
-@click.option("--guidance-scale", type=float, help="How closely to follow the prompt; 1 switches guidance off.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="Of the first image; repeat it for several. [random]")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--height", type=int, help="Pixels.")
-@click.option("--sampler", metavar="NAME", help="Such as euler or dpmpp_2m.")
-@click.option("-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images a prompt and seed. [1]")
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="[the output's extension, or png]")
+@request_options
 @click.option(
     "-o",
     "--output",
@@ -51,7 +44,6 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(path_type=Path),
     help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
 )
-@click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
 @click.option(
     "--retries",
     type=click.IntRange(0),
@@ -59,7 +51,6 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     show_default=True,
     help="How often to ask again where the server is full, stopping or not there.",
 )
-@click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
 @click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
 @click.option("--local", is_flag=True, help="Draw in this process, without a server.")
 @click.option(

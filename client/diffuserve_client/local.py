@@ -18,7 +18,7 @@ from diffuserve_client.result import Progress, Result, event_from_values, result
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
 
 
 class LocalClient:

@@ -29,7 +29,7 @@ class Server(Protocol):
         Args:
             model: the model's name.
             request_id: what the server's log will call the request, if it can.
-            fields: values by name of `diffuserve.tensors.REQUEST`, in Python's types; only those to be sent.
+            fields: values by name of `diffuserve.wire.REQUEST`, in Python's types; only those to be sent.
         """
         ...
 

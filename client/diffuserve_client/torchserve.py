@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
-from diffuserve.tensors import FILES
+from diffuserve.wire import FILES
 from diffuserve_client.result import Progress, Result, event_from_values
 
 _PACKAGE = "org.pytorch.serve.grpc.inference"

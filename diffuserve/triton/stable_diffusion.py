@@ -32,13 +32,13 @@ from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.serving.lifecycle import LifeSign
-from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
+from diffuserve.wire import REQUEST_INPUTS
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from diffuserve.errors import HTTP_STATUS, DiffuserveError, QueueFull, to_wire
 from diffuserve.events import Completed, Event, values_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve.tensors import FILES, RESPONSE
+from diffuserve.wire import FILES, RESPONSE
 
 _MEDIA_TYPES = {
     "png": "image/png",
@@ -44,7 +44,7 @@ class Answer:
 
 def answer_from_completed(completed: Completed, request: TextToImageRequest) -> Answer:
     """The image's file, if there is one and the encoding is binary; else JSON with the fields of
-    `diffuserve.tensors.RESPONSE`, images as base64."""
+    `diffuserve.wire.RESPONSE`, images as base64."""
     if len(completed.images) == 1 and request.encoding == "binary":
         return Answer(completed.images[0], _MEDIA_TYPES[request.format])
     return Answer(json_from_event(completed, request), "application/json")

@@ -1,6 +1,6 @@
 """What TorchServe hands over for one request, to a checked request of ours.
 
-The fields are those of the Triton model (`diffuserve.tensors.REQUEST`), as
+The fields are those of the Triton model (`diffuserve.wire.REQUEST`), as
 
 - a JSON object: the body of an HTTP request, or the gRPC input `data`, or `stream` for StreamPredictions;
 - or one form field, query parameter or gRPC input each, as text.
@@ -20,7 +20,7 @@ from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.errors import InvalidRequest
 from diffuserve.limits import Limits
 from diffuserve.request import TextToImageRequest, request_from_fields
-from diffuserve.tensors import REQUEST
+from diffuserve.wire import REQUEST
 
 # A worker is not told by which call a gRPC request came. Progress sent to a Predictions call, which takes one answer, would
 # make TorchServe end the worker, so a client says by this input's name that its call is StreamPredictions.
@@ -122,7 +122,6 @@ def _float(text: str) -> float:
 _DIGITS = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT64": _int, "FP64": _float}
-_DTYPE = {field.name: field.dtype for field in REQUEST}
 
 
 def _value_from_text(name: str, value: Any) -> Any:
@@ -132,7 +131,7 @@ def _value_from_text(name: str, value: Any) -> Any:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"{name} is not UTF-8 (at byte {error.start}). Encode it as UTF-8.") from None
-    convert = _FROM_TEXT.get(_DTYPE.get(name, ""))
+    convert = _FROM_TEXT.get(REQUEST[name].dtype) if name in REQUEST else None
     if convert is None or not isinstance(value, str):
         return value
     try:

@@ -25,10 +25,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from diffuserve.images.encoding import encode_image
-from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE
+from diffuserve.tensors import NUMPY_DTYPE
+from diffuserve.wire import REQUEST, RESPONSE
 
 SIDE_PX = 8
-_REQUEST = {field.name: field for field in REQUEST}
 _KIND = {"BYTES": "string_param", "INT64": "int64_param", "FP64": "double_param", "BOOL": "bool_param"}
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
@@ -52,13 +52,13 @@ def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any
     """Inputs and parameters by name, in Python's types; fails on one that is not as the table says."""
     fields: dict[str, Any] = {}
     for name, parameter in request.parameters.items():
-        assert not _REQUEST[name].tensor
+        assert not REQUEST[name].tensor
         kind = parameter.WhichOneof("parameter_choice")
-        assert kind == _KIND[_REQUEST[name].dtype]
+        assert kind == _KIND[REQUEST[name].dtype]
         fields[name] = getattr(parameter, kind)
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        assert _REQUEST[tensor.name].tensor
-        assert tensor.datatype == _REQUEST[tensor.name].dtype
+        assert REQUEST[tensor.name].tensor
+        assert tensor.datatype == REQUEST[tensor.name].dtype
         assert list(tensor.shape) == [1]
         if tensor.datatype == "BYTES":
             [value] = deserialize_bytes_tensor(raw)

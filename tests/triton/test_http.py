@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffuserve.tensors import RESPONSE
 from diffuserve.triton.launcher import TritonServer
+from diffuserve.wire import RESPONSE
 from tests.metrics import read_metrics
 
 
