@@ -10,6 +10,7 @@ import click
 import pytest
 
 from diffuserve.request import FIELDS, RequestFields, TextToImageRequest
+from diffuserve.wire import REQUEST
 from diffuserve_client.generate_command import command
 from diffuserve_loadtest.workload import Requests
 
@@ -44,8 +45,8 @@ def test_workloads_choose_every_setting_but_the_seed() -> None:
     assert {"prompt", "steps", "client_id"} <= set(SETTINGS) - {"seed"} <= set(Requests.__struct_fields__)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", REQUEST)
 def test_the_documented_field(name: str) -> None:
-    field = FIELDS[name]
+    field = REQUEST[name]
     grpc = f"tensor {field.dtype} [1]" if field.tensor else PARAMETER[field.dtype]
     assert f"| `{name}` | {JSON[field.dtype]} | {grpc} | {field.help} |" in DOCS.splitlines()

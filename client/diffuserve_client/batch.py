@@ -12,6 +12,7 @@ from diffuserve.errors import DiffuserveError
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from diffuserve.description import Description
     from diffuserve.request import RequestFields
     from diffuserve_client.result import Progress, Result
 
@@ -29,6 +30,8 @@ class TextToImage(Protocol):
         on_progress: Callable[[Progress], object] | None = None,
         **fields: Unpack[RequestFields],
     ) -> Result: ...
+
+    def describe(self) -> Description: ...
 
     def close(self) -> None: ...
 

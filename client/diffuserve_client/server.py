@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError
 from diffuserve_client.result import Progress, Result
 
@@ -39,7 +40,7 @@ class Server(Protocol):
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
-    ) -> Progress | Result | DiffuserveError | None:
+    ) -> Progress | Result | Description | DiffuserveError | None:
         """What one message says, or None if only that the server is alive; raises StageFailed if it is no answer of
         diffuserve's."""
         ...

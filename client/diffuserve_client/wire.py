@@ -10,6 +10,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
+from diffuserve.description import Description
 from diffuserve.errors import InvalidRequest, StageFailed
 from diffuserve.request_fields import Field
 from diffuserve.tensors import NUMPY_DTYPE
@@ -87,7 +88,9 @@ def _element(field: Field, value: Any) -> bytes:
     return struct.pack(_PACKED[field.dtype][0], value)
 
 
-def event_from_response(response: service_pb2.ModelInferResponse, *, format: str) -> Progress | Result | None:
+def event_from_response(
+    response: service_pb2.ModelInferResponse, *, format: str
+) -> Progress | Result | Description | None:
     """The event in one response, or None for those that only show that the server is alive.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from diffuserve.batching.costs import CallCosts
-from diffuserve.batching.jobs import Job, Latent, BatchKey
+from diffuserve.batching.jobs import BatchKey, Job, Latent
 from diffuserve.batching.policies import Policy
 from diffuserve.batching.shares import Shares
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,4 +26,9 @@ def tensors_from_event(event: Event, request: TextToImageRequest) -> dict[str, N
     if request.encoding == "base64":
         for name in FILES & values.keys():
             values[name] = [base64.b64encode(file) for file in values[name]]
+    return tensors_from_values(values)
+
+
+def tensors_from_values(values: Mapping[str, list[Any]]) -> dict[str, NDArray[Any]]:
+    """Arrays of lists of Python's values, by name of `diffuserve.wire.RESPONSE`."""
     return {name: np.array(value, _DTYPES[name]) for name, value in values.items()}

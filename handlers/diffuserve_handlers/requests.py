@@ -19,8 +19,8 @@ from typing import Any
 from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.errors import InvalidRequest
 from diffuserve.limits import Limits
-from diffuserve.request import TextToImageRequest, request_from_fields
-from diffuserve.wire import REQUEST
+from diffuserve.request import TextToImageRequest
+from diffuserve.wire import REQUEST, request_from_wire
 
 # A worker is not told by which call a gRPC request came. Progress sent to a Predictions call, which takes one answer, would
 # make TorchServe end the worker, so a client says by this input's name that its call is StreamPredictions.
@@ -32,16 +32,17 @@ _SEQUENCE_HEADERS = "ts_request_sequence"
 
 @dataclass(frozen=True)
 class Received:
-    """`request`: what is to be drawn, or why not; `http`: whether it came by HTTP, else by gRPC."""
+    """`request`: what is to be drawn, or why not, or None where the server's description is asked for; `http`: whether it
+    came by HTTP, else by gRPC."""
 
-    request: TextToImageRequest | InvalidRequest
+    request: TextToImageRequest | InvalidRequest | None
     http: bool
 
     def checked(self) -> TextToImageRequest:
-        """Raises InvalidRequest if it cannot be drawn."""
-        if isinstance(self.request, InvalidRequest):
-            raise self.request
-        return self.request
+        """Raises InvalidRequest if there is nothing that can be drawn."""
+        if isinstance(self.request, TextToImageRequest):
+            return self.request
+        raise self.request or InvalidRequest("The request asks for a description, which is not drawn.")
 
     @property
     def streamed(self) -> bool:
@@ -62,8 +63,8 @@ def received_from_data(
     http = any(isinstance(value, str) and not name.startswith(_SEQUENCE_HEADERS) for name, value in headers.items())
     try:
         fields = {"encoding": "binary", **_fields_from_inputs(inputs)}
-        request = request_from_fields(fields, model, limits)
-        if request.progress and (http or STREAM_INPUT not in inputs):
+        request = request_from_wire(fields, model, limits)
+        if request is not None and request.progress and (http or STREAM_INPUT not in inputs):
             raise InvalidRequest(
                 "progress is true, which only a StreamPredictions call of gRPC can carry. Send the request there, as the "
                 f"input {STREAM_INPUT!r}, or leave progress out."

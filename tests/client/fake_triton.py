@@ -13,6 +13,7 @@ Run as a program, it prints its port and serves until it is killed.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,23 @@ from diffuserve.tensors import NUMPY_DTYPE
 from diffuserve.wire import REQUEST, RESPONSE
 
 SIDE_PX = 8
+# As a server of this version says it, and something that a later one might add.
+DESCRIPTION: dict[str, Any] = {
+    "model": "fake",
+    "family": "stable-diffusion",
+    "bundle_sha256": "ab" * 32,
+    "safety_checker": False,
+    "server_version": "0.1.0",
+    "wire_version": 1,
+    "fields": {
+        "prompt": {"type": "string", "description": "What to draw.", "maxBytes": 8192},
+        "steps": {"type": "integer", "description": "Steps.", "default": 3, "minimum": 1, "maximum": 9, "added": 1},
+        "width": {"type": "integer", "description": "Pixels.", "default": 8, "multipleOf": 8},
+        "sampler": {"type": "string", "description": "How.", "default": "euler", "enum": ["ddim", "euler"]},
+    },
+    "limits": {"max_rows": 32, "max_guidance_scale": 50.0},
+    "added": {"later": True},
+}
 _KIND = {"BYTES": "string_param", "INT64": "int64_param", "FP64": "double_param", "BOOL": "bool_param"}
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
@@ -69,11 +87,13 @@ def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A context manager; `address` is where it listens, `requests` what came, `cancelled` set when one was cancelled."""
+    """A context manager; `address` is where it listens, `requests` what came but for the `wire_versions`, `cancelled` set
+    when one was cancelled."""
 
     def __init__(self, port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
         self.request_ids: list[str] = []
+        self.wire_versions: list[int | None] = []
         self.cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(64)
         self._server = grpc.server(self._pool)
@@ -99,6 +119,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield service_pb2.ModelStreamInferResponse(error_message=text)
                 continue
             fields = fields_from_request(request)
+            self.wire_versions.append(fields.pop("wire_version", None))
             self.requests.append(fields)
             self.request_ids.append(request.id)
             for answer in self._answers(fields, request.id, context):
@@ -108,6 +129,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                     yield service_pb2.ModelStreamInferResponse(infer_response=answer)
 
     def _answers(self, fields: dict[str, Any], request_id: str, context: Any) -> Iterator[Any]:
+        if fields.get("describe") and "prompt" not in fields:
+            yield response(request_id, event=[b"description"], description=[json.dumps(DESCRIPTION).encode()])
+            return
         prompt, steps, images = fields["prompt"], fields.get("steps", 3), fields.get("num_images", 1)
         progress, preview = fields.get("progress", False), fields.get("preview", 0)
         ended = threading.Event()
