@@ -71,13 +71,30 @@ def test_a_manifest_from_before_a_field_with_a_default(manifest: Manifest, tmp_p
 
 def test_newer_format(manifest: Manifest, tmp_path: Path) -> None:
     edit(tmp_path, lambda content: content.update(format_version=4, new_field=1))
-    with pytest.raises(BundleError, match=r"format version 4, and this diffuserve reads up to 3. Upgrade"):
+    with pytest.raises(BundleError) as caught:
         read_manifest(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'manifest.json'} has format version 4, and this diffuserve reads version 3. Upgrade diffuserve, or "
+        "export fake again from where its files lie, then assemble or archive it: diffuserve export CHECKPOINT"
+    )
 
 
 def test_older_format(manifest: Manifest, tmp_path: Path) -> None:
-    edit(tmp_path, lambda content: (content.update(format_version=2), content.pop("reference")))
-    with pytest.raises(BundleError, match=r"has the older format version 2. Export the checkpoint again."):
+    given = ["my checkpoint.safetensors", "--lora", "style.safetensors:0.8", "--clip-skip", "1"]
+    edit(tmp_path, lambda content: content.update(format_version=2, exported_with=given, source="mine + style:0.8"))
+    edit(tmp_path, lambda content: content.pop("reference"))
+    with pytest.raises(BundleError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'manifest.json'} has format version 2, and this diffuserve reads version 3. Export mine + style:0.8 "
+        "again from where its files lie, then assemble or archive it: "
+        "diffuserve export 'my checkpoint.safetensors' --lora style.safetensors:0.8 --clip-skip 1"
+    )
+
+
+def test_another_format_that_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "source": ["elsewhere"]}')
+    with pytest.raises(BundleError, match=r"Export the checkpoint again .*: diffuserve export CHECKPOINT$"):
         read_manifest(tmp_path)
 
 
