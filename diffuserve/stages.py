@@ -106,7 +106,7 @@ async def checked(stage: str, call: Awaitable[Result], timeout_s: float = CALL_T
         return await asyncio.wait_for(call, timeout_s)
     except StageFailed:
         raise
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise StageFailed(f"The stage {stage} gave no answer in time; a call may take {timeout_s:g} s.") from None
     except Exception as error:
         raise StageFailed(f"The stage {stage} failed: {error or type(error).__name__}") from error

@@ -1,10 +1,12 @@
 """Name, dtype and dims of every tensor between the stages; those on the wire are in `diffuserve.wire`.
 
-The exported graphs and the Triton configurations are made from this table. Dtypes are Triton's names;
-dims leave out the batch dimension, and -1 is any length.
+The exported graphs and the Triton configurations are made from this table. Dtypes are Triton's names; dims leave out the
+batch dimension. Those of any length have a name, by which whoever makes an input knows what to fill in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 
@@ -19,13 +21,33 @@ NUMPY_DTYPE = {
 }
 
 
+# Dimensions of any length: of a prompt, of latents, and of images in pixels.
+TOKENS = "tokens"
+LATENT_HEIGHT, LATENT_WIDTH = "latent_height", "latent_width"
+HEIGHT, WIDTH = "height", "width"
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One tensor: `dims` without the batch dimension, -1 for a dimension of any length."""
+    """One tensor: `dims` without the batch dimension; of any length are those with a name, and lists, whose only one is -1."""
 
     name: str
     dtype: str
-    dims: tuple[int, ...]
+    dims: tuple[int | str, ...]
     optional: bool = False
+
+    @property
+    def triton_dims(self) -> tuple[int, ...]:
+        """`dims` as Triton writes them: -1 is any length."""
+        return tuple(-1 if isinstance(dim, str) else dim for dim in self.dims)
+
+    @property
+    def free_dims(self) -> tuple[str, ...]:
+        """The names of those of any length."""
+        return tuple(dim for dim in self.dims if isinstance(dim, str))
+
+    def shape(self, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A shape of it, batch included, with the length of each named dimension from `sizes`."""
+        return (batch, *(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims))
 
 
 class StageSpec(msgspec.Struct, frozen=True):
@@ -92,11 +114,12 @@ def stage_specs(
         added += (TensorSpec(TIMESTEP_COND, "FP32", (guidance_size,)),)
     hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
     # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
-    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (-1, hidden_size))
-    sample = TensorSpec(SAMPLE, "FP32", (latent_channels, -1, -1))
-    noise_pred = TensorSpec(NOISE_PRED, "FP32", (latent_channels, -1, -1))
-    latent_sample = TensorSpec(LATENT_SAMPLE, "FP32", (latent_channels, -1, -1))
-    image = TensorSpec(IMAGE, "UINT8", (-1, -1, 3))
+    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (TOKENS, hidden_size))
+    latent_dims = (latent_channels, LATENT_HEIGHT, LATENT_WIDTH)
+    sample = TensorSpec(SAMPLE, "FP32", latent_dims)
+    noise_pred = TensorSpec(NOISE_PRED, "FP32", latent_dims)
+    latent_sample = TensorSpec(LATENT_SAMPLE, "FP32", latent_dims)
+    image = TensorSpec(IMAGE, "UINT8", (HEIGHT, WIDTH, 3))
     specs = {
         TEXT_ENCODER: StageSpec(input_ids, (hidden, *pooled)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each

@@ -88,12 +88,15 @@ class Job:
     preview_every: int = 0
     on_step: Callable[[int, Float32 | None], None] = lambda step, denoised: None
 
+    # Kept by the loop: its latents once it is admitted, then its result; when it was admitted, and when its first and latest
+    # steps were done, on the loop's clock.
     latents: list[Latent] = field(default_factory=list, init=False)
     done: asyncio.Future[Float32] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future(), init=False
     )
     rows_done: int = field(default=0, init=False)
     steps_done: int = field(default=0, init=False)
+    admitted_s: float | None = field(default=None, init=False)
     first_step_s: float | None = field(default=None, init=False)
     last_step_s: float = field(init=False)
 

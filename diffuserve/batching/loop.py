@@ -157,6 +157,7 @@ class InflightLoop:
                 generator = Generator(seed)
                 job.latents.append(Latent(job, initial_state(generator.randn(job.shape), job.trajectory), generator))
             self._active.append(job)
+            job.admitted_s = now_s
             self._stats.observe("queue_seconds", now_s - job.arrival_s)
             room -= len(job.seeds)
 

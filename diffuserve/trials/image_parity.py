@@ -62,7 +62,7 @@ def _engines_of(components: Mapping[str, Component]) -> dict[str, str]:
 
 def draw_reference(bundle: Path, manifest: Manifest, components: Mapping[str, Component]) -> NDArray[np.uint8]:
     """The image that the reference image's request gives, (H, W, 3) uint8; arguments and errors as `image_parity`."""
-    concepts = components[SAFETY_CHECKER].tensors.outputs[0].dims[0] if SAFETY_CHECKER in components else 0
+    concepts = components[SAFETY_CHECKER].tensors.outputs[0].triton_dims[0] if SAFETY_CHECKER in components else 0
     drawing = {stage: components[stage] for stage in _DRAWING}
     return asyncio.run(_draw(bundle, manifest, _Unchecked(_OneEngineAtATime(bundle, drawing), concepts)))
 

@@ -125,7 +125,7 @@ class BlsStages:
     async def _wait_for(self, load: asyncio.Task[str | None], stage: str) -> None:
         try:
             failure = await asyncio.wait_for(asyncio.shield(load), _LOAD_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             failure = f"The process of {stage} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
         if failure:
             raise StageFailed(failure)

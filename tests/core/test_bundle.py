@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from diffuserve.bundle.checksums import sha256_of, sha256_of_files, verify
-from diffuserve.bundle.manifest import File, Manifest, read_manifest, write_manifest
+from diffuserve.bundle.manifest import FORMAT_VERSION, File, Manifest, read_manifest, write_manifest
 from diffuserve.errors import BundleError
 from tests.core.fakes import make_bundle
 
@@ -29,14 +29,14 @@ def test_round_trip(manifest: Manifest, tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == manifest
     text = (tmp_path / "manifest.json").read_text()
     assert list(json.loads(text)) == [field.name for field in msgspec.structs.fields(Manifest)]
-    assert text.startswith('{\n  "format_version": 3')
+    assert text.startswith('{\n  "format_version": 4')
     assert text.endswith("}\n")
     write_manifest(tmp_path, read_manifest(tmp_path))
     assert (tmp_path / "manifest.json").read_text() == text
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"null", b"[]", b"{}", b"\xff", b'{"format_version": "1"}', b'{"format_version": 3}']
+    "data", [b"", b"{", b"null", b"[]", b"{}", b"\xff", b'{"format_version": "1"}', b'{"format_version": 4}']
 )
 def test_damaged_json(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
@@ -70,23 +70,30 @@ def test_a_manifest_from_before_a_field_with_a_default(manifest: Manifest, tmp_p
 
 
 def test_newer_format(manifest: Manifest, tmp_path: Path) -> None:
-    edit(tmp_path, lambda content: content.update(format_version=4, new_field=1))
+    edit(tmp_path, lambda content: content.update(format_version=FORMAT_VERSION + 1, new_field=1))
     with pytest.raises(BundleError) as caught:
         read_manifest(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'manifest.json'} has format version 4, and this diffuserve reads version 3. Upgrade diffuserve, or "
+        f"{tmp_path / 'manifest.json'} has format version {FORMAT_VERSION + 1}, and this diffuserve reads version "
+        f"{FORMAT_VERSION}. Upgrade diffuserve, or "
         "export fake again from where its files lie, then assemble or archive it: diffuserve export CHECKPOINT"
     )
 
 
 def test_older_format(manifest: Manifest, tmp_path: Path) -> None:
     given = ["my checkpoint.safetensors", "--lora", "style.safetensors:0.8", "--clip-skip", "1"]
-    edit(tmp_path, lambda content: content.update(format_version=2, exported_with=given, source="mine + style:0.8"))
+    edit(
+        tmp_path,
+        lambda content: content.update(
+            format_version=FORMAT_VERSION - 1, exported_with=given, source="mine + style:0.8"
+        ),
+    )
     edit(tmp_path, lambda content: content.pop("reference"))
     with pytest.raises(BundleError) as caught:
         read_manifest(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'manifest.json'} has format version 2, and this diffuserve reads version 3. Export mine + style:0.8 "
+        f"{tmp_path / 'manifest.json'} has format version {FORMAT_VERSION - 1}, and this diffuserve reads version "
+        f"{FORMAT_VERSION}. Export mine + style:0.8 "
         "again from where its files lie, then assemble or archive it: "
         "diffuserve export 'my checkpoint.safetensors' --lora style.safetensors:0.8 --clip-skip 1"
     )
