@@ -129,7 +129,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                     yield service_pb2.ModelStreamInferResponse(infer_response=answer)
 
     def _answers(self, fields: dict[str, Any], request_id: str, context: Any) -> Iterator[Any]:
-        if fields.get("describe") and "prompt" not in fields:
+        if fields.get("describe"):
             yield response(request_id, event=[b"description"], description=[json.dumps(DESCRIPTION).encode()])
             return
         prompt, steps, images = fields["prompt"], fields.get("steps", 3), fields.get("num_images", 1)
