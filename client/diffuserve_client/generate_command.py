@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
+from diffuserve_client.request_options import request_options
 
 if TYPE_CHECKING:
+    from diffuserve.request import RequestFields
     from diffuserve_client.batch import TextToImage
-    from diffuserve_client.fields import RequestFields
 
 _BUNDLES = Path("model_store/bundles")
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -26,15 +29,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="More prompts: UTF-8, one a line, # for comments.",
 )
-@click.option("--negative-prompt", metavar="TEXT", help="What the images should not show.")
-@click.option("--steps", type=int, help="Denoising steps.")
-@click.option("--guidance-scale", type=float, help="How closely to follow the prompt; 1 switches guidance off.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="Of the first image; repeat it for several. [random]")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--height", type=int, help="Pixels.")
-@click.option("--sampler", metavar="NAME", help="Such as euler or dpmpp_2m.")
-@click.option("-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images a prompt and seed. [1]")
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="[the output's extension, or png]")
+@request_options
 @click.option(
     "-o",
     "--output",
@@ -51,7 +46,6 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(path_type=Path),
     help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
 )
-@click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
 @click.option(
     "--retries",
     type=click.IntRange(0),
@@ -59,7 +53,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     show_default=True,
     help="How often to ask again where the server is full, stopping or not there.",
 )
-@click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
+@click.option("--describe", is_flag=True, help="Print as JSON what the server offers, and draw nothing.")
 @click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
 @click.option("--local", is_flag=True, help="Draw in this process, without a server.")
 @click.option(
@@ -81,6 +75,7 @@ def command(
     url: str | None,
     key_file: Path | None,
     retries: int,
+    describe: bool,
     quiet: bool,
     local: bool,
     bundle: Path | None,
@@ -94,7 +89,7 @@ def command(
     diffuserve generate "a slice of pizza" -o pizza.png
     diffuserve generate "a cat" "a dog" --seed 1 --seed 2 --grid -o pets.png
     """
-    if not prompts and prompt_file is None:
+    if not (prompts or prompt_file or describe):
         raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
     if local and (url is not None or kind is not None):
         raise click.UsageError("--local needs no server, and --url or --server names one. Drop one of the two.")
@@ -102,6 +97,12 @@ def command(
         raise click.UsageError("--key-file is TorchServe's. Add --server torchserve or drop --key-file.")
     if bundle is not None and not local:
         raise click.UsageError("--bundle is for --local; a server has its own. Add --local or drop --bundle.")
+    if describe:
+        if prompts or prompt_file:
+            raise click.UsageError("--describe draws nothing. Drop it, or the prompts.")
+        with _reported():
+            _print_description(_local_client(bundle) if local else _client(kind, url, key_file, retries))
+        return
 
     from diffuserve_client.batch import Job
     from diffuserve_client.output import check_writable, format_for, path_for
@@ -128,19 +129,29 @@ def command(
     from diffuserve_client.run import Run
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
+    with _reported(), closing(_local_client(bundle) if local else _client(kind, url, key_file, retries)) as client:
+        failed = work.draw(client)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors and Ctrl-C become messages and exit codes."""
     try:
-        client = _local_client(bundle) if local else _client(kind, url, key_file, retries)
-        try:
-            failed = work.draw(client)
-        finally:
-            client.close()
+        yield
     except KeyboardInterrupt:
         click.echo("Cancelled.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
     except DiffuserveError as error:
         raise click.ClickException(str(error)) from None
-    if failed:
-        raise click.exceptions.Exit(1)
+
+
+def _print_description(client: TextToImage) -> None:
+    import msgspec
+
+    with closing(client):
+        click.echo(msgspec.json.format(msgspec.json.encode(client.describe()), indent=2))
 
 
 def _client(kind: str | None, url: str | None, key_file: Path | None, retries: int) -> TextToImage:

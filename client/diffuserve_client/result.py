@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffuserve.description import Description, description_from_json
 from diffuserve.errors import StageFailed
 
 
@@ -78,11 +79,13 @@ class Result:
         return [_decode(data) for data in self.encoded]
 
 
-def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: str) -> Progress | Result | None:
+def event_from_values(
+    values: Mapping[str, list[Any]], format: str, request_id: str
+) -> Progress | Result | Description | None:
     """One event of a request, or None for those that only a newer server knows.
 
     Args:
-        values: lists by name of `diffuserve.tensors.RESPONSE`; text and files are bytes.
+        values: lists by name of `diffuserve.wire.RESPONSE`; text and files are bytes.
         format: what the images were asked for in.
         request_id: the request's.
 
@@ -114,6 +117,8 @@ def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: 
             total_s=values["total_s"][0],
             request_id=request_id,
         )
+    if event == "description":
+        return description_from_json(values["description"][0])
     return None
 
 

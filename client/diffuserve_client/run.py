@@ -13,7 +13,7 @@ from diffuserve_client.output import path_for, save
 from diffuserve_client.result import Result
 
 if TYPE_CHECKING:
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
 
 
 class Run:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
-from diffuserve.tensors import FILES
+from diffuserve.wire import FILES
 from diffuserve_client.result import Progress, Result, event_from_values
 
 _PACKAGE = "org.pytorch.serve.grpc.inference"
@@ -53,7 +54,7 @@ class TorchServe:
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
-    ) -> Progress | Result | DiffuserveError | None:
+    ) -> Progress | Result | Description | DiffuserveError | None:
         try:
             answer = json.loads(message.prediction)
             if "code" in answer:

@@ -21,12 +21,13 @@ evaluation's `state` is the list of rows that make the new slots. In float64, so
     latents.py      x0, eps, alpha and sigma: the formulas that samplers share
     ddim.py, pndm.py, lcm.py, euler.py, dpm_solver.py
 
-To add a sampler: write a function of (schedule, steps, start) that returns a Trajectory, and name it in SAMPLERS.
+To add a sampler: write a function of (schedule, steps, start) that returns a Trajectory, and add it to SAMPLERS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +44,7 @@ from diffuserve.samplers.table import Trajectory, advance, initial_state, noised
 __all__ = [
     "SAMPLERS",
     "NoiseSchedule",
+    "Sampler",
     "Trajectory",
     "advance",
     "initial_state",
@@ -53,32 +55,48 @@ __all__ = [
 
 Builder = Callable[[NoiseSchedule, int, int], Trajectory]
 
-SAMPLERS: Mapping[str, Builder] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Sampler:
+    """One entry of SAMPLERS.
+
+    Attributes:
+        build: makes its trajectory, of (schedule, steps, start).
+        scheduler: the class in diffusers that it equals.
+        infotext: its name in AUTOMATIC1111's web UI, and so in the text inside images.
+        settings: what the class is made with beside the settings of the checkpoint.
+        spaced: whether the web UI lets one choose its schedule type; else its timesteps are its own.
+    """
+
+    build: Builder
+    scheduler: str
+    infotext: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    spaced: bool = True
+
+
+def _dpmpp(build: Builder, infotext: str, algorithm_type: str, *, karras: bool) -> Sampler:
+    settings = {"algorithm_type": algorithm_type, "use_karras_sigmas": karras}
+    return Sampler(build, "DPMSolverMultistepScheduler", infotext, settings)
+
+
+_NOT_KARRAS = {"use_karras_sigmas": False}
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddim": ddim,
-        "euler": euler,
-        "euler_a": euler_a,
-        "dpmpp_2m": dpmpp_2m,
-        "dpmpp_2m_karras": dpmpp_2m_karras,
-        "dpmpp_2m_sde": dpmpp_2m_sde,
-        "dpmpp_2m_sde_karras": dpmpp_2m_sde_karras,
-        "unipc": unipc,
-        "heun": heun,
-        "pndm": pndm,
-        "lcm": lcm,
+        "ddim": Sampler(ddim, "DDIMScheduler", "DDIM", spaced=False),
+        "euler": Sampler(euler, "EulerDiscreteScheduler", "Euler", _NOT_KARRAS),
+        "euler_a": Sampler(euler_a, "EulerAncestralDiscreteScheduler", "Euler a"),
+        "dpmpp_2m": _dpmpp(dpmpp_2m, "DPM++ 2M", "dpmsolver++", karras=False),
+        "dpmpp_2m_karras": _dpmpp(dpmpp_2m_karras, "DPM++ 2M", "dpmsolver++", karras=True),
+        "dpmpp_2m_sde": _dpmpp(dpmpp_2m_sde, "DPM++ 2M SDE", "sde-dpmsolver++", karras=False),
+        "dpmpp_2m_sde_karras": _dpmpp(dpmpp_2m_sde_karras, "DPM++ 2M SDE", "sde-dpmsolver++", karras=True),
+        "unipc": Sampler(unipc, "UniPCMultistepScheduler", "UniPC", _NOT_KARRAS, spaced=False),
+        "heun": Sampler(heun, "HeunDiscreteScheduler", "Heun", _NOT_KARRAS),
+        "pndm": Sampler(pndm, "PNDMScheduler", "PNDM", spaced=False),
+        "lcm": Sampler(lcm, "LCMScheduler", "LCM", spaced=False),
     }
 )
-
-# DPMSolverMultistepScheduler is several, by its settings.
-_SAMPLER_OF_SCHEDULER = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "UniPCMultistepScheduler": "unipc",
-    "HeunDiscreteScheduler": "heun",
-    "PNDMScheduler": "pndm",
-    "LCMScheduler": "lcm",
-}
 
 
 @lru_cache(maxsize=256)
@@ -104,17 +122,18 @@ def trajectory(schedule: NoiseSchedule, sampler: str, steps: int, start: int = 0
         )
     if not 0 <= start < steps:
         raise InvalidRequest(f"start is {start}; it must be 0 to {steps - 1}, one less than steps.")
-    return SAMPLERS[sampler](schedule, steps, start)
+    return SAMPLERS[sampler].build(schedule, steps, start)
 
 
 def sampler_from_config(config: Mapping[str, Any]) -> str:
     """The sampler that a checkpoint's own scheduler is, by the content of its scheduler_config.json.
 
-    A scheduler that is none of these here gets dpmpp_2m, at Karras et al.'s sigmas if it asks for them.
+    A scheduler that is none of these here gets dpmpp_2m, at Karras et al.'s sigmas if it asks for them. And
+    DPMSolverMultistepScheduler is several, by its settings.
     """
     karras = bool(config.get("use_karras_sigmas"))
-    own = _SAMPLER_OF_SCHEDULER.get(str(config.get("_class_name")))
-    if own is not None and not karras:
-        return own
-    stochastic = config.get("algorithm_type") == "sde-dpmsolver++"
-    return "dpmpp_2m" + "_sde" * stochastic + "_karras" * karras
+    own = next((name for name, each in SAMPLERS.items() if each.scheduler == config.get("_class_name")), "dpmpp_2m")
+    if karras or own == "dpmpp_2m":
+        stochastic = config.get("algorithm_type") == "sde-dpmsolver++"
+        return "dpmpp_2m" + "_sde" * stochastic + "_karras" * karras
+    return own

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
+from diffuserve.description import describe, values_from_description
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles
 from diffuserve.errors import (
     TRITON_CODE,
@@ -27,18 +29,18 @@ from diffuserve.errors import (
     StageFailed,
     to_wire,
 )
-from diffuserve.events import Completed, Event
+from diffuserve.events import Completed
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
-from diffuserve.request import TextToImageRequest, request_from_fields
+from diffuserve.request import TextToImageRequest
 from diffuserve.serving.lifecycle import LifeSign
-from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
-from diffuserve.triton.responses import tensors_from_event
+from diffuserve.triton.responses import tensors_from_event, tensors_from_values
+from diffuserve.wire import REQUEST_INPUTS, request_from_wire
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,9 @@ class StableDiffusionModel:
     async def _serve(self, triton_request: Any, sender: Any) -> Any:
         """Sends the events in between; returns the final response."""
         request = self._parse(triton_request)
+        if request is None:
+            description = describe(self._pipeline.manifest, self._pipeline.limits)
+            return _response(tensors_from_values(values_from_description(description)))
         events = self._pipeline.generate(request)
         watched = False
         try:
@@ -158,7 +163,7 @@ class StableDiffusionModel:
                 if not watched:  # before it is accepted there is nothing to take back, and a refusal is quicker
                     self._housekeeping.watch(sender, cast("asyncio.Task[Any]", asyncio.current_task()))
                     watched = True
-                response = pb_utils.InferenceResponse(_to_triton(event, request))
+                response = _response(tensors_from_event(event, request))
                 if isinstance(event, Completed):
                     log.info(
                         "%s done: %d x %dx%d, %d steps of %s, queued %.3f s, total %.3f s",
@@ -178,7 +183,7 @@ class StableDiffusionModel:
             await events.aclose()
         raise StageFailed("The pipeline ended without a result.")
 
-    def _parse(self, triton_request: Any) -> TextToImageRequest:
+    def _parse(self, triton_request: Any) -> TextToImageRequest | None:
         try:
             parameters = json.loads(triton_request.parameters() or "{}")
         except UnicodeDecodeError as error:
@@ -191,7 +196,7 @@ class StableDiffusionModel:
         for tensor in triton_request.inputs():
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
-        return request_from_fields(fields, self._pipeline.manifest.model, self._pipeline.limits)
+        return request_from_wire(fields, self._pipeline.manifest.model, self._pipeline.limits)
 
 
 def _flag(parameters: Mapping[str, str], name: str) -> bool:
@@ -206,8 +211,8 @@ def _flag(parameters: Mapping[str, str], name: str) -> bool:
     return text == "True"
 
 
-def _to_triton(event: Event, request: TextToImageRequest) -> list[Any]:
-    return [pb_utils.Tensor(name, array) for name, array in tensors_from_event(event, request).items()]
+def _response(tensors: Mapping[str, NDArray[Any]]) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 
 def _error_response(error: DiffuserveError) -> Any:

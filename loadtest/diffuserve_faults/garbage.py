@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from diffuserve.tensors import REQUEST, STABLE_DIFFUSION
+from diffuserve.request import FIELDS
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
 
@@ -19,8 +20,8 @@ _REQUESTS = 10_000
 _THREADS = 8
 _TIMEOUT_S = 30.0
 _VALID: dict[str, Any] = {"prompt": "x", "steps": 1, "width": 32, "height": 32, "guidance_scale": 1.0}
-_NUMBERS = ("steps", "guidance_scale", "seed", "width", "height", "num_images", "priority", "timeout_ms")
-_NAMES = (*(field.name for field in REQUEST if field.name != "prompt"), "colour", "")
+_NUMBERS = (*(name for name, field in FIELDS.items() if field.dtype == "INT64"), "guidance_scale")
+_NAMES = (*(name for name in FIELDS if name != "prompt"), "colour", "")
 _PARAMETERS = (
     ("bool_param", True),
     ("int64_param", 2**32 + 2),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from diffuserve.errors import Cancelled, DeadlineExceeded, QueueFull, ServerUnavailable, StageFailed
-from diffuserve_client import AsyncClient, Client, Progress, Result
+from diffuserve_client import AsyncClient, Client, Description, Progress, Result
 from tests.client import fake_triton
 from tests.client.fake_triton import SIDE_PX, FakeTriton
 
@@ -52,6 +52,37 @@ def test_generate(triton: FakeTriton, generate: Generate) -> None:
     assert triton.request_ids == ["mine"]
     fields = {"prompt": "a cat", "num_images": 2, "seed": 7, "encoding": "binary", "progress": True}
     assert triton.requests == [fields]
+
+
+def describe_with_client(address: str) -> Description:
+    with Client(address) as client:
+        return client.describe()
+
+
+def describe_with_async_client(address: str) -> Description:
+    async def main() -> Description:
+        async with AsyncClient(address) as client:
+            return await client.describe()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("describe", [describe_with_client, describe_with_async_client])
+def test_describe(triton: FakeTriton, describe: Callable[[str], Description]) -> None:
+    description = describe(triton.address)
+    assert triton.requests == [{"describe": True, "encoding": "binary"}]
+    assert (description.model, description.server_version, description.wire_version) == ("fake", "0.1.0", 1)
+    assert description.fields["prompt"].default is None
+    assert (description.fields["steps"].minimum, description.fields["steps"].maximum) == (1, 9)
+    assert description.fields["width"].multiple_of == 8
+    assert description.fields["sampler"].enum == ("ddim", "euler")
+    assert description.limits["max_rows"] == 32
+
+
+def test_every_request_tells_its_version(triton: FakeTriton) -> None:
+    generate_with_client(triton.address, "a cat")
+    describe_with_client(triton.address)
+    assert triton.wire_versions == [1, 1]
 
 
 @both
@@ -98,7 +129,7 @@ def test_on_progress_may_raise(triton: FakeTriton, generate: Generate) -> None:
         ("error [deadline_exceeded] too late", DeadlineExceeded, "too late"),
         ("error [queue_full retry_after_s=2.5] full", QueueFull, "full"),
         ("error something broke", StageFailed, "something broke"),
-        ("empty", ServerUnavailable, "without an image"),
+        ("empty", ServerUnavailable, "without an answer"),
         ("foreign", StageFailed, "'other' answered with logits"),
     ],
 )

@@ -1,5 +1,6 @@
 """`diffuserve generate`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 
 from diffuserve_client.generate_command import command
 from diffuserve_client.retries import DEFAULT_RETRIES
-from tests.client.fake_triton import SIDE_PX, FakeTriton
+from tests.client.fake_triton import DESCRIPTION, SIDE_PX, FakeTriton
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,7 @@ def names(folder: Path) -> list[str]:
         (["a", "--local", "--url", "localhost:8001"], "--local needs no server"),
         (["a", "--local"], "holds no bundle"),
         (["a", "-n", "0"], "num-images"),
+        (["a", "--describe"], "--describe draws nothing"),
     ],
 )
 def test_usage_errors(args: list[str], message: str) -> None:
@@ -88,6 +90,16 @@ def test_one_image(triton: FakeTriton, folder: Path) -> None:
         }
     ]
     assert opened(folder / "a-cat-4k-100.png").info["parameters"] == "A cat, 4k\nSeed: 100"
+
+
+def test_describe(triton: FakeTriton, folder: Path) -> None:
+    result = draw(triton, "--describe")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["fields"]["sampler"] == DESCRIPTION["fields"]["sampler"]
+    assert names(folder) == []
+    failed = invoke("--describe", "--url", "127.0.0.1:1", "--retries", "0")
+    assert failed.exit_code == 1
+    assert "No server answers at 127.0.0.1:1" in failed.stderr
 
 
 def test_names_follow_the_order_of_prompts_and_seeds(triton: FakeTriton, folder: Path) -> None:

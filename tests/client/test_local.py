@@ -44,6 +44,12 @@ def test_threads_share_a_client(client: LocalClient) -> None:
 
 
 @needs_bundle
+def test_describe(client: LocalClient) -> None:
+    description = client.describe()
+    assert (description.model, description.fields["width"].default) == ("tiny-emoji", 128)
+
+
+@needs_bundle
 def test_requests_are_checked(client: LocalClient) -> None:
     with pytest.raises(InvalidRequest, match="steps is 0"):
         client.stream("a cat", steps=0)

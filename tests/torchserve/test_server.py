@@ -17,10 +17,12 @@ import grpc
 import pytest
 from PIL import Image
 
+from diffuserve.description import description_from_json
 from diffuserve.errors import DeadlineExceeded, DiffuserveError, InvalidRequest, QueueFull, ServerUnavailable
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.trials.similarity import psnr_db
+from diffuserve.wire import WIRE_VERSION
 from diffuserve_client import AsyncClient, Client, Progress, Result, TorchServe
 from tests.metrics import read_metrics
 
@@ -50,6 +52,27 @@ def post_json(server: TorchServeServer, **fields: Any) -> tuple[int, str, bytes]
 def test_health(torchserve: TorchServeServer, torchserve_client: Client) -> None:
     assert torchserve.running
     assert torchserve_client.is_ready()
+
+
+def test_describe(torchserve: TorchServeServer, torchserve_client: Client) -> None:
+    description = torchserve_client.describe()
+    assert (description.model, description.wire_version) == ("tiny-emoji", WIRE_VERSION)
+    assert description.fields["width"].default == 128
+    form = urllib.parse.urlencode({"describe": "true"}).encode()
+    for status, media_type, body in (
+        post_json(torchserve, describe=True),
+        post(torchserve, form, "application/x-www-form-urlencoded"),
+    ):
+        assert (status, media_type) == (200, "application/json")
+        answer = json.loads(body)
+        assert answer.keys() == {"event", "description"}
+        assert description_from_json(answer["description"].encode()) == description
+
+
+def test_a_client_of_another_version_is_told_both(torchserve: TorchServeServer) -> None:
+    status, _, body = post_json(torchserve, prompt="a cat", wire_version=99, **SMALL)
+    assert status == 400
+    assert f"The client speaks version 99 of the wire, and the server version {WIRE_VERSION}." in body.decode()
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])

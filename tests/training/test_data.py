@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffuserve_training import cli
+from diffuserve_training import train_command
 from diffuserve_training.backgrounds import BACKGROUNDS, COLOURS, NAMES, lay_on, nearest_background
 from diffuserve_training.captions import caption, plain_caption
 from diffuserve_training.config import ConfigError, Data, Training, located, located_checkpoint, read_config, read_names
@@ -184,4 +184,4 @@ def test_an_archive_with_another_content_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_every_style() -> None:
-    assert list(cli._STYLES.choices) == list(STYLES)
+    assert list(train_command._STYLES.choices) == list(STYLES)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffuserve.tensors import RESPONSE
 from diffuserve.triton.launcher import TritonServer
+from diffuserve.wire import RESPONSE
 from tests.metrics import read_metrics
 
 
@@ -137,8 +137,10 @@ def test_the_documented_answers(server: TritonServer, fields: str, status: str, 
 def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
     """Each event's fields and their types, with one image and with several."""
     events = {
-        name: set(re.findall(r"`(\w+)`", listed)) | {"event", "step", "steps"}
-        for name, listed in re.findall(r"^\| `(accepted|progress|completed)` \|[^|]*\|(.*)\|$", DOCS, re.MULTILINE)
+        name: set(re.findall(r"`(\w+)`", listed)) | {"event"}
+        for name, listed in re.findall(
+            r"^\| `(accepted|progress|completed|description)` \|[^|]*\| (`.*) \|$", DOCS, re.MULTILINE
+        )
     }
     json_types = {
         name: kind
@@ -149,8 +151,9 @@ def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
     assert json_types.keys() == {spec.name for spec in RESPONSE} == set().union(*events.values())
     for images in (1, 3):
         fields = {"prompt": "a [cat|dog]", "steps": 2, "width": 32, "height": 32, "num_images": images}
-        _, text = post(server, "generate_stream", {**fields, "progress": True, "preview": True})
-        answers = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        asked = ({**fields, "progress": True, "preview": True}, {"describe": True})
+        lines = "".join(post(server, "generate_stream", body)[1] for body in asked).splitlines()
+        answers = [json.loads(line.removeprefix("data: ")) for line in lines if line]
         assert {answer["event"] for answer in answers} == events.keys()
         for answer in answers:
             assert answer.keys() - {"model_name", "model_version"} == events[answer["event"]]

@@ -220,7 +220,7 @@ def test_a_finished_request_is_answered_once(faults: Faults) -> None:
         ("late", {"steps": 150, "num_images": 8, "timeout_s": 0.3}, DeadlineExceeded, "300"),
         ("file not encoded", {"steps": 1, "format": "webp"}, StageFailed, "no space left"),
         ("unsendable event", {"steps": 3}, StageFailed, "the response cannot be sent"),
-        ("unsendable final", {"steps": 1}, ServerUnavailable, "without an image"),
+        ("unsendable final", {"steps": 1}, ServerUnavailable, "without an answer"),
     ],
 )
 def test_a_failed_request_is_answered_once(

@@ -10,8 +10,6 @@ from diffuserve.bundle.manifest import Manifest
 from diffuserve.limits import MAX_DECODE_BATCH, Limits
 from diffuserve.stages import CALL_TIMEOUT_S
 from diffuserve.tensors import (
-    REQUEST_INPUTS,
-    RESPONSE,
     SAFETY_CHECKER,
     STABLE_DIFFUSION,
     TEXT_ENCODER,
@@ -20,6 +18,7 @@ from diffuserve.tensors import (
     VAE_ENCODER,
     TensorSpec,
 )
+from diffuserve.wire import REQUEST_INPUTS, RESPONSE
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
