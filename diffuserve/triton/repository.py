@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffuserve.bundle.manifest import MANIFEST_NAME
-from diffuserve.errors import BundleError, LaunchError
+from diffuserve.errors import BundleError, ConfigurationError, LaunchError
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.placement import described_placement, read_placement
 
@@ -62,18 +65,34 @@ def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VER
         )
 
 
-def read_parameters(repository: Path) -> dict[str, str]:
-    """The parameters in the in-flight model's config.pbtxt: its limits and policy, as text.
+def read_options(repository: Path) -> tuple[Limits, Serving]:
+    """What the in-flight model's config.pbtxt says.
 
     Raises:
-        LaunchError: the file is missing or cannot be parsed.
+        BundleError: nothing was assembled here.
+        ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
+    """
+    model = described_placement(repository / STABLE_DIFFUSION / _VERSION).model
+    config = read_config(repository / STABLE_DIFFUSION)
+    try:
+        return limits_and_serving(model, {name: each.string_value for name, each in config.parameters.items()})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{repository / STABLE_DIFFUSION / CONFIG_NAME}: {error}") from None
+
+
+def read_config(model_folder: Path) -> Any:
+    """A model's config.pbtxt as protobuf's `ModelConfig`.
+
+    Raises:
+        ConfigurationError: the file is missing or cannot be parsed.
     """
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-    path = repository / STABLE_DIFFUSION / CONFIG_NAME
+    path = model_folder / CONFIG_NAME
     try:
-        config = text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
-    return {name: parameter.string_value for name, parameter in config.parameters.items()}
+        return text_format.Parse(path.read_text(), ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE"
+        ) from error

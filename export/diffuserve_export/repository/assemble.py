@@ -23,15 +23,17 @@ from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
 from diffuserve.triton.repository import CONFIG_NAME
 from diffuserve_export.repository.triton_backends import PYTHON
-from diffuserve_export.repository.triton_config import Serving, configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.triton_config import configs_from_manifest, model_py, text_from_config
 
 
 def repository_from_bundle(
-    bundle: Path, output: Path, serving: Serving | None = None, backend: str = PYTHON
+    bundle: Path, output: Path, limits: Limits | None = None, serving: Serving | None = None, *, backend: str = PYTHON
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
@@ -41,6 +43,7 @@ def repository_from_bundle(
     Args:
         bundle: its folder.
         output: the repository.
+        limits: what is accepted; by default the model's own.
         serving: how it is served.
         backend: of Triton, for the stages; one of `diffuserve_export.repository.triton_backends.BACKENDS`.
 
@@ -48,13 +51,15 @@ def repository_from_bundle(
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
             one of its engines, `output` holds something else than models, or it cannot be written.
     """
+    serving = serving or Serving()
     manifest = read_manifest(bundle)
-    if serving is not None and serving.require_safety_checker:
+    limits = limits or Limits.for_model(manifest.model)
+    if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
     check_output(output)
     verify(bundle, manifest)
     try:
-        for name, config in configs_from_manifest(manifest, serving, backend).items():
+        for name, config in configs_from_manifest(manifest, limits, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)

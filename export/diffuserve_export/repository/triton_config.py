@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffuserve.batching.policies import DEFAULT_POLICY
 from diffuserve.bundle.manifest import Manifest
-from diffuserve.limits import MAX_DECODE_BATCH, Limits
-from diffuserve.stages import CALL_TIMEOUT_S
-from diffuserve.tensors import (
-    REQUEST_INPUTS,
-    RESPONSE,
-    SAFETY_CHECKER,
-    STABLE_DIFFUSION,
-    TEXT_ENCODER,
-    UNET,
-    VAE_DECODER,
-    VAE_ENCODER,
-    TensorSpec,
-)
+from diffuserve.limits import Limits, max_batch_sizes
+from diffuserve.options import to_parameters
+from diffuserve.serving_options import Serving, StageServing
+from diffuserve.tensors import REQUEST_INPUTS, RESPONSE, STABLE_DIFFUSION, TEXT_ENCODER, UNET, TensorSpec
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
@@ -39,54 +28,31 @@ def model_py(name: str) -> str:
     return _MODEL_PY[name == STABLE_DIFFUSION]
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How a repository serves its bundle, besides the limits: what `diffuserve.pipeline.Pipeline` is given.
-
-    `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each. `call_timeout_s`:
-    seconds after which a stage's call counts as hung; the loop gives it up, and the stage's process ends itself.
-    `require_safety_checker`: load no bundle without one.
-    """
-
-    batching: str = "inflight"
-    policy: str = DEFAULT_POLICY
-    unet_instances: int = 1
-    call_timeout_s: float = CALL_TIMEOUT_S
-    require_safety_checker: bool = False
-
-
-def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON) -> dict[str, Any]:
+def configs_from_manifest(
+    manifest: Manifest, limits: Limits, serving: Serving, backend: str = PYTHON
+) -> dict[str, Any]:
     """A `ModelConfig` for each Triton model that serves the bundle, by model name.
 
     Args:
         manifest: the bundle's.
+        limits: what is accepted.
         serving: how it is served.
         backend: one of `diffuserve_export.repository.triton_backends.BACKENDS`, for the stages.
 
     Raises:
         BundleError: the backend does not run a component as it is.
     """
-    serving = serving or Serving()
-    limits = Limits.for_model(manifest.model)
-    max_batch_sizes = {
-        TEXT_ENCODER: limits.max_rows,
-        UNET: limits.max_rows,
-        VAE_DECODER: MAX_DECODE_BATCH,
-        VAE_ENCODER: MAX_DECODE_BATCH,
-        SAFETY_CHECKER: MAX_DECODE_BATCH,
-    }
+    rows = max_batch_sizes(limits)
     configs = {
-        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
+        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, rows[name])
         for name, component in manifest.components.items()
     }
     for name, config in configs.items():
         instances = serving.unet_instances if name == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
-            # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's
-            # ends.
-            config.parameters["threads"].string_value = "0"
-            config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
+            # Each may use every core: the UNet runs nearly all the time, and the others only between a request's ends.
+            _set_parameters(config, StageServing(call_timeout_s=serving.call_timeout_s))
         else:
             set_backend(config, backend, manifest.components[name], manifest.model, instances)
     configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
@@ -117,9 +83,13 @@ def _stage_config(
 def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
     config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    for name, value in {**asdict(limits), **asdict(serving)}.items():
-        config.parameters[name].string_value = str(value)
+    _set_parameters(config, limits, serving)
     return config
+
+
+def _set_parameters(config: Any, *options: Any) -> None:
+    for name, text in to_parameters(*options).items():
+        config.parameters[name].string_value = text
 
 
 def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int) -> Any:
