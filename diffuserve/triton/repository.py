@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from diffuserve.bundle.manifest import MANIFEST_NAME
-from diffuserve.errors import BundleError, ConfigurationError, LaunchError
-from diffuserve.limits import Limits
-from diffuserve.serving_options import Serving, limits_and_serving
+from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, check_stages, read_options
 from diffuserve.triton.placement import described_placement, read_placement
 
-CONFIG_NAME = "config.pbtxt"
 _VERSION = "1"
 
 
@@ -23,6 +20,7 @@ def check_repository(repository: Path) -> None:
     Raises:
         LaunchError: it is missing, empty or a bundle, or a folder in it is no model.
         BundleError: a model is incomplete or has changed, or they are of several bundles.
+        ConfigurationError: an option is unknown or not allowed, or the stages are configured for others.
     """
     if not repository.is_dir():
         raise LaunchError(
@@ -46,6 +44,8 @@ def check_repository(repository: Path) -> None:
             )
         read_placement(folder / _VERSION)
     check_one_bundle(repository, (folder.name for folder in models))
+    if (repository / STABLE_DIFFUSION).is_dir():
+        check_stages(repository, *read_options(repository))
 
 
 def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VERSION) -> None:
@@ -63,36 +63,3 @@ def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VER
             f"The models in {repository} are of different bundles: {listed}. Assemble the repository again: diffuserve "
             f"assemble BUNDLE --output {repository}"
         )
-
-
-def read_options(repository: Path) -> tuple[Limits, Serving]:
-    """What the in-flight model's config.pbtxt says.
-
-    Raises:
-        BundleError: nothing was assembled here.
-        ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
-    """
-    model = described_placement(repository / STABLE_DIFFUSION / _VERSION).model
-    config = read_config(repository / STABLE_DIFFUSION)
-    try:
-        return limits_and_serving(model, {name: each.string_value for name, each in config.parameters.items()})
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{repository / STABLE_DIFFUSION / CONFIG_NAME}: {error}") from None
-
-
-def read_config(model_folder: Path) -> Any:
-    """A model's config.pbtxt as protobuf's `ModelConfig`.
-
-    Raises:
-        ConfigurationError: the file is missing or cannot be parsed.
-    """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    path = model_folder / CONFIG_NAME
-    try:
-        return text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE"
-        ) from error

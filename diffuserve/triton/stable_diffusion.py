@@ -25,6 +25,7 @@ from diffuserve.serving.lifecycle import LifeSign
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
+from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
@@ -58,6 +59,7 @@ class StableDiffusionModel:
             components = read_manifest(version_folder).components
             # Also for a Triton that the launcher has not started.
             check_one_bundle(version_folder.parents[1], components, args["model_version"])
+            check_stages(version_folder.parents[1], limits, serving)
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }

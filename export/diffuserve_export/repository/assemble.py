@@ -26,10 +26,16 @@ from diffuserve.images.safety import refuse_without_safety_checker
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
+from diffuserve.triton.configuration import CONFIG_NAME
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
-from diffuserve.triton.repository import CONFIG_NAME
 from diffuserve_export.repository.triton_backends import PYTHON
-from diffuserve_export.repository.triton_config import configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.triton_config import (
+    configs_from_manifest,
+    given_arguments,
+    model_py,
+    sources,
+    text_from_config,
+)
 
 
 def repository_from_bundle(
@@ -58,12 +64,13 @@ def repository_from_bundle(
         refuse_without_safety_checker(manifest)
     check_output(output)
     verify(bundle, manifest)
+    head = sources(manifest, given_arguments(manifest.model, limits, serving, backend))
     try:
         for name, config in configs_from_manifest(manifest, limits, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / name / CONFIG_NAME, text_from_config(config))
+            _write(output / name / CONFIG_NAME, text_from_config(config, head))
             if config.backend == PYTHON:
                 _write(folder / "model.py", model_py(name))
             else:
