@@ -16,7 +16,7 @@ from typing import Any, cast
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve.engines.tensorrt_profiles import check_limits, profiles
+from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
 from diffuserve.pipeline import Pipeline
@@ -56,7 +56,9 @@ class StableDiffusionModel:
             }
             placement = read_placement(version_folder)
             limits, serving = limits_and_serving(placement.model, parameters)
-            components = read_manifest(version_folder).components
+            manifest = read_manifest(version_folder)
+            check_limits(limits, manifest)
+            components = manifest.components
             # Also for a Triton that the launcher has not started.
             check_one_bundle(version_folder.parents[1], components, args["model_version"])
             check_stages(version_folder.parents[1], limits, serving)
@@ -64,12 +66,10 @@ class StableDiffusionModel:
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
             ranges = {
-                name: profiles(component.tensors, placement.model)
+                name: profiles_of(component, placement.model)
                 for name, component in components.items()
                 if component.engine == "tensorrt"
             }
-            if ranges:
-                check_limits(limits, placement.model)
             self._stages = BlsStages(outputs, ranges)
             self._pipeline = Pipeline(version_folder, self._stages, limits, serving)
         except DiffuserveError as error:

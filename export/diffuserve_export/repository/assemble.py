@@ -20,6 +20,7 @@ from diffuserve.bundle.file_samples import sample_file
 from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
+from diffuserve.engines.tensorrt_profiles import check_limits
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
@@ -56,12 +57,14 @@ def repository_from_bundle(
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
             one of its engines, `output` holds something else than models, or it cannot be written.
+        ConfigurationError: the limits allow what the bundle's TensorRT plans were not built for.
     """
     serving = serving or Serving()
     manifest = read_manifest(bundle)
     limits = limits or Limits.for_model(manifest.model)
     if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
+    check_limits(limits, manifest)
     check_output(output)
     verify(bundle, manifest)
     head = sources(manifest, given_arguments(manifest.model, limits, serving, backend))
