@@ -71,13 +71,13 @@ ROOMS = {
         ),
         "tensors",
     },
-    "serving": {"errors"},
+    "serving": {"bundle", "defaults", "errors", "limits"},
     "triton": {
         *("bundle", "defaults", "engines", "errors", "events", "files", "limits", "options", "pipeline", "request"),
         *("serving", "serving_options", "stages", "stats", "tensors"),
     },
     "torchserve": {"bundle", "defaults", "errors", "limits", "serving", "serving_options", "tensors"},
-    "serve_command": {"bundle", "defaults", "limits", "tensors", "torchserve", "triton"},
+    "serve_command": {"defaults", "serving", "tensors", "torchserve", "triton"},
     "cli": {"errors"},
 }
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
