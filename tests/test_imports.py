@@ -46,6 +46,7 @@ ROOMS = {
     "serving_options": {"batching", "bundle", "defaults", "errors", "limits", "options"},
     "request": {"bundle", "errors", "limits", "samplers"},
     "events": {"request"},
+    "http_answers": {"errors", "events", "request", "tensors"},
     "conditioning": {"request", "stages", "tensors"},
     "request_warnings": {"bundle", "limits", "request", "text"},
     "images": {"bundle", "defaults", "errors", "limits", "request", "stages", "stats", "tensors"},
