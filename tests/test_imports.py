@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from diffuserve import defaults
 from diffuserve.cli import _VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -262,6 +263,19 @@ def test_the_command_line_alone_names_the_other_packages() -> None:
         if node.value != "triton_repo"  # the default folder to serve, no package
     }
     assert naming == {Path("diffuserve/cli.py")}
+
+
+def test_default_places_have_one_home() -> None:
+    places = {str(value) for value in vars(defaults).values() if isinstance(value, Path)}
+    assert "triton_repo" in places
+    literals = {
+        (path, node.value)
+        for folder, _ in MAY_IMPORT.values()
+        for path, tree in _sources(folder)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in places
+    }
+    assert {path for path, _ in literals} == {Path("diffuserve/defaults.py")}
 
 
 def test_the_core_loads_few_libraries() -> None:

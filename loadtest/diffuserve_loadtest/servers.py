@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffuserve.errors import LaunchError
 from diffuserve_loadtest.metrics import read_metrics
 from diffuserve_loadtest.target import Protocol, Target
 
@@ -63,12 +62,3 @@ def started_torchserve(archive: Path, protocol: Protocol) -> Iterator[UnderTest]
         with TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=key_file) as server:
             url = server.address.grpc if protocol == "torchserve-grpc" else server.address.http
             yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, key_file)
-
-
-def only_archive(folder: Path = Path("model_store/mar")) -> Path:
-    """The one archive in a folder; raises `LaunchError` if there is none, or more than one."""
-    found = sorted(folder.glob("*.mar"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise LaunchError(f"{folder} holds {names}. Name one archive, or make one: diffuserve archive BUNDLE")
-    return found[0]
