@@ -73,7 +73,7 @@ ROOMS = {
         ),
         "tensors",
     },
-    "serving": {"bundle", "defaults", "errors", "limits"},
+    "serving": {"bundle", "errors", "limits"},
     "triton": {
         *("bundle", "defaults", "engines", "errors", "events", "files", "limits", "options", "pipeline", "request"),
         *("serving", "serving_options", "stages", "stats", "tensors"),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from diffuserve.bundle.manifest import Manifest
-from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
 from diffuserve.limits import Limits
 from diffuserve.serving.address import ServerAddress
@@ -59,7 +58,7 @@ class ServerLauncher(ABC, Generic[Address]):
     """What messages call the server."""
     watch_interval_s: ClassVar[float] = 0.2
 
-    def __init__(self, address: Address, *, log_level: str = "error", ready_timeout_s: float = READY_TIMEOUT_S) -> None:
+    def __init__(self, address: Address, *, log_level: str, ready_timeout_s: float) -> None:
         self.address = address
         self.failure: str | None = None
         """Why the server was ended without anybody having asked for it."""

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,8 +29,11 @@ SLEEPS = "import time; time.sleep(600)"
 class Listener(ServerLauncher[ServerAddress]):
     name = "Listener"
 
-    def __init__(self, program: str = LISTENS, address: ServerAddress | None = None, **settings: Any) -> None:
-        super().__init__(address or ServerAddress.on_free_ports(), **settings)
+    def __init__(
+        self, program: str = LISTENS, address: ServerAddress | None = None, ready_timeout_s: float = 60.0
+    ) -> None:
+        address = address or ServerAddress.on_free_ports()
+        super().__init__(address, log_level="error", ready_timeout_s=ready_timeout_s)
         self.program = program
         self.complaint = ""
         self.idle = threading.Event()

@@ -9,7 +9,7 @@ from diffuserve import __version__
 from diffuserve.bundle.manifest import Manifest, ModelSpec
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
-from diffuserve.serving_options import Serving, StageServing
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import REQUEST_INPUTS, RESPONSE, STABLE_DIFFUSION, TEXT_ENCODER, UNET, TensorSpec
 from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
@@ -54,8 +54,7 @@ def configs_from_manifest(
         instances = serving.unet_instances if name == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
-            # Each may use every core: the UNet runs nearly all the time, and the others only between a request's ends.
-            _set_parameters(config, StageServing(call_timeout_s=serving.call_timeout_s))
+            config.parameters["call_timeout_s"].string_value = to_parameters(serving)["call_timeout_s"]
         else:
             set_backend(config, backend, manifest.components[name], manifest.model, instances)
     configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
@@ -109,13 +108,9 @@ def _stage_config(
 def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
     config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    _set_parameters(config, limits, serving)
-    return config
-
-
-def _set_parameters(config: Any, *options: Any) -> None:
-    for name, text in to_parameters(*options).items():
+    for name, text in to_parameters(limits, serving).items():
         config.parameters[name].string_value = text
+    return config
 
 
 def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int) -> Any:
