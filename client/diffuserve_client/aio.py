@@ -143,7 +143,7 @@ class AsyncClient:
                 if event is not None:
                     yield event
             exchange.check_finished()
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if not exchange.finished:
                 raise exchange.silent() from None
         except grpc.RpcError as error:

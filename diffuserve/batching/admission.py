@@ -1,13 +1,12 @@
-"""Whether a request can be finished within its timeout, said when it arrives.
+"""Whether a request can be finished within its timeout, decided when it arrives.
 
-A server that takes everything works, when there is too much, on requests that expire before they are done, and finishes
-none. So each request with a timeout is weighed at its arrival: if it could not be finished in time, or another that has
-been accepted no longer could, it is refused while its client can still go elsewhere.
+An overloaded server that accepts everything spends its time on requests that expire before they are done. So each request
+with a timeout is checked on arrival. If it could not finish in time, or if it would make an accepted request late, it is
+refused at once, and its client can go elsewhere.
 
-The in-flight loop advances everybody by one UNet evaluation in a round of calls. So a request that needs k more takes k
-rounds, in each of which those are that need as many, and is late only if what joins makes the rounds longer; which is what
-is asked for each newcomer. What a call costs is learnt from the calls: a part for each call and a part that grows with
-its rows and their size.
+The forecast is simple, because the in-flight loop advances every request by one UNet evaluation per round of calls. A
+request that needs k more evaluations takes k rounds. What joins it makes those rounds longer, and nothing else makes it
+late. What a call costs is learnt from past calls: a fixed part, and a part that grows with its rows and their size.
 """
 
 from __future__ import annotations
@@ -16,45 +15,27 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from diffuserve.batching.forecast import CallForecast
 from diffuserve.batching.jobs import LatentShape
+from diffuserve.batching.ledger import Entry, Ledger
 
 # Of what the forecast says, for what it cannot know: other programs, and the requests that come without a timeout.
 _MARGIN = 1.5
 
 
-@dataclass(eq=False)
-class Promise:
-    """An accepted request.
-
-    Attributes:
-        shape: (C, h, w) of its latents.
-        rows: UNet rows that it takes in a call.
-        evaluations_left: UNet evaluations that it still needs.
-        priority: 0 (first) .. 9 (last).
-        end_s: when it expires, on the clock of `Admission.excess_s`; infinite without a timeout.
-    """
-
-    shape: LatentShape
-    rows: int
-    evaluations_left: int
-    priority: int
-    end_s: float = math.inf
-
-
 class Admission:
-    """Knows what has been accepted.
+    """Weighs a request against those that have been accepted.
 
     Args:
+        ledger: what has been accepted.
         max_rows: of one UNet call.
         instances: UNet calls in flight at once.
     """
 
-    def __init__(self, max_rows: int, instances: int = 1) -> None:
+    def __init__(self, ledger: Ledger, max_rows: int, instances: int = 1) -> None:
         self.calls = CallForecast()
-        self.accepted: set[Promise] = set()
+        self._ledger = ledger
         self.outside_s = 0.0
         """What a request takes besides its UNet calls, of late."""
         self._max_rows = max_rows
@@ -64,42 +45,43 @@ class Admission:
         """Learns what one request took besides its UNet calls."""
         self.outside_s = seconds if not self.outside_s else 0.9 * self.outside_s + 0.1 * seconds
 
-    def excess_s(self, newcomer: Promise, now_s: float) -> float:
+    def excess_s(self, newcomer: Entry, now_s: float) -> float:
         """Seconds by which the newcomer, or an accepted request that would have been in time without it, would be late;
         0 if none would. A server with nothing to do accepts everything, since its forecast may be out of date."""
-        if not self.accepted:
+        accepted = list(self._ledger)
+        if not accepted:
             return 0.0
         excess_s = 0.0
-        concerned = [promise for promise in self.accepted if promise.end_s < math.inf]
-        for priority in sorted({promise.priority for promise in (*concerned, newcomer)}):
+        concerned = [entry for entry in accepted if entry.end_s < math.inf]
+        for priority in sorted({entry.priority for entry in (*concerned, newcomer)}):
             if priority < newcomer.priority:  # goes first in any case
                 continue
-            rivals = [promise for promise in self.accepted if promise.priority <= priority]
+            rivals = [entry for entry in accepted if entry.priority <= priority]
             before_s, after_s = self._rounds_s(rivals), self._rounds_s([*rivals, newcomer])
             if priority == newcomer.priority:
                 excess_s = max(excess_s, self._late_s(newcomer, after_s, now_s))
-            for promise in concerned:
-                if promise.priority == priority and self._late_s(promise, before_s, now_s) <= 0:
-                    excess_s = max(excess_s, self._late_s(promise, after_s, now_s))
+            for entry in concerned:
+                if entry.priority == priority and self._late_s(entry, before_s, now_s) <= 0:
+                    excess_s = max(excess_s, self._late_s(entry, after_s, now_s))
         return excess_s
 
-    def _late_s(self, promise: Promise, rounds_s: Mapping[int, float], now_s: float) -> float:
-        """Seconds after its end at which `promise` will be finished; negative if before."""
-        needed_s = _MARGIN * (rounds_s[promise.evaluations_left] + self.outside_s)
-        return now_s + needed_s - promise.end_s
+    def _late_s(self, entry: Entry, rounds_s: Mapping[int, float], now_s: float) -> float:
+        """Seconds after its end at which `entry` will be finished; negative if before."""
+        needed_s = _MARGIN * (rounds_s[entry.evaluations_left] + self.outside_s)
+        return now_s + needed_s - entry.end_s
 
-    def _rounds_s(self, present: Iterable[Promise]) -> dict[int, float]:
+    def _rounds_s(self, present: Iterable[Entry]) -> dict[int, float]:
         """Seconds in which those present do so many evaluations each, by their number, for every number that one of them
         needs; who needs fewer is not in the rest of the rounds."""
-        by_need: dict[int, list[Promise]] = {0: []}
-        for promise in present:
-            by_need.setdefault(promise.evaluations_left, []).append(promise)
+        by_need: dict[int, list[Entry]] = {0: []}
+        for entry in present:
+            by_need.setdefault(entry.evaluations_left, []).append(entry)
         needs = sorted(by_need)
         rows: Counter[LatentShape] = Counter()
         lasts_s = {0: 0.0}
         for less, need in reversed([*itertools.pairwise(needs)]):
-            for promise in by_need[need]:
-                rows[promise.shape] += promise.rows
+            for entry in by_need[need]:
+                rows[entry.shape] += entry.rows
             lasts_s[need] = (need - less) * self._round_s(rows)
         total_s, finished_s = 0.0, {}
         for need in needs:

@@ -87,7 +87,7 @@ class ServerLauncher(ABC, Generic[Address]):
 
     @abstractmethod
     def _has_failed(self, process: ServerProcess) -> str:
-        """Why a running server has to be ended, since its clients would wait forever; empty if all is well."""
+        """Why a running server is ended, since its clients would wait forever; empty if all is well."""
 
     @abstractmethod
     def _is_drained(self, asked_s: float) -> bool:
@@ -166,6 +166,6 @@ class ServerLauncher(ABC, Generic[Address]):
     def _watch(self, process: ServerProcess) -> None:
         while process.running and not self._stopping.wait(self.watch_interval_s):
             if reason := self._has_failed(process):
-                self.failure = f"{reason}, so {self.name} was ended. Start it again."
+                self.failure = reason
                 process.kill()
                 return

@@ -88,8 +88,9 @@ class TorchServeServer(ServerLauncher[TorchServeAddress]):
         now_s = time.monotonic()
         if process.has_children:
             self._worker_seen_s = now_s
-        lost = now_s - self._worker_seen_s > _NO_WORKER_TIMEOUT_S
-        return "TorchServe has lost its workers and starts no other" if lost else ""
+        if now_s - self._worker_seen_s <= _NO_WORKER_TIMEOUT_S:
+            return ""
+        return "TorchServe has lost its workers and starts no other, so it was ended. Start it again."
 
     def _is_drained(self, asked_s: float) -> bool:
         """Whether no worker has had a batch for longer than a batch's delay."""

@@ -80,7 +80,9 @@ class TritonServer(ServerLauncher[TritonAddress]):
         return answers_ok(f"{self.address.http}/v2/health/ready")
 
     def _has_failed(self, process: ServerProcess) -> str:
-        return f"The process of {STABLE_DIFFUSION} has died" if self._life_sign.lost else ""
+        if not self._life_sign.lost:
+            return ""
+        return f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
 
     def _is_drained(self, asked_s: float) -> bool:
         return self._drain_files.drained

@@ -124,10 +124,10 @@ def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec
         backend=PYTHON,
         max_batch_size=max_batch_size,
         input=[
-            ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.dims, optional=spec.optional)
+            ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.triton_dims, optional=spec.optional)
             for spec in inputs
         ],
-        output=[ModelOutput(name=spec.name, data_type=data_type(spec), dims=spec.dims) for spec in outputs],
+        output=[ModelOutput(name=spec.name, data_type=data_type(spec), dims=spec.triton_dims) for spec in outputs],
         # Written out, since on a machine with GPUs Triton's default is an instance, so an in-flight loop, for each.
         instance_group=[ModelInstanceGroup(count=1, kind=ModelInstanceGroup.KIND_CPU)],
     )

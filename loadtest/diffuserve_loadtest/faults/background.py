@@ -67,7 +67,7 @@ async def ask(client: AsyncClient, known: KnownAnswer, tally: Tally, timeout_s: 
 
     try:
         await asyncio.wait_for(read(), timeout_s + _GRACE_S)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return tally.lose(f"no answer and no error within {timeout_s + _GRACE_S:g} s")
     except DiffuserveError as error:
         return tally.lose(f"an answer and an error, {error.code}") if results else tally.refuse(error.code)

@@ -17,7 +17,7 @@ from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.local_stages import EngineStages
 from diffuserve.limits import Limits
 from diffuserve.samplers import NoiseSchedule
-from diffuserve.stages import Engine
+from diffuserve.stages import Engine, StageCalls
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.closed_loop import completions
@@ -107,7 +107,7 @@ class _Served:
         self.stats = Stats()
         stages = EngineStages({UNET: self.engine})
         loop = InflightLoop(
-            stages.denoise,
+            StageCalls(stages).denoise,
             contender.selection(self.max_rows, self.costs),
             max_active_images=Limits.for_model(self.manifest.model).max_active_images,
             stats=self.stats,
