@@ -26,6 +26,9 @@ MAY_IMPORT = {
     "diffuserve_handlers": ("handlers/diffuserve_handlers", {"diffuserve"}),
     "diffuserve_client": ("client/diffuserve_client", {"diffuserve"}),
     "diffuserve_loadtest": ("loadtest/diffuserve_loadtest", {"diffuserve", "diffuserve_client"}),
+    "diffuserve_bench": ("loadtest/diffuserve_bench", {"diffuserve", "diffuserve_client", "diffuserve_loadtest"}),
+    "diffuserve_faults": ("loadtest/diffuserve_faults", {"diffuserve", "diffuserve_client", "diffuserve_loadtest"}),
+    "diffuserve_peers": ("loadtest/diffuserve_peers", {"diffuserve", "diffuserve_loadtest"}),
     "diffuserve_training": ("training/diffuserve_training", {"diffuserve"}),
     "triton_repo": ("triton_repo", {"diffuserve"}),
 }
@@ -82,6 +85,13 @@ ROOMS = {
     "serve_command": {"defaults", "serving", "tensors", "torchserve", "triton"},
     "cli": {"errors"},
 }
+# The rooms of the load test, and which of them each may import; the modules beside them may import all.
+LOADTEST_ROOMS = {
+    "workload": set(),
+    "sending": {"workload"},
+    "server": {"sending"},
+    "report": {"workload", "sending", "server"},
+}
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
 DEFINE_TORCH_MODULES = [
@@ -90,7 +100,7 @@ DEFINE_TORCH_MODULES = [
 ]
 # What Locust loads in its own process; no verb does.
 IN_LOCUST = [
-    Path("loadtest/diffuserve_loadtest", name) for name in ("distributed.py", "generation.py", "locustfile.py")
+    Path("loadtest/diffuserve_loadtest/sending", name) for name in ("distributed.py", "generation.py", "locustfile.py")
 ]
 # Where there is nothing to do without PyTorch; no verb loads them before it is called.
 IN_TRAINING = [
@@ -256,6 +266,19 @@ def test_no_room_is_the_house() -> None:
     assert most < lines.total() / 5, f"{room} has {most} of {lines.total()} lines"
 
 
+@pytest.mark.parametrize("room", LOADTEST_ROOMS)
+def test_the_load_tests_rooms_import_one_way(room: str) -> None:
+    may_import = {room, *LOADTEST_ROOMS[room]}
+    wrong = {
+        f"{path} imports {name}"
+        for path, tree in _sources(f"loadtest/diffuserve_loadtest/{room}")
+        for node in ast.walk(tree)
+        for name in _imported(node)
+        if name.startswith("diffuserve_loadtest") and (*name.split("."), "")[1] not in may_import
+    }
+    assert not wrong
+
+
 def test_the_command_line_alone_names_the_other_packages() -> None:
     others = "|".join(name for name in MAY_IMPORT if name != "diffuserve")
     naming = {
@@ -279,6 +302,17 @@ def test_default_places_have_one_home() -> None:
         if isinstance(node, ast.Constant) and node.value in places
     }
     assert {path for path, _ in literals} == {Path("diffuserve/defaults.py")}
+
+
+def test_the_load_test_names_its_subcommands_in_one_place() -> None:
+    naming = {
+        path
+        for path, tree in _sources("loadtest/diffuserve_loadtest")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        if re.fullmatch(r"diffuserve_(bench|faults|peers)(\.\w+)*", str(node.value))
+    }
+    assert naming == {Path("loadtest/diffuserve_loadtest/loadtest_command.py")}
 
 
 def test_the_core_loads_few_libraries() -> None:

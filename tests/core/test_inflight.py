@@ -21,7 +21,7 @@ from diffuserve.samplers.noise import Generator
 from diffuserve.stages import checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
+from diffuserve_bench.virtual_time import run_in_virtual_time
 
 SCHEDULE = NoiseSchedule.from_config(
     {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "skip_prk_steps": True}

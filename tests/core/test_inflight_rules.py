@@ -16,7 +16,7 @@ from diffuserve.batching.policies import POLICIES, Policy
 from diffuserve.batching.selection import PRIORITY_AGEING_S, InflightSelection
 from diffuserve.errors import StageFailed
 from diffuserve.samplers import SAMPLERS
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
+from diffuserve_bench.virtual_time import run_in_virtual_time
 from tests.core.test_inflight import SHAPES, FakeUNet, finish, make_job, make_loop
 
 CALL_S = 0.01
