@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
 from diffuserve.tensors import (
     CLIP_INPUT,
@@ -33,9 +34,6 @@ Conditioning = Mapping[str, Float32]
 
 
 ArraysByName = Mapping[str, NDArray[Any]]
-
-# Seconds after which a stage's call counts as hung.
-CALL_TIMEOUT_S = 300.0
 
 
 class Stages(Protocol):
@@ -100,7 +98,7 @@ class Engine(Protocol):
         ...
 
 
-async def checked(stage: str, call: Awaitable[Result], timeout_s: float = CALL_TIMEOUT_S) -> Result:
+async def checked(stage: str, call: Awaitable[Result], timeout_s: float) -> Result:
     """Awaits a stage's call for `timeout_s` seconds at most; whatever it raises becomes `StageFailed`."""
     try:
         return await asyncio.wait_for(call, timeout_s)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from diffuserve import errors
-from diffuserve.errors import HTTP_STATUS, TRITON_CODE, DiffuserveError, ServerUnavailable
+from diffuserve.errors import TRITON_CODE, DiffuserveError, ServerUnavailable
+from diffuserve.http_answers import HTTP_STATUS
 from diffuserve_client.retries import is_safe
 
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from diffuserve import defaults
 from diffuserve.cli import _VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +38,12 @@ ROOMS = {
     "files": set(),
     "tensors": set(),
     "stats": set(),
-    "stages": {"errors", "tensors"},
+    "stages": {"defaults", "errors", "tensors"},
     "bundle": {"errors", "files", "tensors"},
-    "limits": {"bundle", "errors"},
+    "defaults": set(),
+    "options": {"errors"},
+    "limits": {"bundle", "errors", "options", "tensors"},
+    "limit_argument": {"errors", "limits", "options"},
     "samplers": {"errors"},
     "text": {"bundle", "errors", "stages", "stats", "tensors"},
     "batching": {"errors", "samplers", "stages", "stats"},
@@ -47,27 +51,41 @@ ROOMS = {
     "request": {"bundle", "errors", "limits", "request_fields", "samplers"},
     "wire": {"bundle", "errors", "limits", "request", "request_fields", "tensors"},
     "description": {"bundle", "limits", "request", "request_fields", "wire"},
+    "serving_options": {"batching", "bundle", "defaults", "errors", "limits", "options"},
     "events": {"request"},
+    "http_answers": {"description", "errors", "events", "request", "wire"},
     "conditioning": {"request", "stages", "tensors"},
     "request_warnings": {"bundle", "limits", "request", "text"},
     "images": {"bundle", "errors", "limits", "request", "samplers", "stages", "stats", "tensors"},
     "pipeline": {
         *("batching", "bundle", "conditioning", "errors", "events", "images", "limits", "request", "request_warnings"),
-        *("samplers", "stages", "stats", "tensors", "text"),
+        *("samplers", "serving_options", "stages", "stats", "tensors", "text"),
     },
     "graphs": {"errors"},
     "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors"},
-    "local_pipeline": {"batching", "engines", "errors", "events", "limits", "pipeline", "request", "stages"},
+    "local_pipeline": {"bundle", "engines", "errors", "events", "limits", "pipeline", "request", "serving_options"},
     "trials": {
-        *("bundle", "engines", "errors", "events", "graphs", "limits", "pipeline", "request", "stages", "tensors"),
+        *(
+            "bundle",
+            "engines",
+            "errors",
+            "events",
+            "graphs",
+            "limit_argument",
+            "limits",
+            "pipeline",
+            "request",
+            "stages",
+        ),
+        "tensors",
     },
-    "serving": {"errors"},
+    "serving": {"bundle", "errors", "limits"},
     "triton": {
-        *("bundle", "description", "engines", "errors", "events", "files", "limits", "pipeline", "request", "serving"),
-        *("stages", "stats", "tensors", "wire"),
+        *("bundle", "defaults", "description", "engines", "errors", "events", "files", "limits", "options", "pipeline"),
+        *("request", "serving", "serving_options", "stages", "stats", "tensors", "wire"),
     },
-    "torchserve": {"bundle", "errors", "limits", "serving", "tensors"},
-    "serve_command": {"bundle", "limits", "tensors", "torchserve", "triton"},
+    "torchserve": {"bundle", "defaults", "errors", "limits", "serving", "serving_options", "tensors"},
+    "serve_command": {"defaults", "serving", "tensors", "torchserve", "triton"},
     "cli": {"errors"},
 }
 # The rooms of the load test, and which of them each may import; the modules beside them may import all.
@@ -274,6 +292,19 @@ def test_the_command_line_alone_names_the_other_packages() -> None:
         if node.value != "triton_repo"  # the default folder to serve, no package
     }
     assert naming == {Path("diffuserve/cli.py")}
+
+
+def test_default_places_have_one_home() -> None:
+    places = {str(value) for value in vars(defaults).values() if isinstance(value, Path)}
+    assert "triton_repo" in places
+    literals = {
+        (path, node.value)
+        for folder, _ in MAY_IMPORT.values()
+        for path, tree in _sources(folder)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in places
+    }
+    assert {path for path, _ in literals} == {Path("diffuserve/defaults.py")}
 
 
 def test_the_load_test_names_its_subcommands_in_one_place() -> None:

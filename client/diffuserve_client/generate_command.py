@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffuserve.defaults import BUNDLES, KEY_FILE, TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve_client.request_options import request_options
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from diffuserve.request import RequestFields
     from diffuserve_client.batch import TextToImage
 
-_BUNDLES = Path("model_store/bundles")
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -40,11 +40,15 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 @click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
 @click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
-@click.option("--url", metavar="HOST:PORT", help="Its gRPC address. [localhost:8001; TorchServe: localhost:7070]")
+@click.option(
+    "--url",
+    metavar="HOST:PORT",
+    help=f"Its gRPC address. [localhost:{TRITON.grpc}; TorchServe: localhost:{TORCHSERVE.grpc}]",
+)
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
+    help=f"TorchServe's keys, as `diffuserve serve` says. [{KEY_FILE}]",
 )
 @click.option(
     "--retries",
@@ -60,7 +64,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     "--bundle",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help=f"The model for --local. [the one in {_BUNDLES}]",
+    help=f"The model for --local. [the one in {BUNDLES}]",
 )
 def command(
     prompts: tuple[str, ...],
@@ -159,7 +163,7 @@ def _client(kind: str | None, url: str | None, key_file: Path | None, retries: i
 
     if kind != "torchserve":
         return Client(url, retries=retries)
-    from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
+    from diffuserve.torchserve.keys import read_inference_token
     from diffuserve_client.torchserve import TorchServe
 
     return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)), retries=retries)
@@ -169,9 +173,9 @@ def _local_client(bundle: Path | None) -> TextToImage:
     from diffuserve_client.local import LocalClient
 
     if bundle is None:
-        found = sorted(manifest.parent for manifest in _BUNDLES.glob("*/manifest.json"))
+        found = sorted(manifest.parent for manifest in BUNDLES.glob("*/manifest.json"))
         if len(found) != 1:
             names = f"{len(found)} bundles: {', '.join(path.name for path in found)}" if found else "no bundle"
-            raise click.UsageError(f"{_BUNDLES} holds {names}. Name one with --bundle, or make one: diffuserve export")
+            raise click.UsageError(f"{BUNDLES} holds {names}. Name one with --bundle, or make one: diffuserve export")
         [bundle] = found
     return LocalClient(bundle)

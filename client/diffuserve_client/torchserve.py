@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from diffuserve.defaults import TORCHSERVE
 from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
 from diffuserve.wire import FILES
@@ -35,7 +36,7 @@ class TorchServe:
 
     token: str | None = field(default=None, repr=False)
     name: str = "TorchServe"
-    default_url: str = "localhost:7070"
+    default_url: str = f"localhost:{TORCHSERVE.grpc}"
 
     def request(self, model: str, request_id: str, fields: Mapping[str, Any]) -> Any:
         try:

@@ -43,14 +43,13 @@ class LocalStages(EngineStages):
 
     Args:
         bundle: folder of an exported model.
-        threads: of one call; 0 means one for each core.
         load: makes other engines than those that the manifest names, by stage.
 
     Raises:
         BundleError: the bundle is damaged, or an engine cannot be loaded.
     """
 
-    def __init__(self, bundle: Path, threads: int = 0, load: LoadEngines | None = None) -> None:
+    def __init__(self, bundle: Path, load: LoadEngines | None = None) -> None:
         self._manifest = read_manifest(bundle)
         verify(bundle, self._manifest)
         components = {name: self._manifest.components[name] for name in _STAGES if name in self._manifest.components}
@@ -60,7 +59,7 @@ class LocalStages(EngineStages):
         else:
             super().__init__(
                 {
-                    name: load_engine(bundle / component.files[0].path, component, threads)
+                    name: load_engine(bundle / component.files[0].path, component, threads=0)
                     for name, component in components.items()
                 }
             )

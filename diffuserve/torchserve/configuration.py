@@ -12,33 +12,36 @@ from xml.sax.saxutils import quoteattr
 
 import msgspec
 
-from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest
-from diffuserve.errors import BundleError
+from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest, ModelSpec
+from diffuserve.defaults import ARCHIVES
+from diffuserve.errors import BundleError, LaunchError
 from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 
 # The keys live as long as the server. TorchServe lets them expire after an hour by default, and nobody could call it then.
 _KEYS_EXPIRE_MIN = 10 * 365 * 24 * 60
 _LARGEST_MESSAGE_BYTES = 2**31 - 1
-_REQUEST_BYTES = 1 << 20  # many times what prompts of the largest size take
+_LEAST_REQUEST_BYTES = 2**20
+_BYTES_IN_JSON = 6  # of one byte of a prompt, if it is escaped: \u0000
 _LOG_LEVELS = {"error": "error", "warning": "warn", "info": "info"}
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive says of itself: `config` is its model-config.yaml."""
+    """What an archive says of itself: `config` is its model-config.yaml; `limits`, `serving`: what that tells our handler."""
 
     path: Path
     config: Mapping[str, Any]
     manifest: Manifest
+    limits: Limits
+    serving: Serving
 
     @property
-    def limits(self) -> Limits:
-        """What its handler accepts."""
-        return Limits.from_parameters(
-            self.manifest.model, {name: str(value) for name, value in self.config["handler"].items()}
-        )
+    def largest_request_bytes(self) -> int:
+        """With both prompts as long as they may be, and room for the rest."""
+        return max(_LEAST_REQUEST_BYTES, 2 * _BYTES_IN_JSON * self.limits.max_prompt_bytes + 2**16)
 
     @property
     def largest_answer_bytes(self) -> int:
@@ -48,11 +51,21 @@ class Archive:
         return min(int(self.config["batchSize"]) * limits.max_images * image_bytes, _LARGEST_MESSAGE_BYTES)
 
 
+def options_from_config(model: ModelSpec, config: Mapping[str, Any]) -> tuple[Limits, Serving]:
+    """What a model-config.yaml tells our handler.
+
+    Raises:
+        ConfigurationError: a parameter is unknown or not allowed.
+    """
+    return limits_and_serving(model, {name: str(value) for name, value in config["handler"]["parameters"].items()})
+
+
 def read_archive(path: Path) -> Archive:
     """Reads an archive that `diffuserve archive` wrote, without unpacking it.
 
     Raises:
         BundleError: it is missing, damaged or another's, or the bundle that it refers to is gone.
+        ConfigurationError: an option is unknown or not allowed.
     """
     import yaml
 
@@ -62,9 +75,31 @@ def read_archive(path: Path) -> Archive:
             config = yaml.safe_load(archive.read("model-config.yaml"))
             bundle = config["handler"].get("bundle")
             data = (Path(bundle) / MANIFEST_NAME).read_bytes() if bundle else archive.read(MANIFEST_NAME)
-        return Archive(path, config, msgspec.json.decode(data, type=Manifest))
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError, msgspec.DecodeError) as error:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        return Archive(path, config, manifest, *options_from_config(manifest.model, config))
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        msgspec.DecodeError,
+    ) as error:
         raise BundleError(f"{path} is no model archive of diffuserve's: {error}. {again}") from error
+
+
+def only_archive(folder: Path = ARCHIVES) -> Path:
+    """The one archive in a folder.
+
+    Raises:
+        LaunchError: there is none, or more than one.
+    """
+    found = sorted(folder.glob("*.mar"))
+    if len(found) != 1:
+        names = f"{len(found)} archives: {', '.join(path.name for path in found)}" if found else "no archive"
+        raise LaunchError(f"{folder} holds {names}. Name one with --archive, or make one: diffuserve archive BUNDLE")
+    return found[0]
 
 
 def properties(archive: Archive, address: TorchServeAddress) -> str:
@@ -86,7 +121,7 @@ def properties(archive: Archive, address: TorchServeAddress) -> str:
         "enable_model_api": "false",
         "install_py_dep_per_model": "false",
         "enable_envvars_config": "false",
-        "max_request_size": _REQUEST_BYTES,
+        "max_request_size": archive.largest_request_bytes,
         "max_response_size": archive.largest_answer_bytes,
         "job_queue_size": archive.limits.max_waiting_requests,
         "metrics_mode": "prometheus",

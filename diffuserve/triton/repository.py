@@ -8,9 +8,9 @@ from pathlib import Path
 from diffuserve.bundle.manifest import MANIFEST_NAME
 from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, check_stages, read_options
 from diffuserve.triton.placement import described_placement, read_placement
 
-CONFIG_NAME = "config.pbtxt"
 _VERSION = "1"
 
 
@@ -20,6 +20,7 @@ def check_repository(repository: Path) -> None:
     Raises:
         LaunchError: it is missing, empty or a bundle, or a folder in it is no model.
         BundleError: a model is incomplete or has changed, or they are of several bundles.
+        ConfigurationError: an option is unknown or not allowed, or the stages are configured for others.
     """
     if not repository.is_dir():
         raise LaunchError(
@@ -43,6 +44,8 @@ def check_repository(repository: Path) -> None:
             )
         read_placement(folder / _VERSION)
     check_one_bundle(repository, (folder.name for folder in models))
+    if (repository / STABLE_DIFFUSION).is_dir():
+        check_stages(repository, *read_options(repository))
 
 
 def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VERSION) -> None:
@@ -60,20 +63,3 @@ def check_one_bundle(repository: Path, names: Iterable[str], version: str = _VER
             f"The models in {repository} are of different bundles: {listed}. Assemble the repository again: diffuserve "
             f"assemble BUNDLE --output {repository}"
         )
-
-
-def read_parameters(repository: Path) -> dict[str, str]:
-    """The parameters in the in-flight model's config.pbtxt: its limits and policy, as text.
-
-    Raises:
-        LaunchError: the file is missing or cannot be parsed.
-    """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    path = repository / STABLE_DIFFUSION / CONFIG_NAME
-    try:
-        config = text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
-    return {name: parameter.string_value for name, parameter in config.parameters.items()}

@@ -19,22 +19,15 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.description import describe, values_from_description
-from diffuserve.engines.tensorrt_profiles import check_limits, profiles
-from diffuserve.errors import (
-    TRITON_CODE,
-    BundleError,
-    Cancelled,
-    DiffuserveError,
-    InvalidRequest,
-    StageFailed,
-    to_wire,
-)
+from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
+from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed
-from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest
 from diffuserve.serving.lifecycle import LifeSign
+from diffuserve.serving_options import limits_and_serving
 from diffuserve.triton.bls_stages import BlsStages
+from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
@@ -65,31 +58,23 @@ class StableDiffusionModel:
                 name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
-            limits = Limits.from_parameters(placement.model, parameters)
-            components = read_manifest(version_folder).components
+            limits, serving = limits_and_serving(placement.model, parameters)
+            manifest = read_manifest(version_folder)
+            check_limits(limits, manifest)
+            components = manifest.components
             # Also for a Triton that the launcher has not started.
             check_one_bundle(version_folder.parents[1], components, args["model_version"])
+            check_stages(version_folder.parents[1], limits, serving)
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
             ranges = {
-                name: profiles(component.tensors, placement.model)
+                name: profiles_of(component, placement.model)
                 for name, component in components.items()
                 if component.engine == "tensorrt"
             }
-            if ranges:
-                check_limits(limits, placement.model)
             self._stages = BlsStages(outputs, ranges)
-            self._pipeline = Pipeline(
-                version_folder,
-                self._stages,
-                limits,
-                batching=parameters["batching"],
-                policy=parameters["policy"],
-                unet_instances=int(parameters["unet_instances"]),
-                call_timeout_s=float(parameters["call_timeout_s"]),
-                require_safety_checker=_flag(parameters, "require_safety_checker"),
-            )
+            self._pipeline = Pipeline(version_folder, self._stages, limits, serving)
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
@@ -197,18 +182,6 @@ class StableDiffusionModel:
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
         return request_from_wire(fields, self._pipeline.manifest.model, self._pipeline.limits)
-
-
-def _flag(parameters: Mapping[str, str], name: str) -> bool:
-    """A parameter of the model's configuration that is either "True" or "False".
-
-    Raises:
-        BundleError: it is neither, which might have meant either.
-    """
-    text = parameters[name]
-    if text not in ("True", "False"):
-        raise BundleError(f"The parameter {name} in config.pbtxt is {text!r}; it must be True or False.")
-    return text == "True"
 
 
 def _response(tensors: Mapping[str, NDArray[Any]]) -> Any:

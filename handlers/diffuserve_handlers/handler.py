@@ -21,16 +21,16 @@ from diffuserve.description import Description, describe
 from diffuserve.engines.local_stages import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
-from diffuserve.limits import Limits
-from diffuserve.local_pipeline import LocalPipeline
-from diffuserve.serving.lifecycle import BusySign, DrainFiles
-from diffuserve_handlers.answers import (
+from diffuserve.http_answers import (
     Answer,
     answer_from_completed,
     answer_from_description,
     answer_from_error,
     json_from_event,
 )
+from diffuserve.local_pipeline import LocalPipeline
+from diffuserve.serving.lifecycle import BusySign, DrainFiles
+from diffuserve.torchserve.configuration import options_from_config
 from diffuserve_handlers.metrics import Metrics
 from diffuserve_handlers.requests import Received, received_from_data
 
@@ -71,13 +71,8 @@ class TextToImageHandler:
             raise BundleError(
                 f"{bundle} is not the bundle that was archived. Archive it again: diffuserve archive BUNDLE"
             )
-        limits = Limits.from_parameters(manifest.model, {name: str(value) for name, value in settings.items()})
-        # An engine that hangs cannot be interrupted: TorchServe ends a worker that sends nothing for `responseTimeout`
-        # seconds, and starts another.
-        timeout_s = float(context.model_yaml_config["responseTimeout"])
-        self._local = LocalPipeline(
-            bundle, limits, policy=settings["policy"], call_timeout_s=timeout_s, load=self.load_engines
-        )
+        limits, serving = options_from_config(manifest.model, context.model_yaml_config)
+        self._local = LocalPipeline(bundle, limits, serving, load=self.load_engines)
         self._local.warm()
         self._pipeline = self._local.pipeline
         self._metrics = Metrics(context.metrics, context.model_name)
@@ -144,7 +139,7 @@ def _put(events: SimpleQueue[tuple[int, Event | Exception]], index: int, event: 
 
 
 def _answer(received: Received, outcome: Outcome, context: Any, index: int) -> Answer:
-    """The answer's body; its status and headers are told to TorchServe here."""
+    """The answer; its status and headers are told to TorchServe here, which drops the status for gRPC clients."""
     if isinstance(outcome, Description):
         answer = answer_from_description(outcome)
     elif isinstance(outcome, DiffuserveError):

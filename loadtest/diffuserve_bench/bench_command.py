@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from diffuserve.batching.policies import POLICIES
+from diffuserve.defaults import BENCH_RESULTS, REPOSITORY, TINY_ARCHIVE, TINY_BUNDLE, TINY_CHECKPOINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PATH = click.Path(path_type=Path)
-_DEFAULT_BUNDLE = Path("model_store/bundles/tiny-emoji")
-_bundle = click.option("--bundle", type=_PATH, default=_DEFAULT_BUNDLE, show_default=True)
-_repository = click.option("--repository", type=_PATH, default=Path("triton_repo"), show_default=True)
-_output = click.option(
-    "--output", type=_PATH, default=Path("bench-results"), show_default=True, help="Folder for the results."
-)
+_bundle = click.option("--bundle", type=_PATH, default=TINY_BUNDLE, show_default=True)
+_repository = click.option("--repository", type=_PATH, default=REPOSITORY, show_default=True)
+_output = click.option("--output", type=_PATH, default=BENCH_RESULTS, show_default=True, help="Folder for the results.")
 _policies = click.option(
     "--policies",
     default=",".join(POLICIES),
@@ -88,7 +86,7 @@ def overhead(bundle: Path, repository: Path, output: Path, steps: int, guidance_
 
 
 @command.command("engine")
-@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@click.argument("bundle", type=_PATH, default=TINY_BUNDLE)
 @_output
 @_count("--rounds", 7, "Times that each batch size is timed.")
 @_count("--padding-calls", 60, "Calls of random sizes.", least=2)
@@ -102,7 +100,7 @@ def engine(bundle: Path, output: Path, rounds: int, padding_calls: int, save: bo
 
 
 @command.command("unet")
-@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@click.argument("bundle", type=_PATH, default=TINY_BUNDLE)
 @_output
 @click.option("--checkpoint", type=_PATH, help="Folder in diffusers' format: measure PyTorch on its UNet too.")
 @click.option(
@@ -230,7 +228,7 @@ def gpu(arguments: tuple[str, ...]) -> None:
 
 
 @command.command("policies")
-@click.argument("bundle", type=_PATH, default=_DEFAULT_BUNDLE)
+@click.argument("bundle", type=_PATH, default=TINY_BUNDLE)
 @_output
 @_policies
 @_loads("0.5,0.7,0.8,0.9,1.0,1.1", "Arrival rates as shares of the capacity.")
@@ -262,8 +260,8 @@ def generator(output: Path, rate_per_s: float, seconds: float, workers: int) -> 
 
 
 @command.command("torchserve")
-@click.option("--archive", type=_PATH, default=Path("model_store/mar/tiny-emoji.mar"), show_default=True)
-@click.option("--checkpoint", type=_PATH, default=Path("model_store/checkpoints/tiny-emoji"), show_default=True)
+@click.option("--archive", type=_PATH, default=TINY_ARCHIVE, show_default=True)
+@click.option("--checkpoint", type=_PATH, default=TINY_CHECKPOINT, show_default=True)
 @click.option(
     "--handler",
     type=_PATH,

@@ -9,8 +9,8 @@ import msgspec
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
 from diffuserve_bench.mixture import closed, kind_of
 from diffuserve_loadtest.report.report import Plot, Report, Table
 from diffuserve_loadtest.report.summary import throughput
@@ -33,7 +33,7 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
             are not counted.
     """
     model = read_manifest(bundle).model
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     in_flight = in_flight or max_rows
     rates, measurements = [], [measure_stages(bundle)]
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:

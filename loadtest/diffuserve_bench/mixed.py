@@ -13,8 +13,8 @@ from typing import Any
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
 from diffuserve_bench.contenders import NONE, REQUEST, Contender, inflight_under
 from diffuserve_bench.mixture import STEPS, backlog, kinds_of, one_of_each, poisson, sizes_of
 from diffuserve_client import Client
@@ -68,7 +68,7 @@ def measure_mixed(
     """
     model = read_manifest(bundle).model
     kinds = kinds_of(model)
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     before = {size: measure_stages(bundle, size) for size in sizes_of(model)}
     all_at_once = backlog(kinds, saturation_requests, _SEED)
     saturations: dict[str, float] = {}

@@ -11,8 +11,8 @@ from pathlib import Path
 from diffuserve.batching.costs import CallCosts
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
 from diffuserve_bench.mixture import closed, kind_of
 from diffuserve_bench.standing_load import standing_load
 from diffuserve_client import Client
@@ -40,7 +40,7 @@ def measure_short(
         in_flight: long requests; by default as many as the row budget has rows, which is two calls' worth.
     """
     model = read_manifest(bundle).model
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     in_flight = in_flight or max_rows
     size = (model.width, model.height)
     before = measure_stages(bundle)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from diffuserve.defaults import LOADTEST_RESULTS, REPOSITORY
+
 # Here too, so that the help need not load the cases; a test compares them.
 NAMES = (
     "killed-server",
@@ -25,10 +27,8 @@ NAMES = (
 
 @click.command("faults", short_help="Attack a server, and count what is lost.")
 @click.option("--case", "names", type=click.Choice(NAMES), multiple=True, help="Repeat it for several.  [default: all]")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("triton_repo"), show_default=True)
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("loadtest-results"), show_default=True, help="Folder."
-)
+@click.option("--repository", type=click.Path(path_type=Path), default=REPOSITORY, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=LOADTEST_RESULTS, show_default=True, help="Folder.")
 @click.option(
     "--scale",
     type=click.FloatRange(0.001, 10),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffuserve.defaults import ARCHIVES, LOADTEST_RESULTS, REPOSITORY, TRITON
 from diffuserve_loadtest.sending.target import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -85,11 +86,13 @@ def command() -> None:
 @click.option(
     "--server", type=click.Choice(["triton", "torchserve"]), default="triton", help="What to start.  [triton]"
 )
-@click.option("--repository", type=_PATH, default=Path("triton_repo"), show_default=True, help="For Triton.")
-@click.option("--archive", type=_PATH, help="For TorchServe.  [default: the only one in model_store/mar]")
+@click.option("--repository", type=_PATH, default=REPOSITORY, show_default=True, help="For Triton.")
+@click.option("--archive", type=_PATH, help=f"For TorchServe.  [default: the only one in {ARCHIVES}]")
 @click.option("--url", help="A server that runs already: HOST:PORT for gRPC, http://HOST:PORT for HTTP.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="[default: triton-grpc, or torchserve-grpc]")
-@click.option("--metrics-url", help="Of a server at --url.  [default: http://HOST:8002/metrics for Triton]")
+@click.option(
+    "--metrics-url", help=f"Of a server at --url.  [default: http://HOST:{TRITON.metrics}/metrics for Triton]"
+)
 @click.option("--pid", type=int, help="Of a server at --url on this machine, to watch its memory.")
 @click.option("--key-file", type=_PATH, help="Of a TorchServe at --url.")
 @click.option(
@@ -108,7 +111,7 @@ def command() -> None:
 @click.option("--find-max", "searching", is_flag=True, help="Search the highest rate that keeps --slo.")
 @click.option("--bundle", type=_PATH, help="Time its engines first, for the serving efficiency.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that send.")
-@click.option("--output", type=_PATH, default=Path("loadtest-results"), show_default=True)
+@click.option("--output", type=_PATH, default=LOADTEST_RESULTS, show_default=True)
 def run(
     workload: str,
     server: str,
@@ -192,14 +195,15 @@ def _running(
     kind: Protocol = protocol or "triton-grpc"  # type: ignore[assignment]
     if metrics_url is None and kind.startswith("triton"):
         host = url.split("://")[-1].rpartition(":")[0] or "localhost"
-        metrics_url = f"http://{host}:8002/metrics"
+        metrics_url = f"http://{host}:{TRITON.metrics}/metrics"
     return nullcontext(UnderTest(Target(kind, url), metrics_url, pid, key_file))
 
 
 def _started(
     server: str, repository: Path, archive: Path | None, protocol: str | None
 ) -> AbstractContextManager[UnderTest]:
-    from diffuserve_loadtest.server.under_test import only_archive, started_torchserve, started_triton
+    from diffuserve.torchserve.configuration import only_archive
+    from diffuserve_loadtest.server.under_test import started_torchserve, started_triton
 
     if protocol is not None and not protocol.startswith(server):
         raise click.UsageError(f"{protocol} is no protocol of --server {server}.")
@@ -253,7 +257,7 @@ def _search(
 @command.command("compare", short_help="Two runs side by side.")
 @click.argument("first", type=_PATH)
 @click.argument("second", type=_PATH)
-@click.option("--output", type=_PATH, default=Path("loadtest-results"), show_default=True)
+@click.option("--output", type=_PATH, default=LOADTEST_RESULTS, show_default=True)
 def compare(first: Path, second: Path, output: Path) -> None:
     """Prints the figures of two runs with their ratios, and plots the latencies over each other."""
     from diffuserve_loadtest.report.compare import comparison_of, read_for_comparison

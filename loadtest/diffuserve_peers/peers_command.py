@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
+from diffuserve.defaults import BENCH_RESULTS, REPOSITORY, TINY_ARCHIVE, TINY_CHECKPOINT
+
 _PATH = click.Path(path_type=Path)
 
 
 @click.command("peers", short_help="Beside what people would use otherwise.")
-@click.option("--checkpoint", type=_PATH, default=Path("model_store/checkpoints/tiny-emoji"), show_default=True)
-@click.option("--repository", type=_PATH, default=Path("triton_repo"), show_default=True)
-@click.option("--archive", type=_PATH, default=Path("model_store/mar/tiny-emoji.mar"), show_default=True)
+@click.option("--checkpoint", type=_PATH, default=TINY_CHECKPOINT, show_default=True)
+@click.option("--repository", type=_PATH, default=REPOSITORY, show_default=True)
+@click.option("--archive", type=_PATH, default=TINY_ARCHIVE, show_default=True)
 @click.option("--peers", type=_PATH, default=Path("loadtest/peers"), show_default=True)
 @click.option(
     "--environments", type=_PATH, default=Path(".peers"), show_default=True, help="Where peers are installed."
@@ -23,7 +25,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--seconds", type=click.FloatRange(5, 3600), default=40.0, show_default=True, help="Of each load.")
 @click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True, help="Of the loads.")
 @click.option("--only", multiple=True, help="Contenders, by name; a wrong one is answered with all.")
-@click.option("--output", type=_PATH, default=Path("bench-results"), show_default=True)
+@click.option("--output", type=_PATH, default=BENCH_RESULTS, show_default=True)
 def command(
     checkpoint: Path,
     repository: Path,

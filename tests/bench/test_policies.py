@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve_bench.contenders import NONE, Contender
+from diffuserve_bench.contenders import INFLIGHT, NONE
 from diffuserve_bench.mixture import backlog, poisson
 from diffuserve_bench.policies import Simulation, measure_policies
 from tests.core.fakes import make_bundle
@@ -15,7 +15,7 @@ from tests.core.fakes import make_bundle
 def test_a_request_alone_takes_its_own_time(tmp_path: Path) -> None:
     simulation = Simulation(make_bundle(tmp_path))
     for kind in simulation.kinds:
-        answered = simulation.run(Contender("inflight"), backlog([kind], 1, seed=0))
+        answered = simulation.run(INFLIGHT, backlog([kind], 1, seed=0))
         assert answered.latency_s == pytest.approx([simulation.alone_s(answered.requests[0])])
 
 

@@ -14,14 +14,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from diffuserve.bundle.checksums import describe_file
 from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
 from diffuserve.engines.example_inputs import native_sizes
-from diffuserve.engines.tensorrt_profiles import profiles
+from diffuserve.engines.tensorrt_profiles import profiles_of
 from diffuserve.errors import BundleError
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.triton.placement import read_placement
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command
 from diffuserve_export.repository.triton_backends import BACKENDS
-from diffuserve_export.repository.triton_config import Serving
 from tests.core.fakes import make_bundle
 from tests.core.tiny_graphs import STAGES
 
@@ -48,7 +48,7 @@ def with_plans(bundle: Path) -> None:
     manifest = with_precision(bundle, "tensorrt", "fp16")
     components = {}
     for name, component in manifest.components.items():
-        plan = bundle / name / "model.fp16.sm90.trt11.4.1.plan"
+        plan = bundle / name / "model.fp16.32x128x3.sm90.trt11.4.1.plan"
         plan.write_bytes(b"no real plan")
         components[name] = msgspec.structs.replace(component, files=(describe_file(bundle, plan), *component.files))
     write_manifest(bundle, msgspec.structs.replace(manifest, components=components))
@@ -65,7 +65,9 @@ def parse(repository: Path) -> dict[str, Any]:
 def test_repository(bundle: Path, tmp_path: Path, backend: str) -> None:
     if backend == "tensorrt":
         with_plans(bundle)
-    manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), backend)
+    manifest = repository_from_bundle(
+        bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend=backend
+    )
     configs = parse(tmp_path / "repository")
     assert set(configs) == {*STAGES, STABLE_DIFFUSION}
     assert configs[STABLE_DIFFUSION].backend == "python"
@@ -82,7 +84,7 @@ def test_repository(bundle: Path, tmp_path: Path, backend: str) -> None:
 
 
 def test_onnxruntime_has_an_instance_on_each_gpu(bundle: Path, tmp_path: Path) -> None:
-    repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=3), "onnxruntime")
+    repository_from_bundle(bundle, tmp_path / "repository", serving=Serving(unet_instances=3), backend="onnxruntime")
     for name, config in parse(tmp_path / "repository").items():
         [group] = config.instance_group
         if name == STABLE_DIFFUSION:
@@ -105,14 +107,16 @@ def test_onnxruntime_computes_as_in_this_process(bundle: Path, tmp_path: Path, p
 
 def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: Path) -> None:
     with_plans(bundle)
-    manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "tensorrt")
+    manifest = repository_from_bundle(
+        bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend="tensorrt"
+    )
     for stage, config in parse(tmp_path / "repository").items():
         if stage == STABLE_DIFFUSION:
             continue
         [group] = config.instance_group
         assert (group.kind, list(group.gpus)) == (ModelInstanceGroup.KIND_GPU, [0, 1] if stage == UNET else [0])
-        assert config.default_model_filename == "model.fp16.sm90.trt11.4.1.plan"
-        ranges = profiles(manifest.components[stage].tensors, manifest.model)
+        assert config.default_model_filename == "model.fp16.32x128x3.sm90.trt11.4.1.plan"
+        ranges = profiles_of(manifest.components[stage], manifest.model)
         assert list(group.profile) == [str(number) for number in range(len(ranges))]
         assert config.optimization.cuda.graphs
         specs = config.optimization.cuda.graph_spec
@@ -132,7 +136,7 @@ def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_openvino_runs_on_the_cpu_in_the_components_precision(bundle: Path, tmp_path: Path, precision: str) -> None:
     with_precision(bundle, "openvino", precision)
-    repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "openvino")
+    repository_from_bundle(bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend="openvino")
     configs = parse(tmp_path / "repository")
     for stage in STAGES:
         [group] = configs[stage].instance_group

@@ -9,14 +9,15 @@ from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve_client import Client, TorchServe
-from diffuserve_export.repository.archive import TorchServing, archive_from_bundle
+from diffuserve_export.repository.archive import archive_from_bundle
+from diffuserve_export.repository.torchserve_options import TorchServing
 
 
 @pytest.fixture(scope="session")
 def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive of the bundled model; requests have half a second to come together."""
     path = tmp_path_factory.mktemp("mar") / "tiny-emoji.mar"
-    archive_from_bundle(bundle, path, TorchServing(max_batch_delay_ms=500))
+    archive_from_bundle(bundle, path, torchserve=TorchServing(max_batch_delay_ms=500))
     return path
 
 

@@ -20,18 +20,27 @@ from diffuserve.bundle.file_samples import sample_file
 from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
+from diffuserve.engines.tensorrt_profiles import check_limits
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
+from diffuserve.triton.configuration import CONFIG_NAME
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
-from diffuserve.triton.repository import CONFIG_NAME
 from diffuserve_export.repository.triton_backends import PYTHON
-from diffuserve_export.repository.triton_config import Serving, configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.triton_config import (
+    configs_from_manifest,
+    given_arguments,
+    model_py,
+    sources,
+    text_from_config,
+)
 
 
 def repository_from_bundle(
-    bundle: Path, output: Path, serving: Serving | None = None, backend: str = PYTHON
+    bundle: Path, output: Path, limits: Limits | None = None, serving: Serving | None = None, *, backend: str = PYTHON
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
@@ -41,24 +50,30 @@ def repository_from_bundle(
     Args:
         bundle: its folder.
         output: the repository.
+        limits: what is accepted; by default the model's own.
         serving: how it is served.
         backend: of Triton, for the stages; one of `diffuserve_export.repository.triton_backends.BACKENDS`.
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
             one of its engines, `output` holds something else than models, or it cannot be written.
+        ConfigurationError: the limits allow what the bundle's TensorRT plans were not built for.
     """
+    serving = serving or Serving()
     manifest = read_manifest(bundle)
-    if serving is not None and serving.require_safety_checker:
+    limits = limits or Limits.for_model(manifest.model)
+    if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
+    check_limits(limits, manifest)
     check_output(output)
     verify(bundle, manifest)
+    head = sources(manifest, given_arguments(manifest.model, limits, serving, backend))
     try:
-        for name, config in configs_from_manifest(manifest, serving, backend).items():
+        for name, config in configs_from_manifest(manifest, limits, serving, backend).items():
             folder = output / name / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / name / CONFIG_NAME, text_from_config(config))
+            _write(output / name / CONFIG_NAME, text_from_config(config, head))
             if config.backend == PYTHON:
                 _write(folder / "model.py", model_py(name))
             else:

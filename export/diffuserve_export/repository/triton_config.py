@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from diffuserve.batching.policies import DEFAULT_POLICY
-from diffuserve.bundle.manifest import Manifest
-from diffuserve.limits import MAX_DECODE_BATCH, Limits
-from diffuserve.stages import CALL_TIMEOUT_S
-from diffuserve.tensors import (
-    SAFETY_CHECKER,
-    STABLE_DIFFUSION,
-    TEXT_ENCODER,
-    UNET,
-    VAE_DECODER,
-    VAE_ENCODER,
-    TensorSpec,
-)
+from diffuserve import __version__
+from diffuserve.bundle.manifest import Manifest, ModelSpec
+from diffuserve.limits import Limits, max_batch_sizes
+from diffuserve.options import to_parameters
+from diffuserve.serving_options import Serving
+from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, TensorSpec
 from diffuserve.wire import REQUEST_INPUTS, RESPONSE
+from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
@@ -38,68 +32,67 @@ def model_py(name: str) -> str:
     return _MODEL_PY[name == STABLE_DIFFUSION]
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How a repository serves its bundle, besides the limits: what `diffuserve.pipeline.Pipeline` is given.
-
-    `unet_instances`: copies of the UNet, one for each GPU; the loop keeps a call in flight for each. `call_timeout_s`:
-    seconds after which a stage's call counts as hung; the loop gives it up, and the stage's process ends itself.
-    `require_safety_checker`: load no bundle without one.
-    """
-
-    batching: str = "inflight"
-    policy: str = DEFAULT_POLICY
-    unet_instances: int = 1
-    call_timeout_s: float = CALL_TIMEOUT_S
-    require_safety_checker: bool = False
-
-
-def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON) -> dict[str, Any]:
+def configs_from_manifest(
+    manifest: Manifest, limits: Limits, serving: Serving, backend: str = PYTHON
+) -> dict[str, Any]:
     """A `ModelConfig` for each Triton model that serves the bundle, by model name.
 
     Args:
         manifest: the bundle's.
+        limits: what is accepted.
         serving: how it is served.
         backend: one of `diffuserve_export.repository.triton_backends.BACKENDS`, for the stages.
 
     Raises:
         BundleError: the backend does not run a component as it is.
     """
-    serving = serving or Serving()
-    limits = Limits.for_model(manifest.model)
-    max_batch_sizes = {
-        TEXT_ENCODER: limits.max_rows,
-        UNET: limits.max_rows,
-        VAE_DECODER: MAX_DECODE_BATCH,
-        VAE_ENCODER: MAX_DECODE_BATCH,
-        SAFETY_CHECKER: MAX_DECODE_BATCH,
-    }
+    rows = max_batch_sizes(limits)
     configs = {
-        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
+        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, rows[name])
         for name, component in manifest.components.items()
     }
     for name, config in configs.items():
         instances = serving.unet_instances if name == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
-            # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's
-            # ends.
-            config.parameters["threads"].string_value = "0"
-            config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
+            config.parameters["call_timeout_s"].string_value = to_parameters(serving)["call_timeout_s"]
         else:
             set_backend(config, backend, manifest.components[name], manifest.model, instances)
     configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
     return configs
 
 
-def text_from_config(config: Any) -> str:
+def given_arguments(model: ModelSpec, limits: Limits, serving: Serving, backend: str) -> dict[str, str]:
+    """What `diffuserve assemble` must be given for these, as `diffuserve_export.repository.serving_arguments.given`."""
+    return {
+        **given(limits, Limits.for_model(model)),
+        **given(serving, Serving()),
+        **({} if backend == PYTHON else {"--backend": backend}),
+    }
+
+
+def sources(manifest: Manifest, arguments: Mapping[str, str]) -> str:
+    """The head of every config.pbtxt: what it was made from.
+
+    Args:
+        manifest: the bundle's.
+        arguments: of `given_arguments`.
+    """
+    return (
+        f"# Written by `diffuserve assemble`, version {__version__}.\n"
+        f"# Bundle: {' '.join(manifest.title.split())}, SHA-256 {manifest.bundle_sha256}.\n"
+        f"# Options: {words(arguments) or 'none'}.\n"
+    )
+
+
+def text_from_config(config: Any, head: str) -> str:
     """A config.pbtxt. Protobuf's text format leaves out zeros, but Triton reads a missing max_batch_size as unset."""
     from google.protobuf import text_format
 
     text = text_format.MessageToString(config)
     if config.max_batch_size == 0:
         text += "max_batch_size: 0\n"
-    return "# Written by `diffuserve assemble`.\n" + text
+    return head + text
 
 
 def _stage_config(
@@ -116,8 +109,8 @@ def _stage_config(
 def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
     config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    for name, value in {**asdict(limits), **asdict(serving)}.items():
-        config.parameters[name].string_value = str(value)
+    for name, text in to_parameters(limits, serving).items():
+        config.parameters[name].string_value = text
     return config
 
 

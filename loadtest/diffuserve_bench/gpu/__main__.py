@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from diffuserve.defaults import BENCH_RESULTS
 from diffuserve_bench.gpu.phases import PHASES, Phase
 from diffuserve_bench.gpu.record import Recorder, read_lines
 from diffuserve_bench.gpu.runner import Stopped, run
@@ -75,7 +76,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("bench-results/gpu.jsonl"),
+        default=BENCH_RESULTS / "gpu.jsonl",
         help="file for the figures, appended to [default: %(default)s]",
     )
     parser.add_argument(

@@ -20,7 +20,7 @@ from diffuserve.samplers import NoiseSchedule
 from diffuserve.stages import Engine, StageCalls
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
-from diffuserve_bench.contenders import NONE, REQUEST, Contender
+from diffuserve_bench.contenders import INFLIGHT, NONE, REQUEST, Contender
 from diffuserve_bench.gpu.model import model_in
 from diffuserve_bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_bench.gpu.settings import Settings
@@ -37,7 +37,6 @@ from diffuserve_loadtest.workload.workload import Requests, Workload
 
 Result = TypeVar("Result")
 Answer = Callable[[PlannedRequest], Awaitable[object]]
-INFLIGHT = Contender("inflight")
 SEED = 1
 
 

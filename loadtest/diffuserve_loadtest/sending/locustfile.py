@@ -8,6 +8,7 @@ from typing import Any
 from locust import User, constant, events, task
 from locust.exception import StopUser
 
+from diffuserve.defaults import TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve_loadtest.sending.distributed import open_generation
@@ -18,11 +19,11 @@ from diffuserve_loadtest.workload.due_times import due_times
 from diffuserve_loadtest.workload.files import read_workload
 
 _DEFAULT_HOST = {
-    "triton-grpc": "localhost:8001",
-    "triton-http": "http://localhost:8000",
-    "triton-stream": "http://localhost:8000",
-    "torchserve-grpc": "localhost:7070",
-    "torchserve-http": "http://localhost:8080",
+    "triton-grpc": f"localhost:{TRITON.grpc}",
+    "triton-http": f"http://localhost:{TRITON.http}",
+    "triton-stream": f"http://localhost:{TRITON.http}",
+    "torchserve-grpc": f"localhost:{TORCHSERVE.grpc}",
+    "torchserve-http": f"http://localhost:{TORCHSERVE.http}",
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffuserve.errors import LaunchError
 from diffuserve_loadtest.sending.target import Protocol, Target
 from diffuserve_loadtest.server.metrics import read_metrics
 
@@ -43,12 +42,12 @@ class UnderTest:
 def started_triton(repository: Path, protocol: Protocol) -> Iterator[UnderTest]:
     """Triton on free ports of loopback; raises as `TritonServer`."""
     from diffuserve.triton.address import TritonAddress
+    from diffuserve.triton.configuration import read_options
     from diffuserve.triton.launcher import TritonServer
-    from diffuserve.triton.repository import read_parameters
 
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         url = server.address.grpc if protocol == "triton-grpc" else server.address.http
-        max_rows = int(read_parameters(repository)["max_rows"])
+        max_rows = read_options(repository)[0].max_rows
         yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, max_rows=max_rows)
 
 
@@ -63,12 +62,3 @@ def started_torchserve(archive: Path, protocol: Protocol) -> Iterator[UnderTest]
         with TorchServeServer(archive, TorchServeAddress.on_free_ports(), key_file=key_file) as server:
             url = server.address.grpc if protocol == "torchserve-grpc" else server.address.http
             yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, key_file)
-
-
-def only_archive(folder: Path = Path("model_store/mar")) -> Path:
-    """The one archive in a folder; raises `LaunchError` if there is none, or more than one."""
-    found = sorted(folder.glob("*.mar"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise LaunchError(f"{folder} holds {names}. Name one archive, or make one: diffuserve archive BUNDLE")
-    return found[0]

@@ -1,4 +1,4 @@
-"""What a request is answered with: an image file, or JSON."""
+"""What a request is answered with over HTTP: an image file, or JSON, with status and headers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffuserve.description import Description, values_from_description
-from diffuserve.errors import HTTP_STATUS, DiffuserveError, QueueFull, to_wire
+from diffuserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DiffuserveError,
+    Draining,
+    InvalidRequest,
+    QueueFull,
+    StageFailed,
+    to_wire,
+)
 from diffuserve.events import Completed, Event, values_from_event
 from diffuserve.request import TextToImageRequest
 from diffuserve.wire import FILES, RESPONSE
 
-_MEDIA_TYPES = {
+MEDIA_TYPES = {
     "png": "image/png",
     "jpeg": "image/jpeg",
     "webp": "image/webp",
     "raw": "application/octet-stream",
+}
+# Any other error is 500.
+HTTP_STATUS: dict[type[DiffuserveError], int] = {
+    InvalidRequest: 400,
+    Cancelled: 499,
+    StageFailed: 500,
+    QueueFull: 503,
+    Draining: 503,
+    DeadlineExceeded: 504,
 }
 _LISTS = {spec.name for spec in RESPONSE if spec.dims == (-1,)}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`status` is HTTP's; a gRPC client sees the body only, since TorchServe drops the status there."""
+    """`status`: HTTP's; `headers`: besides the content's type."""
 
     body: bytes
     media_type: str
@@ -47,7 +65,7 @@ def answer_from_completed(completed: Completed, request: TextToImageRequest) -> 
     """The image's file, if there is one and the encoding is binary; else JSON with the fields of
     `diffuserve.wire.RESPONSE`, images as base64."""
     if len(completed.images) == 1 and request.encoding == "binary":
-        return Answer(completed.images[0], _MEDIA_TYPES[request.format])
+        return Answer(completed.images[0], MEDIA_TYPES[request.format])
     return Answer(json_from_event(completed, request), "application/json")
 
 
@@ -56,7 +74,8 @@ def answer_from_description(description: Description) -> Answer:
 
 
 def answer_from_error(error: DiffuserveError) -> Answer:
-    """JSON in the form of TorchServe's own errors; the message begins with our code, which `from_wire` reads."""
+    """JSON with `code`, which is HTTP's, `type` and `message`, as in TorchServe's own errors; the message begins with our
+    code, which `from_wire` reads. `Retry-After` is in whole seconds."""
     status = HTTP_STATUS.get(type(error), 500)
     body = json.dumps({"code": status, "type": type(error).__name__, "message": to_wire(error)}).encode()
     headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, QueueFull) else {}

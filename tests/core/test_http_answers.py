@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from diffuserve.errors import (
-    HTTP_STATUS,
     Cancelled,
     DeadlineExceeded,
     DiffuserveError,
@@ -17,8 +16,8 @@ from diffuserve.errors import (
     from_wire,
 )
 from diffuserve.events import Accepted, Completed, Progressed
+from diffuserve.http_answers import HTTP_STATUS, answer_from_completed, answer_from_error, json_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve_handlers.answers import answer_from_completed, answer_from_error, json_from_event
 
 
 def request(**changes: object) -> TextToImageRequest:
