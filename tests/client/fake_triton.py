@@ -141,7 +141,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             if prompt in ("silent", "endless"):  # which end in no other way; gRPC does not resume this generator then
                 self.cancelled.set()
 
-        context.add_callback(on_end)
+        if not context.add_callback(on_end):  # it has ended
+            on_end()
         if prompt.startswith("error "):
             yield prompt.removeprefix("error ")
             return

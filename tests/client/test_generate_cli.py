@@ -15,6 +15,7 @@ from PIL import Image
 from diffuserve_client.generate_command import command
 from diffuserve_client.retries import DEFAULT_RETRIES
 from tests.client.fake_triton import DESCRIPTION, SIDE_PX, FakeTriton
+from tests.waiting import LONG_S
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +155,8 @@ def test_interrupt_cancels_the_request(triton: FakeTriton) -> None:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("a-cat-100.png")  # saved before the other one has ended
         os.kill(process.pid, signal.SIGINT)
-        assert triton.cancelled.wait(10)
-        assert process.wait(10) == 130
+        assert triton.cancelled.wait(LONG_S)
+        assert process.wait(LONG_S) == 130
         assert process.stderr.read() == "Cancelled.\n"
 
 
