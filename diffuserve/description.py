@@ -54,7 +54,7 @@ def describe(manifest: Manifest, limits: Limits) -> Description:
 
 
 def values_from_description(description: Description) -> dict[str, list[Any]]:
-    """Lists by name of `diffuserve.wire.RESPONSE`, as of an event."""
+    """Lists by name of `diffuserve.response_tensors.RESPONSE`, as of an event."""
     return {"event": [b"description"], "description": [msgspec.json.encode(description)]}
 
 

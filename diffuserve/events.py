@@ -1,5 +1,5 @@
 """What a request's coroutine says on its way, and the same as named values, whatever carries them: the names and kinds of
-`diffuserve.wire.RESPONSE`."""
+`diffuserve.response_tensors.RESPONSE`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Event = Accepted | Progressed | Completed
 
 
 def values_from_event(event: Event, request: TextToImageRequest) -> dict[str, list[Any]]:
-    """Lists by name of `diffuserve.wire.RESPONSE`, those that an event does not have left out; text and files are
+    """Lists by name of `diffuserve.response_tensors.RESPONSE`, those that an event does not have left out; text and files are
     bytes."""
     if isinstance(event, Accepted):
         return {"event": [b"accepted"], "step": [0], "steps": [event.steps], "position": [event.position]}

@@ -23,7 +23,7 @@ from diffuserve.errors import (
 )
 from diffuserve.events import Completed, Event, values_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve.wire import FILES, RESPONSE
+from diffuserve.response_tensors import FILES, RESPONSE
 
 MEDIA_TYPES = {
     "png": "image/png",
@@ -63,7 +63,7 @@ class Answer:
 
 def answer_from_completed(completed: Completed, request: TextToImageRequest) -> Answer:
     """The image's file, if there is one and the encoding is binary; else JSON with the fields of
-    `diffuserve.wire.RESPONSE`, images as base64."""
+    `diffuserve.response_tensors.RESPONSE`, images as base64."""
     if len(completed.images) == 1 and request.encoding == "binary":
         return Answer(completed.images[0], MEDIA_TYPES[request.format])
     return Answer(json_from_event(completed, request), "application/json")

@@ -39,27 +39,6 @@ REQUEST: Mapping[str, Field] = {**FIELDS, "describe": _DESCRIBE, "wire_version":
 REQUEST_INPUTS = tuple(
     TensorSpec(name, field.dtype, (1,), optional=True) for name, field in REQUEST.items() if field.tensor
 )
-RESPONSE = (
-    TensorSpec("event", "BYTES", (1,)),
-    TensorSpec("step", "INT32", (1,)),
-    TensorSpec("steps", "INT32", (1,)),
-    TensorSpec("position", "INT32", (1,)),
-    TensorSpec("eta_s", "FP32", (1,)),
-    TensorSpec("preview", "BYTES", (-1,)),
-    TensorSpec("image", "BYTES", (-1,)),
-    TensorSpec("flagged", "BOOL", (-1,)),
-    TensorSpec("seed", "INT64", (-1,)),
-    TensorSpec("width", "INT32", (1,)),
-    TensorSpec("height", "INT32", (1,)),
-    TensorSpec("parameters", "BYTES", (-1,)),
-    TensorSpec("warnings", "BYTES", (-1,)),
-    TensorSpec("queue_s", "FP32", (1,)),
-    TensorSpec("denoise_s", "FP32", (1,)),
-    TensorSpec("total_s", "FP32", (1,)),
-    TensorSpec("description", "BYTES", (1,)),
-)
-# Those of RESPONSE that are image files: bytes, which JSON cannot carry as they are.
-FILES = frozenset({"preview", "image"})
 
 
 def request_from_wire(sent: Mapping[str, Any], model: ModelSpec, limits: Limits) -> TextToImageRequest | None:

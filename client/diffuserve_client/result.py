@@ -85,7 +85,7 @@ def event_from_values(
     """One event of a request, or None for those that only a newer server knows.
 
     Args:
-        values: lists by name of `diffuserve.wire.RESPONSE`; text and files are bytes.
+        values: lists by name of `diffuserve.response_tensors.RESPONSE`; text and files are bytes.
         format: what the images were asked for in.
         request_id: the request's.
 

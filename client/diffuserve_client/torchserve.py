@@ -17,7 +17,7 @@ from typing import Any
 from diffuserve.defaults import TORCHSERVE
 from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
-from diffuserve.wire import FILES
+from diffuserve.response_tensors import FILES
 from diffuserve_client.result import Progress, Result, event_from_values
 
 _PACKAGE = "org.pytorch.serve.grpc.inference"

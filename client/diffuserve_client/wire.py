@@ -13,8 +13,9 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 from diffuserve.description import Description
 from diffuserve.errors import InvalidRequest, StageFailed
 from diffuserve.request_fields import Field
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.tensors import NUMPY_DTYPE
-from diffuserve.wire import REQUEST, RESPONSE
+from diffuserve.wire import REQUEST
 from diffuserve_client.result import Progress, Result, event_from_values
 
 # How a number is packed, and what it has to be.

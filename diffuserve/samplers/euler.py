@@ -6,8 +6,8 @@ import math
 from itertools import pairwise
 
 from diffuserve.samplers.latents import alpha_at_sigma, initial_sigma, refuse_zero_snr, with_final, x0_at_sigma
+from diffuserve.samplers.matrices import Evaluation, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 
 def euler(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:

@@ -8,8 +8,8 @@ import numpy as np
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.samplers.latents import preserving, x0_and_eps
+from diffuserve.samplers.matrices import Evaluation, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 _SIGMA_DATA = 0.5  # the data's standard deviation, a constant in LCMScheduler too
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from diffuserve.events import Event, values_from_event
 from diffuserve.request import TextToImageRequest
+from diffuserve.response_tensors import FILES, RESPONSE
 from diffuserve.tensors import NUMPY_DTYPE
-from diffuserve.wire import FILES, RESPONSE
 
 _DTYPES = {spec.name: NUMPY_DTYPE[spec.dtype] for spec in RESPONSE}
 
 
 def tensors_from_event(event: Event, request: TextToImageRequest) -> dict[str, NDArray[Any]]:
-    """Arrays by name of `diffuserve.wire.RESPONSE`; those that an event does not have are left out.
+    """Arrays by name of `diffuserve.response_tensors.RESPONSE`; those that an event does not have are left out.
 
     With the encoding base64, image files and previews are ASCII text, which Triton can put into JSON as it is.
     """
@@ -30,5 +30,5 @@ def tensors_from_event(event: Event, request: TextToImageRequest) -> dict[str, N
 
 
 def tensors_from_values(values: Mapping[str, list[Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays of lists of Python's values, by name of `diffuserve.wire.RESPONSE`."""
+    """Arrays of lists of Python's values, by name of `diffuserve.response_tensors.RESPONSE`."""
     return {name: np.array(value, _DTYPES[name]) for name, value in values.items()}

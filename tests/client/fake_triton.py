@@ -26,8 +26,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from diffuserve.images.encoding import encode_image
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.tensors import NUMPY_DTYPE
-from diffuserve.wire import REQUEST, RESPONSE
+from diffuserve.wire import REQUEST
 
 SIDE_PX = 8
 # As a server of this version says it, and something that a later one might add.

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.wire import RESPONSE
 from tests.gate import Gate
 from tests.metrics import waiting_and_running
 from tests.waiting import LONG_S, wait_for, wait_until

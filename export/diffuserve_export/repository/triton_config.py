@@ -9,9 +9,10 @@ from diffuserve import __version__
 from diffuserve.bundle.manifest import Manifest, ModelSpec
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, TensorSpec
-from diffuserve.wire import REQUEST_INPUTS, RESPONSE
+from diffuserve.wire import REQUEST_INPUTS
 from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
