@@ -175,7 +175,7 @@ def test_options_are_configured_named_in_the_head_and_said_to_be_lost(tmp_path: 
         text = (folder / "config.pbtxt").read_text()
         assert text.startswith(
             f"# Written by `diffuserve assemble`, version {__version__}.\n"
-            f"# Bundle: {manifest.model.name}, SHA-256 {manifest.bundle_sha256}.\n"
+            f"# Checkpoint: {manifest.model.name}, SHA-256 {manifest.source_sha256}.\n"
             f"# Options: {options} --require-safety-checker.\n"
         )
         assert text.count("#") == 3

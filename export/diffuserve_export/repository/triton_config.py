@@ -81,7 +81,8 @@ def sources(manifest: Manifest, arguments: Mapping[str, str]) -> str:
     """
     return (
         f"# Written by `diffuserve assemble`, version {__version__}.\n"
-        f"# Bundle: {' '.join(manifest.title.split())}, SHA-256 {manifest.bundle_sha256}.\n"
+        # The checkpoint's and not the bundle's, which carries an image that differs between processors.
+        f"# Checkpoint: {' '.join(manifest.title.split())}, SHA-256 {manifest.source_sha256}.\n"
         f"# Options: {words(arguments) or 'none'}.\n"
     )
 
