@@ -124,7 +124,7 @@ class TextToImageRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One seed an image."""
+        """One seed per image."""
         return tuple((self.seed + index) % (MAX_SEED + 1) for index in range(self.num_images))
 
 

@@ -37,7 +37,7 @@ class Client:
         model: name of the text-to-image model.
         connect_timeout_s: seconds after which an address that does not answer counts as dead.
         idle_timeout_s: seconds of silence after which a request is cancelled; None waits forever. The server sends
-            something at every step, so this is no limit on how long a request may take.
+            something at every step, so this is not a limit on how long a request may take.
         retries: how often a request is sent again that the server refused (`QueueFull`, `Draining`) or that found no
             server, with growing pauses and within its own timeout; see `diffuserve_client.retries`. 0 means never. What
             a server may have begun is not sent again.

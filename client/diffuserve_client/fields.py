@@ -21,7 +21,7 @@ def wire_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, previ
 
     Raises:
         TypeError: a keyword is unknown.
-        InvalidRequest: `timeout_s` is no positive number.
+        InvalidRequest: `timeout_s` is not a positive number.
     """
     known = RequestFields.__annotations__
     unknown = [name for name in fields if name not in known]

@@ -37,7 +37,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(path_type=Path),
     help="Several images become NAME-1.png, NAME-2.png ... [named after prompt and seed]",
 )
-@click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
+@click.option("--grid", is_flag=True, help="One contact sheet instead of a file per image.")
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
 @click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
 @click.option(

@@ -24,7 +24,7 @@ class Run:
         fields: the settings that they share.
         output: what -o gave, or None.
         format: png, jpeg or webp.
-        grid: one contact sheet instead of a file an image.
+        grid: one contact sheet instead of a file per image.
         overwrite: replace files that are there.
         quiet: no bar, and names of files only.
     """

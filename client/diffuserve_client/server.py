@@ -41,7 +41,7 @@ class Server(Protocol):
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
     ) -> Progress | Result | Description | DiffuserveError | None:
-        """What one message says, or None if only that the server is alive; raises StageFailed if it is no answer of
+        """What one message says, or None if only that the server is alive; raises StageFailed if it is not an answer of
         diffuserve's."""
         ...
 

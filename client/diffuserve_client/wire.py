@@ -108,7 +108,7 @@ def event_from_response(
     except (KeyError, IndexError, ValueError, struct.error) as error:
         outputs = ", ".join(output.name for output in response.outputs)
         raise StageFailed(
-            f"The model {response.model_name!r} answered with {outputs}, which is no answer of diffuserve's "
+            f"The model {response.model_name!r} answered with {outputs}, which is not an answer of diffuserve's "
             f"({type(error).__name__}: {error}). Check the model's name and that client and server are of one version."
         ) from error
 

@@ -246,7 +246,7 @@ def read_manifest(bundle: Path) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{bundle} is no bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
+            f"{bundle} is not a bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
         ) from None
     try:
         version = msgspec.json.decode(data, type=_Version).format_version

@@ -10,7 +10,7 @@ they depend on nothing but the noise schedule and the number of steps. So a requ
 
 What the sampler is, and whether the UNet predicts noise, v or the image, is inside the matrices. So rows of one batch
 may be at different steps of different samplers, and `advance` takes them all one step on. Each sampler has as many slots
-as it needs, 1 to 6. Most evaluate the UNet once a step; heun and pndm do so more often.
+as it needs, 1 to 6. Most evaluate the UNet once per step; heun and pndm do so more often.
 
 The matrices are not derived by hand. A linear map is known by what it does to unit vectors, so each builder runs the
 sampler's published formulas once on the unit vectors of [S_0 .. S_{K-1}, model_output, noise]: `x`, its memory, `output`

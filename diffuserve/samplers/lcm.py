@@ -45,7 +45,7 @@ def _timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     if original > total:
         raise InvalidRequest(
             f"sampler is 'lcm', and this checkpoint's scheduler config has original_inference_steps={original} of "
-            f"num_train_timesteps={total}. Use another sampler, or mend the config and export the checkpoint again."
+            f"num_train_timesteps={total}. Use another sampler, or fix the config and export the checkpoint again."
         )
     if steps > original:
         raise InvalidRequest(

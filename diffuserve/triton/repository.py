@@ -18,7 +18,7 @@ def check_repository(repository: Path) -> None:
     """Checks it before Triton is started.
 
     Raises:
-        LaunchError: it is missing, empty or a bundle, or a folder in it is no model.
+        LaunchError: it is missing, empty or a bundle, or a folder in it is not a model.
         BundleError: a model is incomplete or has changed, or they are of several bundles.
         ConfigurationError: an option is unknown or not allowed, or the stages are configured for others.
     """
@@ -39,7 +39,7 @@ def check_repository(repository: Path) -> None:
     for folder in models:
         if not (folder / CONFIG_NAME).is_file():
             raise LaunchError(
-                f"{folder} is no model: it has no {CONFIG_NAME}. Triton takes every folder of a repository for a model, so "
+                f"{folder} is not a model: it has no {CONFIG_NAME}. Triton takes every folder of a repository for a model, so "
                 "move it elsewhere."
             )
         read_placement(folder / _VERSION)

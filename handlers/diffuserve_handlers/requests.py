@@ -95,7 +95,9 @@ def _fields_from_json(body: Any) -> dict[str, Any]:
         try:
             body = json.loads(body)
         except (ValueError, RecursionError):
-            raise InvalidRequest('The request is no valid JSON. Send an object, such as {"prompt": "a cat"}.') from None
+            raise InvalidRequest(
+                'The request is not valid JSON. Send an object, such as {"prompt": "a cat"}.'
+            ) from None
     if not isinstance(body, dict):
         raise InvalidRequest(
             f'The request is JSON of type {type(body).__name__}; it must be an object, such as {{"prompt": "a cat"}}.'

@@ -108,7 +108,7 @@ def test_another_format_that_tells_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".", "no-such-folder", "tokenizer/tokenizer.json"])
 def test_no_bundle(manifest: Manifest, tmp_path: Path, name: str) -> None:
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(BundleError, match=r"is no bundle: it has no manifest.json. Make one: diffuserve export"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json. Make one: diffuserve export"):
         read_manifest(tmp_path / name)
 
 

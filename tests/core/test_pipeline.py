@@ -622,5 +622,5 @@ def test_too_few_rows_for_guidance(fake_bundle: Path) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         Pipeline(tmp_path, FakeStages())

@@ -184,12 +184,12 @@ def edited(folder: Path, **changes: Any) -> Manifest:
     return msgspec.structs.replace(read_manifest(folder), **changes)
 
 
-@pytest.mark.parametrize(("left_out", "mend"), [(True, "without --no-safety-checker"), (False, "carried none")])
-def test_a_required_checker_that_is_missing(tmp_path: Path, left_out: bool, mend: str) -> None:
+@pytest.mark.parametrize(("left_out", "fix"), [(True, "without --no-safety-checker"), (False, "carried none")])
+def test_a_required_checker_that_is_missing(tmp_path: Path, left_out: bool, fix: str) -> None:
     from diffuserve.pipeline import Pipeline
 
     make_bundle(tmp_path, safety_checker_left_out=left_out)
-    with pytest.raises(BundleError, match=f"fake has no safety checker, and one is required.*{mend}"):
+    with pytest.raises(BundleError, match=f"fake has no safety checker, and one is required.*{fix}"):
         Pipeline(tmp_path, FakeStages(), serving=Serving(require_safety_checker=True))
 
 

@@ -133,7 +133,7 @@ def test_a_port_in_use_and_a_file_in_the_way_are_named(archive: Path, tmp_path: 
 def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.mar").write_bytes(b"")
     for name in ("none.mar", "empty.mar"):
-        with pytest.raises(BundleError, match=f"{name} is no model archive"):
+        with pytest.raises(BundleError, match=f"{name} is not a model archive"):
             TorchServeServer(tmp_path / name, TorchServeAddress.on_free_ports())
 
 

@@ -140,7 +140,7 @@ def test_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == r"['clown', 'pi\xf1ata']"
     (tmp_path / "names.txt").write_bytes(b"clown\npi\xf1ata\n")
-    with pytest.raises(ConfigError, match=r"names\.txt is no text in UTF-8 .* at byte 8"):
+    with pytest.raises(ConfigError, match=r"names\.txt is not text in UTF-8 .* at byte 8"):
         read_names(tmp_path / "c.yaml", Data(names="names.txt"))
 
 

@@ -161,7 +161,7 @@ def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
             assert answer.keys() - {"model_name", "model_version"} == events[answer["event"]]
             for name in events[answer["event"]]:
                 kind, _, listed = json_types[name].partition(", ")
-                several = bool(listed) and images > 1 and name != "warnings"  # one warning, so it is no list
+                several = bool(listed) and images > 1 and name != "warnings"  # one warning, so it is not a list
                 values = answer[name] if several else [answer[name]]
                 assert len(values) == (images if several else 1)
                 assert all(isinstance(value, python_types[kind]) for value in values), (name, values)

@@ -166,7 +166,7 @@ def open_checkpoint(
             7.5 and the scheduler's own.
 
     Raises:
-        CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
+        CheckpointError: it is none, or it needs something that is not supported; what, and how to fix it.
     """
     given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
     exported_with = export_arguments(path, config, loras, safety_checker, clip_skip=clip_skip, **given)
@@ -245,7 +245,7 @@ def _config_folder(single_file: Weights, said: Said, config: Path | None) -> Pat
 
 
 def _locate(path: Path, config: Path | None, weights: bool) -> tuple[str, Path]:
-    """The model's name and the folder of a checkpoint that is no single file."""
+    """The model's name and the folder of a checkpoint that is not a single file."""
     if config is not None:
         raise CheckpointError(
             f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "

@@ -111,7 +111,7 @@ def check_output(output: Path) -> None:
         ours = path.name in (STABLE_DIFFUSION, *STAGES, SAFETY_CHECKER)
         if not (path.name.startswith(".") or (path.is_dir() and (ours or (path / CONFIG_NAME).is_file()))):
             raise BundleError(
-                f"{output} exists and is no model repository: it holds {path.name}, which is no model. Name another --output."
+                f"{output} exists and is not a model repository: it holds {path.name}, which is not a model. Name another --output."
             )
 
 

@@ -117,7 +117,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return isinstance(self.arrivals, Rate) and self.arrivals.load is not None
 
     def at_capacity(self, capacity_per_s: float) -> Workload:
-        """The same with rates in requests a second.
+        """The same with rates in requests per second.
 
         Args:
             capacity_per_s: requests of this mixture that the server answers in a second when there is always one more.
@@ -126,7 +126,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             InvalidRequest: the capacity is not positive.
         """
         if not 0 < capacity_per_s < math.inf:
-            raise InvalidRequest(f"The capacity is {capacity_per_s} requests a second; it must be positive.")
+            raise InvalidRequest(f"The capacity is {capacity_per_s} requests per second; it must be positive.")
         if not isinstance(self.arrivals, Rate) or self.arrivals.load is None:
             return self
         load = self.arrivals.load
