@@ -76,8 +76,8 @@ def test_text_becomes_what_the_field_is() -> None:
     [
         ({}, "no fields"),
         ({'{"prompt": "a"}': b""}, "Content-Type: application/json"),
-        ({"body": b"{"}, "no valid JSON"),
-        ({"body": b"[" * 100_000}, "no valid JSON"),
+        ({"body": b"{"}, "not valid JSON"),
+        ({"body": b"[" * 100_000}, "not valid JSON"),
         ({"body": b'"text"'}, "type str"),
         ({"body": b"{}"}, "prompt is missing"),
         ({"body": b"{}", "steps": b"3"}, "there are also: steps"),

@@ -107,7 +107,7 @@ def test_several_images_by_http_are_json(torchserve: TorchServeServer) -> None:
         (b'{"prompt": "a cat", "steps": 0}', "application/json", "steps is 0"),
         (b'{"prompt": "a cat", "colour": "red"}', "application/json", "Unknown: 'colour'"),
         (b'{"prompt": "a cat", "progress": true}', "application/json", "StreamPredictions"),
-        (b"{not json", "application/json", "no valid JSON"),
+        (b"{not json", "application/json", "not valid JSON"),
         (b"[1]", "application/json", "must be an object"),
         (b'{"prompt": "a cat"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
         (b"prompt=a%20cat&steps=many", "application/x-www-form-urlencoded", "steps is 'many'"),

@@ -172,7 +172,7 @@ def test_a_missing_repository_and_a_missing_triton_are_named(
         pass
     monkeypatch.setenv("TRITONSERVER", str(tmp_path / "tritonserver"))
     with (
-        pytest.raises(LaunchError, match="no executable file"),
+        pytest.raises(LaunchError, match="not an executable file"),
         TritonServer(repository, TritonAddress.on_free_ports()),
     ):
         pass
