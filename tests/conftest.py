@@ -63,6 +63,12 @@ def own_ports() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """PyTorch would leave a folder among the temporary ones."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def patient_clients() -> Iterator[None]:
     """On a busy machine a server may take longer than a second to take a connection."""
     with pytest.MonkeyPatch.context() as patch:
