@@ -60,7 +60,7 @@ class Gate:
 
     def handler(self) -> str:
         """The entry point of an archive for TorchServe with the gate before its UNet. It notes every batch."""
-        return _HANDLER.format(root=str(_ROOT), folder=str(self.folder))
+        return self.program(_HANDLER.format(folder=str(self.folder)))
 
     def program(self, code: str) -> str:
         """Code that runs `code` with the gate before the UNets that it loads."""
@@ -92,32 +92,22 @@ import sys
 
 sys.path.insert(0, {root!r})
 
-from diffuserve.engines import local
+from diffuserve.engines import local_stages
 from tests.gate import guarded
 
 
-def load(path, component, threads, load=local.load_engine):
+def load(path, component, threads, load=local_stages.load_engine):
     engine = load(path, component, threads)
     return guarded(engine, {folder!r}) if path.parent.name == "unet" else engine
 
 
-local.load_engine = load
+local_stages.load_engine = load
 """
 _HANDLER = """
-import sys
-
-sys.path.insert(0, {root!r})
-
 from diffuserve_handlers import TextToImageHandler
-from tests.gate import guarded
 
 
 class Handler(TextToImageHandler):
-    def _initialize(self, context):
-        super()._initialize(context)
-        engines = self._local._stages._engines
-        engines["unet"] = guarded(engines["unet"], {folder!r})
-
     def handle(self, data, context):
         answers = super().handle(data, context)
         with open({folder!r} + "/batches", "a") as file:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.conftest import CHECKPOINT
 from tests.gate import Gate
 from tests.ports import reserved_pair, reserved_port
 from tests.torchserve.conftest import guarded_archive, queued
-from tests.triton.test_launcher import run_folders_of, still_running
+from tests.triton.test_launcher import read_until_served, run_folders_of, still_running
 from tests.waiting import LONG_S, wait_for, wait_until
 
 DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
@@ -50,18 +50,14 @@ def serve(archive: Path, key_file: Path, address: TorchServeAddress) -> Iterator
         process.communicate()
 
 
-def wait_for_client(key_file: Path, address: TorchServeAddress) -> Client:
-    def ready() -> bool:
-        with suppress(LaunchError), new_client() as client:  # while there are no keys
-            return client.is_ready()
-        return False
-
-    def new_client() -> Client:
-        server = TorchServe(read_inference_token(key_file))
-        return Client(address.grpc, server=server, retries=0)
-
-    wait_until(ready)
-    return new_client()
+@contextmanager
+def served_by(
+    process: subprocess.Popen[str], key_file: Path, address: TorchServeAddress
+) -> Iterator[tuple[Client, str]]:
+    """A client once the server is ready, and what was printed then."""
+    said = read_until_served(process)
+    with Client(address.grpc, server=TorchServe(read_inference_token(key_file)), retries=0) as client:
+        yield client, said
 
 
 def address_with_room() -> TorchServeAddress:
@@ -87,7 +83,7 @@ def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(
     with (
         serve(archive, key_file, address) as process,
         ThreadPoolExecutor(2) as pool,
-        wait_for_client(key_file, address) as client,
+        served_by(process, key_file, address) as (client, said),
     ):
         children = psutil.Process(process.pid).children(recursive=True)
         [run_folder] = run_folders_of(process.pid)
@@ -101,10 +97,10 @@ def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(
         with pytest.raises(Draining):
             late.result()
         assert running.result().images[0].size == (128, 128)
-        output, errors = process.communicate(timeout=LONG_S)
+        _, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 0, errors
-    assert "Serving tiny-emoji" in output
-    assert f"keys     {key_file}" in output
+    assert "Serving tiny-emoji" in said
+    assert f"keys     {key_file}" in said
     assert "Stopped." in errors
     assert len(children) >= 2  # Java and a worker
     assert not still_running(children)

@@ -39,9 +39,15 @@ def serve(repository: Path, address: TritonAddress, *options: str) -> Iterator[s
         process.communicate()
 
 
-def wait_until_ready(address: TritonAddress) -> None:
-    with Client(address.grpc) as client:
-        wait_until(client.is_ready)
+def read_until_served(process: subprocess.Popen[str]) -> str:
+    """What `diffuserve serve` prints when its server is ready and signals are for it to drain: a client may find the server
+    before."""
+    assert process.stdout is not None
+    lines = []
+    while not lines or not lines[-1].startswith("Stop:"):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "it has ended"
+    return "".join(lines)
 
 
 def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -81,7 +87,7 @@ def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(g
         ThreadPoolExecutor(4) as pool,
         Client(address.grpc, retries=0) as client,
     ):
-        wait_until_ready(address)
+        said = read_until_served(process)
         children = psutil.Process(process.pid).children(recursive=True)
         with gate.closed():
             running = [pool.submit(client.generate, "a rocket", steps=steps, seed=steps) for steps in (30, 60, 90)]
@@ -92,10 +98,10 @@ def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(g
             drain(process, client)
             assert not any(future.done() for future in running)
         assert all(future.result().images[0].size == (128, 128) for future in running)
-        output, errors = process.communicate(timeout=LONG_S)
+        _, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 0
-    assert "Serving tiny-emoji" in output
-    assert "max_steps 150" in output
+    assert "Serving tiny-emoji" in said
+    assert "max_steps 150" in said
     assert "Stopped." in errors
     assert not still_running(children)
     assert not shared_memory_of(process.pid)
@@ -104,7 +110,7 @@ def test_sigterm_finishes_running_requests_refuses_new_ones_and_leaves_nothing(g
 def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_up(repository: Path) -> None:
     address = TritonAddress.on_free_ports()
     with serve(repository, address) as process:
-        wait_until_ready(address)
+        read_until_served(process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert shared_memory_of(process.pid)
         process.kill()

@@ -27,7 +27,7 @@ from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, Result
 from tests.gate import Gate
 from tests.metrics import waiting_and_running
-from tests.triton.test_launcher import drain, serve, still_running, wait_until_ready
+from tests.triton.test_launcher import drain, read_until_served, serve, still_running
 from tests.waiting import LONG_S, wait_for, wait_until
 
 SMALL = {"width": 64, "height": 64}
@@ -103,11 +103,17 @@ class TritonPythonModel(StableDiffusionModel):
 IMPATIENT_STABLE_DIFFUSION = """
 from pathlib import Path
 
-from diffuserve.batching.loop import InflightLoop
+from diffuserve import stages
 from diffuserve.triton.stable_diffusion import StableDiffusionModel
 
 HANG = Path({folder!r}) / "hang"
-InflightLoop._call_timeout_s = property(lambda loop: 1.0 if HANG.exists() else 3600.0, lambda loop, seconds: None)
+
+
+async def impatient(stage, call, timeout_s, checked=stages.checked):
+    return await checked(stage, call, 1.0 if stage == "unet" and HANG.exists() else 3600.0)
+
+
+stages.checked = impatient
 
 
 class TritonPythonModel(StableDiffusionModel):
@@ -389,7 +395,7 @@ def test_without_the_in_flight_process_triton_is_ended_and_clients_hear_of_it(gu
         ThreadPoolExecutor(4) as pool,
         Client(address.grpc) as client,
     ):
-        wait_until_ready(address)
+        read_until_served(process)
         children = psutil.Process(process.pid).children(recursive=True)
         futures = [pool.submit(client.generate, f"a rocket {n}", steps=150) for n in range(4)]
         wait_until(lambda: sum(waiting_and_running(address)) == 4 and gate.holds)
@@ -411,7 +417,7 @@ def test_sigterm_loses_no_request_whatever_it_waits_for(guarded: tuple[Path, Gat
         ThreadPoolExecutor(12) as pool,
         Client(address.grpc, retries=0) as client,
     ):
-        wait_until_ready(address)
+        read_until_served(process)
         # Of different length, so that some are decoded or done while others have not got their first step.
         futures = [pool.submit(client.generate, f"a rocket {n}", steps=1 + 3 * n, **SMALL) for n in range(12)]
         wait_for([12, 0], lambda: waiting_and_running(address))
