@@ -1,4 +1,5 @@
-"""The Triton model stable_diffusion: a thin, decoupled shell around the pipeline and its in-flight loop.
+"""The in-flight model, stable_diffusion unless it was given another name: a thin, decoupled shell around the pipeline and its
+in-flight loop.
 
 Each request is an asyncio task that reads the pipeline's events and sends a response for each. Whatever happens, it ends
 with exactly one final response, since a client would wait forever for a missing one.
@@ -39,6 +40,7 @@ from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
+from diffuserve.triton.stage_models import check_all_named, stage_models_from_parameters
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,10 @@ class StableDiffusionModel:
             placement = read_placement(version_folder)
             limits = Limits.from_parameters(placement.model, parameters)
             components = read_manifest(version_folder).components
+            models = stage_models_from_parameters(parameters)
+            check_all_named(models, components)
             # Also for a Triton that the launcher has not started.
-            check_one_bundle(version_folder.parents[1], components, args["model_version"])
+            check_one_bundle(version_folder.parents[1], args["model_name"], models.values(), args["model_version"])
             outputs = {
                 name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
             }
@@ -77,7 +81,7 @@ class StableDiffusionModel:
             }
             if ranges:
                 check_limits(limits, placement.model)
-            self._stages = BlsStages(outputs, ranges)
+            self._stages = BlsStages(models, outputs, ranges)
             self._pipeline = Pipeline(
                 version_folder,
                 self._stages,

@@ -15,7 +15,12 @@ from diffuserve.limits import MAX_DECODE_BATCH
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command
-from diffuserve_export.repository.triton_config import configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.triton_config import (
+    INFLIGHT_MODEL_PY,
+    STAGE_MODEL_PY,
+    configs_from_manifest,
+    text_from_config,
+)
 from tests.core.fakes import make_bundle
 
 COMMITTED = Path(__file__).parents[2] / "triton_repo"
@@ -27,7 +32,8 @@ def test_the_committed_repository_is_up_to_date(bundle: Path) -> None:
     assert set(configs) == MODELS == {folder.name for folder in COMMITTED.iterdir()}
     for name, config in configs.items():
         assert (COMMITTED / name / "config.pbtxt").read_text() == text_from_config(config)
-        assert (COMMITTED / name / "1" / "model.py").read_text() == model_py(name)
+        model_py = INFLIGHT_MODEL_PY if name == "stable_diffusion" else STAGE_MODEL_PY
+        assert (COMMITTED / name / "1" / "model.py").read_text() == model_py
 
 
 def test_the_timestep_is_batched_and_the_loops_model_is_not(bundle: Path) -> None:

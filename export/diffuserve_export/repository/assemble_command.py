@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
 
 
@@ -19,6 +20,12 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     default=Path("triton_repo"),
     show_default=True,
     help="The model repository.",
+)
+@click.option(
+    "--name",
+    default=STABLE_DIFFUSION,
+    show_default=True,
+    help="What requests call the model; its stages are named after it.",
 )
 @click.option(
     "--batching",
@@ -52,6 +59,7 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
 def command(
     bundle: Path,
     output: Path,
+    name: str,
     batching: str,
     policy: str,
     unet_instances: int,
@@ -61,7 +69,7 @@ def command(
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
-    engines. One repository serves one bundle; choose another --output for another bundle.
+    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone.
     """
     from diffuserve_export.repository.assemble import repository_from_bundle
     from diffuserve_export.repository.triton_config import Serving
@@ -72,7 +80,8 @@ def command(
         unet_instances=unet_instances,
         require_safety_checker=require_safety_checker,
     )
-    manifest = repository_from_bundle(bundle, output, serving, backend)
+    manifest = repository_from_bundle(bundle, output, serving, backend, name=name)
     click.echo(
-        f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
+        f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}) as {name}. Start it: diffuserve serve --repository "
+        f"{output}"
     )

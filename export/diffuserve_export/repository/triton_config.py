@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,25 +19,23 @@ from diffuserve.tensors import (
     UNET,
     VAE_DECODER,
     VAE_ENCODER,
+    StageSpec,
     TensorSpec,
 )
+from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
 # already: a delay there would be paid at every step.
 TEXT_ENCODER_DELAY_US = 2000
 
-_MODEL_PY = {
-    True: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
-    "from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n",
-    False: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
-    "from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n",
-}
-
-
-def model_py(name: str) -> str:
-    """The text of a model's 1/model.py."""
-    return _MODEL_PY[name == STABLE_DIFFUSION]
+_MODEL_PY = '"""Entry point for Triton; the model lives in the installed package."""\n\n'
+INFLIGHT_MODEL_PY = (
+    f"{_MODEL_PY}from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n"
+)
+"""The text of an in-flight model's 1/model.py."""
+STAGE_MODEL_PY = f"{_MODEL_PY}from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n"
+"""That of a stage's."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,16 @@ class Serving:
     require_safety_checker: bool = False
 
 
-def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON) -> dict[str, Any]:
-    """A `ModelConfig` for each Triton model that serves the bundle, by model name.
+def configs_from_manifest(
+    manifest: Manifest, serving: Serving | None = None, backend: str = PYTHON, *, name: str = STABLE_DIFFUSION
+) -> dict[str, Any]:
+    """A `ModelConfig` for each Triton model that serves the bundle, by model name; that of the in-flight model is the last.
 
     Args:
         manifest: the bundle's.
         serving: how it is served.
         backend: one of `diffuserve_export.repository.triton_backends.BACKENDS`, for the stages.
+        name: of the in-flight model; its stages are named after it (`diffuserve.triton.stage_models`).
 
     Raises:
         BundleError: the backend does not run a component as it is.
@@ -75,12 +77,12 @@ def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, ba
         VAE_ENCODER: MAX_DECODE_BATCH,
         SAFETY_CHECKER: MAX_DECODE_BATCH,
     }
-    configs = {
-        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, max_batch_sizes[name])
-        for name, component in manifest.components.items()
-    }
-    for name, config in configs.items():
-        instances = serving.unet_instances if name == UNET else 1
+    stage_models = {stage: stage_model(name, stage) for stage in manifest.components}
+    configs = {}
+    for stage, component in manifest.components.items():
+        config = _stage_config(stage, stage_models[stage], component.tensors, max_batch_sizes[stage])
+        configs[config.name] = config
+        instances = serving.unet_instances if stage == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
             # 0 is one thread for each core. The UNet runs nearly all the time, and the others only between a request's
@@ -88,8 +90,8 @@ def configs_from_manifest(manifest: Manifest, serving: Serving | None = None, ba
             config.parameters["threads"].string_value = "0"
             config.parameters["call_timeout_s"].string_value = str(serving.call_timeout_s)
         else:
-            set_backend(config, backend, manifest.components[name], manifest.model, instances)
-    configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
+            set_backend(config, backend, component, manifest.model, instances)
+    configs[name] = _inflight_config(name, limits, serving, stage_models)
     return configs
 
 
@@ -103,22 +105,21 @@ def text_from_config(config: Any) -> str:
     return "# Written by `diffuserve assemble`.\n" + text
 
 
-def _stage_config(
-    name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int
-) -> Any:
+def _stage_config(stage: str, name: str, tensors: StageSpec, max_batch_size: int) -> Any:
     from tritonclient.grpc.model_config_pb2 import ModelDynamicBatching
 
-    config = _config(name, inputs, outputs, max_batch_size)
-    delay_us = TEXT_ENCODER_DELAY_US if name == TEXT_ENCODER else 0
+    config = _config(name, tensors.inputs, tensors.outputs, max_batch_size)
+    delay_us = TEXT_ENCODER_DELAY_US if stage == TEXT_ENCODER else 0
     config.dynamic_batching.CopyFrom(ModelDynamicBatching(max_queue_delay_microseconds=delay_us))
     return config
 
 
-def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
-    config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
+def _inflight_config(name: str, limits: Limits, serving: Serving, stage_models: Mapping[str, str]) -> Any:
+    config = _config(name, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    for name, value in {**asdict(limits), **asdict(serving)}.items():
-        config.parameters[name].string_value = str(value)
+    parameters = {**asdict(limits), **asdict(serving), **parameters_from_stage_models(stage_models)}
+    for parameter, value in parameters.items():
+        config.parameters[parameter].string_value = str(value)
     return config
 
 
