@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from diffuserve.errors import LaunchError
-from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign, DrainFiles
+from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign, DrainRequest
 from diffuserve.serving.process import (
     ServerProcess,
     accepts_connections,
@@ -94,7 +94,7 @@ class TorchServeServer:
         check_ports(address.host, ports)
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()
-        self._drain_files = DrainFiles(self._run_folder)
+        self._drain_request = DrainRequest(self._run_folder)
         self._busy_sign = BusySign(self._run_folder)
         try:
             self._link_keys()
@@ -133,7 +133,7 @@ class TorchServeServer:
         Returns:
             Whether all were answered.
         """
-        self._drain_files.request_drain()
+        self._drain_request.make()
         idle_s = _IDLE_S + self.archive.config["maxBatchDelay"] / 1000
         end_s = time.monotonic() + grace_s
         idle_since_s = time.monotonic()

@@ -1,9 +1,10 @@
 """Starts Triton on a model repository, waits until it serves, drains it and leaves nothing behind.
 
-Triton does not start a model's process again when it has died. For the stages the in-flight model sees to that
-(`diffuserve.triton.bls_stages`). When its own process dies, Triton 2.51 keeps its clients' streams open for good, and
-crashes when the model is loaded again. So the launcher then ends Triton at once: the streams break, which clients notice,
-and `diffuserve serve` ends with an error, so that whatever supervises it can start it again.
+Triton does not start a model's process again when it has died. For the stages their in-flight model sees to that
+(`diffuserve.triton.bls_stages`). When an in-flight model's own process dies, Triton 2.51 keeps its clients' streams open for
+good, and crashes when the model is loaded again. So the launcher then ends Triton at once, with whatever other models it
+serves: the streams break, which clients notice, and `diffuserve serve` ends with an error, so that whatever supervises it can
+start it again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from diffuserve.errors import LaunchError
-from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, DrainFiles, LifeSign
+from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, DrainRequest, ModelSigns
 from diffuserve.serving.process import (
     SHARED_MEMORY,
     ServerProcess,
@@ -26,7 +27,6 @@ from diffuserve.serving.process import (
     make_run_folder,
     remove_leftovers_of_the_dead,
 )
-from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
@@ -71,7 +71,7 @@ class TritonServer:
         """Why the launcher ended Triton without being asked to."""
 
     def __enter__(self) -> TritonServer:
-        check_repository(self.repository)
+        models = check_repository(self.repository)
         address = self.address
         ports = [
             ("--http-port", address.http_port),
@@ -81,14 +81,13 @@ class TritonServer:
         check_ports(address.host, ports)
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()
-        self._drain_files = DrainFiles(self._run_folder)
-        self._life_sign = LifeSign(self._run_folder)
+        self._signs = {model: ModelSigns(self._run_folder, model) for model in models}
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
         try:
             self._process = self._start()
             self._process.wait_until(lambda: answers_ok(f"{address.http}/v2/health/ready"), self._ready_timeout_s)
             threading.Thread(
-                target=self._watch, args=(self._process,), name="in-flight model's watch", daemon=True
+                target=self._watch, args=(self._process,), name="in-flight models' watch", daemon=True
             ).start()
         except BaseException:
             self.stop()
@@ -113,7 +112,7 @@ class TritonServer:
         return self._process.pid
 
     def drain(self, grace_s: float, give_up: threading.Event | None = None) -> bool:
-        """Makes the server refuse new requests and waits until those it has are answered.
+        """Makes every model refuse new requests and waits until those that they have are answered.
 
         Args:
             grace_s: how long to wait.
@@ -122,13 +121,13 @@ class TritonServer:
         Returns:
             Whether all were answered.
         """
-        self._drain_files.request_drain()
+        DrainRequest(self._run_folder).make()
         end_s = time.monotonic() + grace_s
         while self.running and time.monotonic() < end_s and not (give_up and give_up.is_set()):
-            if self._drain_files.drained:
+            if self._drained:
                 return True
             time.sleep(0.05)
-        return self._drain_files.drained
+        return self._drained
 
     def stop(self) -> None:
         """Stops Triton and its models and removes what they left in shared memory and on disk. Can be called twice.
@@ -138,10 +137,14 @@ class TritonServer:
         """
         self._stopping.set()
         if self._process is not None:
-            self._process.stop(_UNLOAD_TIMEOUT_S if self._drain_files.drained else _ABORT_TIMEOUT_S)
+            self._process.stop(_UNLOAD_TIMEOUT_S if self._drained else _ABORT_TIMEOUT_S)
         for path in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self._run_folder, ignore_errors=True)
+
+    @property
+    def _drained(self) -> bool:
+        return all(signs.drained for signs in self._signs.values())
 
     def _start(self) -> ServerProcess:
         installation = find_installation(self._run_folder)
@@ -176,10 +179,11 @@ class TritonServer:
         )
 
     def _watch(self, process: ServerProcess) -> None:
-        """Ends Triton when the in-flight model's process has died."""
+        """Ends Triton when an in-flight model's process has died."""
         while process.running and not self._stopping.wait(_WATCH_INTERVAL_S):
-            if self._life_sign.lost:
-                self.failure = f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
+            dead = [model for model, signs in self._signs.items() if signs.died]
+            if dead:
+                self.failure = f"The process of {' and '.join(dead)} has died, so Triton was ended. Start it again."
                 process.kill()
                 return
 

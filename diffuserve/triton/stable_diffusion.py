@@ -32,7 +32,7 @@ from diffuserve.events import Completed, Event
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
-from diffuserve.serving.lifecycle import LifeSign
+from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
@@ -97,18 +97,18 @@ class StableDiffusionModel:
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
         self._unanswered = 0
-        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"])
-        self._life_sign = LifeSign.from_environment()
-        if self._life_sign:
-            self._life_sign.give()
+        self._signs = ModelSigns.from_environment(args["model_name"])
+        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"], self._signs)
+        if self._signs:
+            self._signs.live()
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
         await asyncio.sleep(_LEAST_EXECUTE_S)
 
     def finalize(self) -> None:
-        if self._life_sign:
-            self._life_sign.withdraw()
+        if self._signs:
+            self._signs.end()
         self._housekeeping.stop()
         self._senders.shutdown(wait=False)
 

@@ -63,7 +63,7 @@ def test_a_triton_that_the_launcher_did_not_check_refuses_them_too(
 ) -> None:
     shutil.copytree(repository, tmp_path / "repository")
     give_another_bundle(tmp_path / "repository", VAE_DECODER)
-    monkeypatch.setattr(launcher, "check_repository", lambda repository: None)
+    monkeypatch.setattr(launcher, "check_repository", lambda repository: (STABLE_DIFFUSION,))
     with (
         pytest.raises(LaunchError, match=r"are of different bundles: .*vae_decoder of 5e5e5e5e5e"),
         TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()),
@@ -170,7 +170,7 @@ def test_a_model_does_not_replace_what_another_needs(two: Path, tmp_path: Path, 
 
 def test_a_stage_does_not_replace_a_model(assembled: Path, tmp_path: Path) -> None:
     repository_from_bundle(tmp_path / "bundle", assembled, name="photos_unet")
-    with pytest.raises(BundleError, match="The model photos would replace photos_unet in .* which the model photos_unet"):
+    with pytest.raises(BundleError, match=r"The model photos would replace photos_unet in .* which the model photos_unet"):
         repository_from_bundle(tmp_path / "bundle", assembled, name="photos")
 
 
