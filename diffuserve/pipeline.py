@@ -18,6 +18,7 @@ from pathlib import Path
 from diffuserve.batching.admission import Admission, Promise
 from diffuserve.batching.costs import CallCosts
 from diffuserve.batching.jobs import Job, LatentShape
+from diffuserve.batching.load import Neighbours
 from diffuserve.batching.loop import InflightLoop
 from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.batching.request_selection import RequestSelection
@@ -68,6 +69,7 @@ class Pipeline:
         unet_instances: UNet calls in flight at once.
         call_timeout_s: seconds after which a stage's call counts as hung; its requests fail.
         require_safety_checker: refuse a bundle without one.
+        neighbours: other models on the device that runs the UNet.
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker, or there is no such batching or policy.
@@ -84,6 +86,7 @@ class Pipeline:
         unet_instances: int = 1,
         call_timeout_s: float = CALL_TIMEOUT_S,
         require_safety_checker: bool = False,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self.manifest = read_manifest(bundle)
         if require_safety_checker:
@@ -100,7 +103,7 @@ class Pipeline:
             call_timeout_s=call_timeout_s,
         )
         selection = _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
-        self._admission = Admission(selection.max_rows, unet_instances)
+        self._admission = Admission(selection.max_rows, unet_instances, neighbours)
         self._loop = InflightLoop(
             stages.denoise,
             selection,
@@ -108,7 +111,7 @@ class Pipeline:
             instances=unet_instances,
             call_timeout_s=call_timeout_s,
             stats=self.stats,
-            on_call=self._admission.calls.observe,
+            on_call=self._admission.observe_call,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
@@ -155,7 +158,7 @@ class Pipeline:
         promise = self._promise(request)
         steps: _Steps = asyncio.Queue()
         self._waiting[steps] = request
-        self._admission.accepted.add(promise)
+        self._admission.accept(promise)
         drawing = asyncio.create_task(self._draw_in_time(request, steps, promise))
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
@@ -181,7 +184,7 @@ class Pipeline:
             await asyncio.gather(drawing, return_exceptions=True)
             self._waiting.pop(steps, None)
             self._running.pop(steps, None)
-            self._admission.accepted.discard(promise)
+            self._admission.release(promise)
 
     async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progressed]:
         while True:
@@ -238,8 +241,10 @@ class Pipeline:
         if excess_s > 0:
             self.stats.count("requests_refused")
             retry_after_s = min(60.0, max(0.1, excess_s))
+            here, elsewhere = len(self._admission.accepted), self._admission.requests_elsewhere
+            others = f", {elsewhere} of them by other models on the same device" if elsewhere else ""
             raise QueueFull(
-                f"{len(self._admission.accepted)} requests are being drawn, so that this one or one of them would not be "
+                f"{here + elsewhere} requests are being drawn{others}, so that this one or one of them would not be "
                 f"finished within its timeout_ms. Try again in {retry_after_s:.1f} s.",
                 retry_after_s,
             )

@@ -8,21 +8,31 @@ The in-flight loop advances everybody by one UNet evaluation in a round of calls
 rounds, in each of which those are that need as many, and is late only if what joins makes the rounds longer; which is what
 is asked for each newcomer. What a call costs is learnt from the calls: a part for each call and a part that grows with
 its rows and their size.
+
+Other models may share the device (`diffuserve.batching.load`). Their work makes that of this one take longer, and so do their
+calls each of its calls: what a call costs is what it would take alone.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffuserve.batching.forecast import CallForecast
 from diffuserve.batching.jobs import LatentShape
+from diffuserve.batching.load import Due, Load, Neighbours, share_beside, shared_s
 
 # Of what the forecast says, for what it cannot know: other programs, and the requests that come without a timeout.
 _MARGIN = 1.5
+# While requests are drawn, the other models hear of it no more often than this.
+_TELL_EVERY_S = 0.05
+# Of the requests that may expire, the other models hear of those that have the least time to spare.
+_MOST_DUE = 256
 
 
 @dataclass(eq=False)
@@ -50,43 +60,137 @@ class Admission:
     Args:
         max_rows: of one UNet call.
         instances: UNet calls in flight at once.
+        neighbours: the other models on the same device; None if there are none.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, max_rows: int, instances: int = 1) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        instances: int = 1,
+        neighbours: Neighbours | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.calls = CallForecast()
         self.accepted: set[Promise] = set()
         self.outside_s = 0.0
         """What a request takes besides its UNet calls, of late."""
         self._max_rows = max_rows
         self._instances = instances
+        self._neighbours = neighbours
+        self._clock = clock
+        self._told = Load(told_s=clock())
+        self._others: Sequence[Load] = ()
+        # When a call's cost was last learnt, and for how long the others had been busy by then, all of them together.
+        self._learnt_s, self._others_busy_s = clock(), 0.0
+
+    @property
+    def requests_elsewhere(self) -> int:
+        """What the other models had to do when they were last asked."""
+        return sum(load.requests for load in self._others)
+
+    def accept(self, promise: Promise) -> None:
+        if not self.accepted:
+            self._others_of_late()  # how many there were while this model had nothing to do is of no interest
+        self.accepted.add(promise)
+        self._tell()
+
+    def release(self, promise: Promise) -> None:
+        """Once it has ended in any way."""
+        self.accepted.discard(promise)
+        self._tell()
+
+    def observe_call(self, size: int, seconds: float) -> None:
+        """Learns from one UNet call of `size` latent values that took so many seconds."""
+        self.calls.observe(size, seconds * share_beside(self._others_of_late()))
+        if self._clock() - self._told.told_s >= _TELL_EVERY_S:
+            self._tell()
 
     def observe_outside(self, seconds: float) -> None:
         """Learns what one request took besides its UNet calls."""
         self.outside_s = seconds if not self.outside_s else 0.9 * self.outside_s + 0.1 * seconds
 
     def excess_s(self, newcomer: Promise, now_s: float) -> float:
-        """Seconds by which the newcomer, or an accepted request that would have been in time without it, would be late;
-        0 if none would. A server with nothing to do accepts everything, since its forecast may be out of date."""
-        if not self.accepted:
+        """Seconds by which the newcomer, or an accepted request that would have been in time without it, here or of another
+        model, would be late; 0 if none would. A model with nothing to do refuses nothing but what only the others make late,
+        since its forecast may be out of date."""
+        self._ask()
+        if not self.accepted and not self._others:
             return 0.0
-        excess_s = 0.0
+        alone_s = self._rounds_s([newcomer])[newcomer.evaluations_left] + self.outside_s
+        if not self.accepted and _late_s(alone_s, newcomer.end_s, now_s) > 0:
+            return 0.0
+        excess_s = self._excess_elsewhere_s(newcomer, now_s)
         concerned = [promise for promise in self.accepted if promise.end_s < math.inf]
         for priority in sorted({promise.priority for promise in (*concerned, newcomer)}):
             if priority < newcomer.priority:  # goes first in any case
                 continue
-            rivals = [promise for promise in self.accepted if promise.priority <= priority]
+            rivals = self._up_to(priority)
             before_s, after_s = self._rounds_s(rivals), self._rounds_s([*rivals, newcomer])
             if priority == newcomer.priority:
-                excess_s = max(excess_s, self._late_s(newcomer, after_s, now_s))
+                excess_s = max(excess_s, _late_s(self._needed_s(newcomer, after_s), newcomer.end_s, now_s))
             for promise in concerned:
-                if promise.priority == priority and self._late_s(promise, before_s, now_s) <= 0:
-                    excess_s = max(excess_s, self._late_s(promise, after_s, now_s))
+                if promise.priority == priority:
+                    needed_before_s, needed_s = self._needed_s(promise, before_s), self._needed_s(promise, after_s)
+                    excess_s = max(excess_s, _made_late_s(needed_before_s, needed_s, promise.end_s, now_s))
         return excess_s
 
-    def _late_s(self, promise: Promise, rounds_s: Mapping[int, float], now_s: float) -> float:
-        """Seconds after its end at which `promise` will be finished; negative if before."""
-        needed_s = _MARGIN * (rounds_s[promise.evaluations_left] + self.outside_s)
-        return now_s + needed_s - promise.end_s
+    def _excess_elsewhere_s(self, newcomer: Promise, now_s: float) -> float:
+        """As `excess_s`, of what the other models have accepted."""
+        before_s, after_s = self._all_s(self.accepted), self._all_s([*self.accepted, newcomer])
+        excess_s = 0.0
+        for number, load in enumerate(self._others):
+            rest_s = [other.seconds for other in (*self._others[:number], *self._others[number + 1 :])]
+            for due in load.due:
+                needed_before_s, needed_s = (
+                    shared_s(due.seconds, (own_s, *rest_s)) + load.outside_s for own_s in (before_s, after_s)
+                )
+                excess_s = max(excess_s, _made_late_s(needed_before_s, needed_s, due.end_s, now_s))
+        return excess_s
+
+    def _needed_s(self, promise: Promise, rounds_s: Mapping[int, float]) -> float:
+        """Seconds until `promise` will be finished beside what the other models have to do."""
+        return shared_s(rounds_s[promise.evaluations_left], [load.seconds for load in self._others]) + self.outside_s
+
+    def _others_of_late(self) -> float:
+        """How many other models had work since this was last asked, in the mean."""
+        if self._neighbours is None:
+            return 0.0
+        loads, now_s = self._neighbours.loads(), self._clock()
+        busy_s = sum(load.busy_until_s(now_s) for load in loads)
+        elapsed_s, added_s = now_s - self._learnt_s, busy_s - self._others_busy_s
+        self._learnt_s, self._others_busy_s = now_s, busy_s
+        return min(max(added_s / elapsed_s, 0.0), len(loads)) if elapsed_s > 0 else 0.0
+
+    def _ask(self) -> None:
+        if self._neighbours is not None:
+            self._others = [load for load in self._neighbours.loads() if load.requests]
+
+    def _tell(self) -> None:
+        if self._neighbours is None:
+            return
+        now_s = self._clock()
+        due = []
+        for priority in {promise.priority for promise in self.accepted if promise.end_s < math.inf}:
+            rounds_s = self._rounds_s(self._up_to(priority))
+            due += [
+                Due(rounds_s[promise.evaluations_left], promise.end_s)
+                for promise in self.accepted
+                if promise.priority == priority and promise.end_s < math.inf
+            ]
+        first = heapq.nsmallest(_MOST_DUE, due, key=lambda each: each.end_s - each.seconds)
+        busy_s = self._told.busy_until_s(now_s)
+        self._told = Load(len(self.accepted), self._all_s(self.accepted), self.outside_s, tuple(first), busy_s, now_s)
+        self._neighbours.publish(self._told)
+
+    def _up_to(self, priority: int) -> list[Promise]:
+        """Those that a request of this priority does not go before."""
+        return [promise for promise in self.accepted if promise.priority <= priority]
+
+    def _all_s(self, present: Collection[Promise]) -> float:
+        """Seconds in which those present are finished."""
+        return max(self._rounds_s(present).values())
 
     def _rounds_s(self, present: Iterable[Promise]) -> dict[int, float]:
         """Seconds in which those present do so many evaluations each, by their number, for every number that one of them
@@ -112,3 +216,16 @@ class Admission:
         calls = sum(math.ceil(count / self._max_rows) for count in rows.values())
         size = sum(count * math.prod(shape) for shape, count in rows.items())
         return self.calls.seconds(calls, size) / self._instances
+
+
+def _late_s(needed_s: float, end_s: float, now_s: float) -> float:
+    """Seconds after its end at which a request that needs so many would be finished, with the margin; negative if before."""
+    return now_s + _MARGIN * needed_s - end_s
+
+
+def _made_late_s(before_s: float, after_s: float, end_s: float, now_s: float) -> float:
+    """Seconds by which a request would be late that needs `after_s` seconds beside a newcomer, and `before_s` without; 0 if it
+    would be in time, or late in any case."""
+    if after_s <= before_s or now_s + before_s > end_s:
+        return 0.0
+    return max(0.0, _late_s(after_s, end_s, now_s))

@@ -77,6 +77,8 @@ class ModelSigns:
     def end(self) -> None:
         """For the model that ends as it should."""
         self._alive.unlink(missing_ok=True)
+        if self._held:
+            self._held.close()
 
     @property
     def lives(self) -> bool:

@@ -146,8 +146,6 @@ class BlsStages:
         try:
             failure = await asyncio.wait_for(asyncio.shield(load), _LOAD_TIMEOUT_S)
         except asyncio.TimeoutError:
-            failure = (
-                f"The process of {self._models[stage]} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
-            )
+            failure = f"The process of {self._models[stage]} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
         if failure:
             raise StageFailed(failure)

@@ -30,6 +30,7 @@ from diffuserve.serving.process import (
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
+from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.repository import check_repository
 
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
@@ -82,6 +83,7 @@ class TritonServer:
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()
         self._signs = {model: ModelSigns(self._run_folder, model) for model in models}
+        RunFolderNeighbours.prepare(self._run_folder, models)
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
         try:
             self._process = self._start()

@@ -37,6 +37,7 @@ from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
+from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
@@ -91,6 +92,7 @@ class StableDiffusionModel:
                 unet_instances=int(parameters["unet_instances"]),
                 call_timeout_s=float(parameters["call_timeout_s"]),
                 require_safety_checker=_flag(parameters, "require_safety_checker"),
+                neighbours=RunFolderNeighbours.from_environment(args["model_name"]),
             )
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error

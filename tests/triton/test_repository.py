@@ -170,7 +170,9 @@ def test_a_model_does_not_replace_what_another_needs(two: Path, tmp_path: Path, 
 
 def test_a_stage_does_not_replace_a_model(assembled: Path, tmp_path: Path) -> None:
     repository_from_bundle(tmp_path / "bundle", assembled, name="photos_unet")
-    with pytest.raises(BundleError, match=r"The model photos would replace photos_unet in .* which the model photos_unet"):
+    with pytest.raises(
+        BundleError, match=r"The model photos would replace photos_unet in .* which the model photos_unet"
+    ):
         repository_from_bundle(tmp_path / "bundle", assembled, name="photos")
 
 

@@ -30,9 +30,7 @@ from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 TEXT_ENCODER_DELAY_US = 2000
 
 _MODEL_PY = '"""Entry point for Triton; the model lives in the installed package."""\n\n'
-INFLIGHT_MODEL_PY = (
-    f"{_MODEL_PY}from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n"
-)
+INFLIGHT_MODEL_PY = f"{_MODEL_PY}from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n"
 """The text of an in-flight model's 1/model.py."""
 STAGE_MODEL_PY = f"{_MODEL_PY}from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n"
 """That of a stage's."""
