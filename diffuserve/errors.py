@@ -10,6 +10,7 @@
     ├── ServerUnavailable     server_unavailable   no server answers at the address, or the connection broke
     ├── CheckpointError       checkpoint_error     a checkpoint cannot be exported
     ├── BundleError           bundle_error         a bundle or model repository is missing, damaged or too new
+    ├── ConfigurationError    configuration_error  a server is configured with something that it does not have or allow
     └── LaunchError           launch_error         the server could not be started
 
 Triton's status codes lack several of these, and errors on a gRPC stream arrive as text only. So a message on the wire
@@ -80,6 +81,10 @@ class CheckpointError(DiffuserveError):
 
 class BundleError(DiffuserveError):
     code = "bundle_error"
+
+
+class ConfigurationError(DiffuserveError):
+    code = "configuration_error"
 
 
 class LaunchError(DiffuserveError):

@@ -10,20 +10,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from diffuserve.batching.policies import DEFAULT_POLICY
 from diffuserve.engines.local_stages import LoadEngines, LocalStages
 from diffuserve.errors import Cancelled
 from diffuserve.events import Event
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest
-from diffuserve.stages import CALL_TIMEOUT_S
+from diffuserve.serving_options import Serving
 
 
 class LocalPipeline:
     """Args:
         bundle: folder of an exported model.
-        limits, policy, call_timeout_s: as in `diffuserve.pipeline.Pipeline`.
+        limits, serving: as in `diffuserve.pipeline.Pipeline`.
         load: as in `diffuserve.engines.local_stages.LocalStages`.
 
     Raises:
@@ -34,13 +33,12 @@ class LocalPipeline:
         self,
         bundle: Path,
         limits: Limits | None = None,
+        serving: Serving | None = None,
         *,
-        policy: str = DEFAULT_POLICY,
-        call_timeout_s: float = CALL_TIMEOUT_S,
         load: LoadEngines | None = None,
     ) -> None:
         self._stages = LocalStages(bundle, load=load)
-        self.pipeline = Pipeline(bundle, self._stages, limits, policy=policy, call_timeout_s=call_timeout_s)
+        self.pipeline = Pipeline(bundle, self._stages, limits, serving)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = threading.Lock()
         self._closed = False

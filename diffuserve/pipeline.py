@@ -20,12 +20,12 @@ from diffuserve.batching.costs import CallCosts
 from diffuserve.batching.jobs import Job, LatentShape
 from diffuserve.batching.load import Neighbours
 from diffuserve.batching.loop import InflightLoop
-from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.batching.policies import POLICIES
 from diffuserve.batching.request_selection import RequestSelection
 from diffuserve.batching.selection import InflightSelection, Selection
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.conditioning import conditioning_from_request
-from diffuserve.errors import BundleError, DeadlineExceeded, Draining, QueueFull
+from diffuserve.errors import DeadlineExceeded, Draining, QueueFull
 from diffuserve.events import Accepted, Completed, Event, Progressed
 from diffuserve.images.decoding import Decoder
 from diffuserve.images.encoding import encode_image
@@ -36,7 +36,8 @@ from diffuserve.limits import Limits
 from diffuserve.request import TextToImageRequest
 from diffuserve.request_warnings import request_warnings
 from diffuserve.samplers import NoiseSchedule, trajectory
-from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages
+from diffuserve.serving_options import Serving
+from diffuserve.stages import Float32, Stages
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve.text.embeddings import TextEmbeddings
@@ -64,15 +65,11 @@ class Pipeline:
         bundle: folder with manifest.json and the tokenizers; the components are the stages' business.
         stages: the engine calls.
         limits: what is accepted; by default the model's own.
-        batching: inflight; or request or none, the baselines of `diffuserve.batching.request_selection.RequestSelection`.
-        policy: a name of `diffuserve.batching.policies.POLICIES`, for in-flight batching.
-        unet_instances: UNet calls in flight at once.
-        call_timeout_s: seconds after which a stage's call counts as hung; its requests fail.
-        require_safety_checker: refuse a bundle without one.
+        serving: how it is served.
         neighbours: other models on the device that runs the UNet.
 
     Raises:
-        BundleError: the bundle is damaged or lacks the safety checker, or there is no such batching or policy.
+        BundleError: the bundle is damaged, or lacks the safety checker that `serving` requires.
     """
 
     def __init__(
@@ -80,16 +77,13 @@ class Pipeline:
         bundle: Path,
         stages: Stages,
         limits: Limits | None = None,
+        serving: Serving | None = None,
         *,
-        batching: str = "inflight",
-        policy: str = DEFAULT_POLICY,
-        unet_instances: int = 1,
-        call_timeout_s: float = CALL_TIMEOUT_S,
-        require_safety_checker: bool = False,
         neighbours: Neighbours | None = None,
     ) -> None:
+        serving = serving or Serving()
         self.manifest = read_manifest(bundle)
-        if require_safety_checker:
+        if serving.require_safety_checker:
             refuse_without_safety_checker(self.manifest)
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
@@ -100,22 +94,22 @@ class Pipeline:
             self.stats,
             max_chunks=self.limits.max_prompt_chunks,
             zero_empty_negative=self.manifest.model.zero_empty_negative,
-            call_timeout_s=call_timeout_s,
+            call_timeout_s=serving.call_timeout_s,
         )
-        selection = _selection(batching, policy, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
-        self._admission = Admission(selection.max_rows, unet_instances, neighbours)
+        selection = selection_from_serving(serving, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
+        self._admission = Admission(selection.max_rows, serving.unet_instances, neighbours)
         self._loop = InflightLoop(
             stages.denoise,
             selection,
             max_active_images=self.limits.max_active_images,
-            instances=unet_instances,
-            call_timeout_s=call_timeout_s,
+            instances=serving.unet_instances,
+            call_timeout_s=serving.call_timeout_s,
             stats=self.stats,
             on_call=self._admission.observe_call,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
-        self._decoder = Decoder(self.manifest, stages, self._encoders, self.stats, call_timeout_s)
+        self._decoder = Decoder(self.manifest, stages, self._encoders, self.stats, serving.call_timeout_s)
         # In order of arrival: those not past their first step, and those past it.
         self._waiting: dict[_Steps, TextToImageRequest] = {}
         self._running: dict[_Steps, TextToImageRequest] = {}
@@ -335,11 +329,14 @@ class Pipeline:
         return asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
 
 
-def _selection(batching: str, policy: str, max_rows: int, costs: CallCosts) -> Selection:
-    if policy not in POLICIES:
-        raise BundleError(f"There is no policy {policy!r}; it must be one of {', '.join(POLICIES)}.")
-    if batching == "inflight":
-        return InflightSelection(max_rows, POLICIES[policy], costs)
-    if batching in ("request", "none"):
-        return RequestSelection(max_rows, together=batching == "request")
-    raise BundleError(f"There is no batching {batching!r}; it must be one of inflight, request, none.")
+def selection_from_serving(serving: Serving, max_rows: int, costs: CallCosts) -> Selection:
+    """What chooses the rows of each UNet call.
+
+    Args:
+        serving: its batching and policy.
+        max_rows: of one call, at most.
+        costs: of a call by rows.
+    """
+    if serving.batching == "inflight":
+        return InflightSelection(max_rows, POLICIES[serving.policy], costs)
+    return RequestSelection(max_rows, together=serving.batching == "request")

@@ -139,16 +139,15 @@ def _run(server: Server, summary: Callable[[], str], grace_s: float) -> None:
 
 def _triton(repository: Path, host: str, ports: dict[str, int], log_level: str) -> tuple[Server, Callable[[], str]]:
     from diffuserve.bundle.manifest import read_manifest
-    from diffuserve.limits import Limits
     from diffuserve.tensors import STABLE_DIFFUSION
     from diffuserve.triton.launcher import TritonServer
-    from diffuserve.triton.repository import read_parameters
+    from diffuserve.triton.repository import read_options
 
     address = TritonAddress(host, **ports)
 
     def summary() -> str:
         manifest = read_manifest(repository / STABLE_DIFFUSION / "1")
-        limits = Limits.from_parameters(manifest.model, read_parameters(repository))
+        limits, _ = read_options(repository)
         where = {
             "gRPC": address.grpc,
             "HTTP": f"{address.http}/v2/models/{STABLE_DIFFUSION}/generate",

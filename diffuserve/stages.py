@@ -50,11 +50,7 @@ class Engine(Protocol):
         ...
 
 
-# Seconds after which a stage's call counts as hung.
-CALL_TIMEOUT_S = 300.0
-
-
-async def checked(stage: str, call: Awaitable[Result], timeout_s: float = CALL_TIMEOUT_S) -> Result:
+async def checked(stage: str, call: Awaitable[Result], timeout_s: float) -> Result:
     """Awaits a stage's call for `timeout_s` seconds at most; whatever it raises becomes `StageFailed`."""
     try:
         return await asyncio.wait_for(call, timeout_s)

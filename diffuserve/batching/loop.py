@@ -29,10 +29,11 @@ import numpy as np
 from diffuserve.batching.jobs import Job, Latent
 from diffuserve.batching.rows import guided_prediction, unet_inputs
 from diffuserve.batching.selection import Selection
+from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
 from diffuserve.samplers import advance, initial_state
 from diffuserve.samplers.noise import Generator
-from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, checked
+from diffuserve.stages import Conditioning, Float32, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import Manifest
+from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
 from diffuserve.images.safety import clip_input_from_image, flagged_from_scores
 from diffuserve.limits import MAX_DECODE_BATCH
-from diffuserve.stages import CALL_TIMEOUT_S, Float32, Stages, checked
+from diffuserve.stages import Float32, Stages, checked
 from diffuserve.stats import Stats
 from diffuserve.tensors import SAFETY_CHECKER, VAE_DECODER
 

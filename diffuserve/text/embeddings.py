@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
-from diffuserve.stages import CALL_TIMEOUT_S, Conditioning, Float32, Stages, checked, finite_rows
+from diffuserve.stages import Conditioning, Float32, Stages, checked, finite_rows
 from diffuserve.stats import Stats
 from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER
 from diffuserve.text.prompting import parse_prompt

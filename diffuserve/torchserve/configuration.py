@@ -12,16 +12,18 @@ from xml.sax.saxutils import quoteattr
 
 import msgspec
 
-from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest
+from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest, ModelSpec
 from diffuserve.errors import BundleError
 from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 
 # The keys live as long as the server. TorchServe lets them expire after an hour by default, and nobody could call it then.
 _KEYS_EXPIRE_MIN = 10 * 365 * 24 * 60
 _LARGEST_MESSAGE_BYTES = 2**31 - 1
-_REQUEST_BYTES = 1 << 20  # many times what prompts of the largest size take
+_LEAST_REQUEST_BYTES = 2**20
+_BYTES_IN_JSON = 6  # of one byte of a prompt, if it is escaped: \u0000
 _LOG_LEVELS = {"error": "error", "warning": "warn", "info": "info"}
 
 
@@ -36,9 +38,12 @@ class Archive:
     @property
     def limits(self) -> Limits:
         """What its handler accepts."""
-        return Limits.from_parameters(
-            self.manifest.model, {name: str(value) for name, value in self.config["handler"].items()}
-        )
+        return options_from_config(self.manifest.model, self.config)[0]
+
+    @property
+    def largest_request_bytes(self) -> int:
+        """With both prompts as long as they may be, and room for the rest."""
+        return max(_LEAST_REQUEST_BYTES, 2 * _BYTES_IN_JSON * self.limits.max_prompt_bytes + 2**16)
 
     @property
     def largest_answer_bytes(self) -> int:
@@ -46,6 +51,15 @@ class Archive:
         limits = self.limits
         image_bytes = 3 * limits.max_side_px**2 * 4 // 3 + limits.max_prompt_bytes
         return min(int(self.config["batchSize"]) * limits.max_images * image_bytes, _LARGEST_MESSAGE_BYTES)
+
+
+def options_from_config(model: ModelSpec, config: Mapping[str, Any]) -> tuple[Limits, Serving]:
+    """What a model-config.yaml tells our handler.
+
+    Raises:
+        ConfigurationError: a parameter is unknown or not allowed.
+    """
+    return limits_and_serving(model, {name: str(value) for name, value in config["handler"]["parameters"].items()})
 
 
 def read_archive(path: Path) -> Archive:
@@ -86,7 +100,7 @@ def properties(archive: Archive, address: TorchServeAddress) -> str:
         "enable_model_api": "false",
         "install_py_dep_per_model": "false",
         "enable_envvars_config": "false",
-        "max_request_size": _REQUEST_BYTES,
+        "max_request_size": archive.largest_request_bytes,
         "max_response_size": archive.largest_answer_bytes,
         "job_queue_size": archive.limits.max_waiting_requests,
         "metrics_mode": "prometheus",

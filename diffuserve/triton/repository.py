@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffuserve.bundle.manifest import MANIFEST_NAME
-from diffuserve.errors import BundleError, LaunchError
+from diffuserve.errors import BundleError, ConfigurationError, LaunchError
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.placement import described_placement, read_placement
-from diffuserve.triton.stage_models import stage_models_from_parameters
+from diffuserve.triton.stage_models import split_parameters
 
 CONFIG_NAME = "config.pbtxt"
 _VERSION = "1"
@@ -25,6 +28,7 @@ def check_repository(repository: Path) -> tuple[str, ...]:
     Raises:
         LaunchError: it is missing, empty or a bundle, or a folder in it is not a model, or not one that is used.
         BundleError: a model is incomplete or has changed, or a stage is missing or of another bundle than its in-flight model.
+        ConfigurationError: a config.pbtxt cannot be parsed.
     """
     if not repository.is_dir():
         raise LaunchError(
@@ -96,26 +100,47 @@ def read_stage_models(repository: Path, name: str) -> dict[str, str]:
     """The Triton model of each stage that a model calls, by stage; empty if it is not an in-flight model.
 
     Raises:
-        LaunchError: its config.pbtxt is missing or cannot be parsed.
+        ConfigurationError: its config.pbtxt is missing or cannot be parsed.
     """
-    return stage_models_from_parameters(read_parameters(repository, name))
+    stage_models, _ = split_parameters(_parameters(repository / name))
+    return stage_models
 
 
-def read_parameters(repository: Path, name: str = STABLE_DIFFUSION) -> dict[str, str]:
-    """The parameters in a model's config.pbtxt, as text: of an in-flight model its limits, its policy and its stages.
+def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits, Serving]:
+    """What an in-flight model's config.pbtxt says.
 
     Raises:
-        LaunchError: the file is missing or cannot be parsed.
+        BundleError: nothing was assembled here.
+        ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
+    """
+    model = described_placement(repository / name / _VERSION).model
+    _, parameters = split_parameters(_parameters(repository / name))
+    try:
+        return limits_and_serving(model, parameters)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{repository / name / CONFIG_NAME}: {error}") from None
+
+
+def read_config(model_folder: Path) -> Any:
+    """A model's config.pbtxt as protobuf's `ModelConfig`.
+
+    Raises:
+        ConfigurationError: the file is missing or cannot be parsed.
     """
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-    path = repository / name / CONFIG_NAME
+    path = model_folder / CONFIG_NAME
     try:
-        config = text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise LaunchError(f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE") from error
-    return {parameter: value.string_value for parameter, value in config.parameters.items()}
+        return text_format.Parse(path.read_text(), ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE"
+        ) from error
+
+
+def _parameters(model_folder: Path) -> dict[str, str]:
+    return {name: each.string_value for name, each in read_config(model_folder).parameters.items()}
 
 
 def _assemble(repository: Path, name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -19,20 +18,12 @@ import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles
-from diffuserve.errors import (
-    TRITON_CODE,
-    BundleError,
-    Cancelled,
-    DiffuserveError,
-    InvalidRequest,
-    StageFailed,
-    to_wire,
-)
+from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
-from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.serving.lifecycle import ModelSigns
+from diffuserve.serving_options import limits_and_serving
 from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.housekeeping import Housekeeping
@@ -41,7 +32,7 @@ from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event
-from diffuserve.triton.stage_models import check_all_named, stage_models_from_parameters
+from diffuserve.triton.stage_models import check_all_named, split_parameters
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +57,9 @@ class StableDiffusionModel:
                 name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
-            limits = Limits.from_parameters(placement.model, parameters)
+            models, options = split_parameters(parameters)
+            limits, serving = limits_and_serving(placement.model, options)
             components = read_manifest(version_folder).components
-            models = stage_models_from_parameters(parameters)
             check_all_named(models, components)
             # Also for a Triton that the launcher has not started.
             check_one_bundle(version_folder.parents[1], args["model_name"], models.values(), args["model_version"])
@@ -83,17 +74,8 @@ class StableDiffusionModel:
             if ranges:
                 check_limits(limits, placement.model)
             self._stages = BlsStages(models, outputs, ranges)
-            self._pipeline = Pipeline(
-                version_folder,
-                self._stages,
-                limits,
-                batching=parameters["batching"],
-                policy=parameters["policy"],
-                unet_instances=int(parameters["unet_instances"]),
-                call_timeout_s=float(parameters["call_timeout_s"]),
-                require_safety_checker=_flag(parameters, "require_safety_checker"),
-                neighbours=RunFolderNeighbours.from_environment(args["model_name"]),
-            )
+            neighbours = RunFolderNeighbours.from_environment(args["model_name"])
+            self._pipeline = Pipeline(version_folder, self._stages, limits, serving, neighbours=neighbours)
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
@@ -198,18 +180,6 @@ class StableDiffusionModel:
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
         return request_from_fields(fields, self._pipeline.manifest.model, self._pipeline.limits)
-
-
-def _flag(parameters: Mapping[str, str], name: str) -> bool:
-    """A parameter of the model's configuration that is either "True" or "False".
-
-    Raises:
-        BundleError: it is neither, which might have meant either.
-    """
-    text = parameters[name]
-    if text not in ("True", "False"):
-        raise BundleError(f"The parameter {name} in config.pbtxt is {text!r}; it must be True or False.")
-    return text == "True"
 
 
 def _to_triton(event: Event, request: TextToImageRequest) -> list[Any]:

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 
 from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
-from diffuserve.errors import BundleError, StageFailed, to_wire
+from diffuserve.errors import BundleError, ConfigurationError, StageFailed, to_wire
+from diffuserve.options import from_parameters
+from diffuserve.serving_options import StageServing
 from diffuserve.triton.inherited import close_inherited_sockets
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
@@ -46,15 +48,15 @@ class StageModel:
             if placement.component is None:
                 raise BundleError(f"{version_folder} holds no component. Assemble the repository again.")
             parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-            threads = int(parameters["threads"])
-            self._call_timeout_s = float(parameters["call_timeout_s"])
+            serving = from_parameters(StageServing(), parameters)
+            self._call_timeout_s = serving.call_timeout_s
             self._tensors = placement.component.tensors
-            self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads)
+            self._engine = load_engine(version_folder / placement.files[0].name, placement.component, serving.threads)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
             started_s = time.monotonic()
             warm(self._engine, placement.component, placement.model)
             log.info("%s is warm, %.1f s", self._name, time.monotonic() - started_s)
-        except BundleError as error:
+        except (BundleError, ConfigurationError) as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
 
     def execute(self, requests: list[Any]) -> list[Any]:

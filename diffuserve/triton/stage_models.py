@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from diffuserve.errors import BundleError
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
 
 _ALL_STAGES = (*STAGES, SAFETY_CHECKER)
@@ -38,16 +38,22 @@ def parameters_from_stage_models(models: Mapping[str, str]) -> dict[str, str]:
     return {_parameter(stage): model for stage, model in models.items()}
 
 
-def stage_models_from_parameters(parameters: Mapping[str, str]) -> dict[str, str]:
-    """The reverse; empty for a model that is not an in-flight model."""
-    return {stage: parameters[_parameter(stage)] for stage in _ALL_STAGES if _parameter(stage) in parameters}
+def split_parameters(parameters: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The reverse, for the parameters in a config.pbtxt.
+
+    Returns:
+        The Triton model of each stage, by stage, none for a model that is not an in-flight model; and the other parameters.
+    """
+    stages = {_parameter(stage): stage for stage in _ALL_STAGES}
+    models = {stages[name]: value for name, value in parameters.items() if name in stages}
+    return models, {name: value for name, value in parameters.items() if name not in stages}
 
 
 def check_all_named(models: Mapping[str, str], stages: Iterable[str]) -> None:
-    """Raises BundleError if a stage of the bundle has no Triton model."""
+    """Raises ConfigurationError if a stage of the bundle has no Triton model."""
     for stage in stages:
         if stage not in models:
-            raise BundleError(
+            raise ConfigurationError(
                 f"config.pbtxt has no parameter {_parameter(stage)}. Assemble the repository again: diffuserve assemble BUNDLE"
             )
 

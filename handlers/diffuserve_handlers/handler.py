@@ -20,9 +20,9 @@ from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.local_stages import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
-from diffuserve.limits import Limits
 from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.serving.lifecycle import BusySign, DrainRequest
+from diffuserve.torchserve.configuration import options_from_config
 from diffuserve_handlers.answers import Answer, answer_from_completed, answer_from_error, json_from_event
 from diffuserve_handlers.metrics import Metrics
 from diffuserve_handlers.requests import Received, received_from_data
@@ -64,13 +64,8 @@ class TextToImageHandler:
             raise BundleError(
                 f"{bundle} is not the bundle that was archived. Archive it again: diffuserve archive BUNDLE"
             )
-        limits = Limits.from_parameters(manifest.model, {name: str(value) for name, value in settings.items()})
-        # An engine that hangs cannot be interrupted: TorchServe ends a worker that sends nothing for `responseTimeout`
-        # seconds, and starts another.
-        timeout_s = float(context.model_yaml_config["responseTimeout"])
-        self._local = LocalPipeline(
-            bundle, limits, policy=settings["policy"], call_timeout_s=timeout_s, load=self.load_engines
-        )
+        limits, serving = options_from_config(manifest.model, context.model_yaml_config)
+        self._local = LocalPipeline(bundle, limits, serving, load=self.load_engines)
         self._local.warm()
         self._pipeline = self._local.pipeline
         self._metrics = Metrics(context.metrics, context.model_name)

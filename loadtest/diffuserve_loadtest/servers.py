@@ -44,11 +44,11 @@ def started_triton(repository: Path, protocol: Protocol) -> Iterator[UnderTest]:
     """Triton on free ports of loopback; raises as `TritonServer`."""
     from diffuserve.triton.address import TritonAddress
     from diffuserve.triton.launcher import TritonServer
-    from diffuserve.triton.repository import read_parameters
+    from diffuserve.triton.repository import read_options
 
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         url = server.address.grpc if protocol == "triton-grpc" else server.address.http
-        max_rows = int(read_parameters(repository)["max_rows"])
+        max_rows = read_options(repository)[0].max_rows
         yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, max_rows=max_rows)
 
 

@@ -27,6 +27,7 @@ from diffuserve.images.infotext import infotext
 from diffuserve.limits import MAX_DECODE_BATCH, Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import TensorSpec
 from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, FakeStages, make_bundle
@@ -66,7 +67,7 @@ async def serving(
     bundle: Path, stages: FakeStages, limits: Limits | None = None, **options: Any
 ) -> AsyncIterator[Pipeline]:
     """A pipeline that must have nothing left to do at the end."""
-    pipeline = Pipeline(bundle, stages, limits, **options)
+    pipeline = Pipeline(bundle, stages, limits, Serving(**options))
     try:
         yield pipeline
         assert_free(pipeline)

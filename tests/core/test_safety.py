@@ -18,6 +18,7 @@ from diffuserve.errors import BundleError, DeadlineExceeded, StageFailed
 from diffuserve.events import Completed, Progressed
 from diffuserve.images.safety import flagged_from_scores
 from diffuserve.limits import MAX_DECODE_BATCH
+from diffuserve.serving_options import Serving
 from diffuserve.stages import Float32
 from diffuserve.triton.responses import tensors_from_event
 from tests.core.fakes import FakeStages, make_bundle
@@ -180,7 +181,7 @@ def test_a_required_checker_that_is_missing(tmp_path: Path, left_out: bool, mend
 
     make_bundle(tmp_path, safety_checker_left_out=left_out)
     with pytest.raises(BundleError, match=f"fake has no safety checker, and one is required.*{mend}"):
-        Pipeline(tmp_path, FakeStages(), require_safety_checker=True)
+        Pipeline(tmp_path, FakeStages(), serving=Serving(require_safety_checker=True))
 
 
 def test_a_manifest_that_lost_half_of_it_is_damaged(checked_bundle: Path, tmp_path: Path) -> None:

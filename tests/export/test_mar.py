@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,18 @@ from click.testing import CliRunner
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import BundleError
 from diffuserve.limits import Limits
-from diffuserve.torchserve.configuration import read_archive
+from diffuserve.serving_options import Serving
+from diffuserve.torchserve.configuration import options_from_config, read_archive
 from diffuserve_export.repository.archive import TorchServing, archive_from_bundle
 from diffuserve_export.repository.archive_command import command
 
 
 def test_the_archive_holds_the_bundle_its_settings_and_the_handler(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "store" / "mine.mar"
-    serving = TorchServing(batch_size=3, max_batch_delay_ms=7, max_workers=2, response_timeout_s=90, policy="fifo")
-    manifest = archive_from_bundle(bundle, path, serving)
+    torchserve = TorchServing(batch_size=3, max_batch_delay_ms=7, max_workers=2)
+    limits = replace(Limits.for_model(read_manifest(bundle).model), max_steps=200)
+    serving = Serving(policy="fifo", call_timeout_s=89.5)
+    manifest = archive_from_bundle(bundle, path, limits, serving, torchserve=torchserve)
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
         for file in manifest.all_files():
@@ -43,8 +47,9 @@ def test_the_archive_holds_the_bundle_its_settings_and_the_handler(bundle: Path,
         "startupTimeout": 600,
         "deviceType": "cpu",
     }
-    assert (handler["bundle_sha256"], handler["policy"]) == (manifest.bundle_sha256, "fifo")
-    assert read_archive(path).limits == Limits.for_model(manifest.model)
+    assert handler["bundle_sha256"] == manifest.bundle_sha256
+    assert options_from_config(manifest.model, {"handler": handler}) == (limits, serving)
+    assert read_archive(path).limits == limits
     assert [file.name for file in path.parent.iterdir()] == ["mine.mar"]
 
 

@@ -22,6 +22,7 @@ from diffuserve.graphs.sixteen_bit import sixteen_bit_from_onnx
 from diffuserve.images.safety import clip_input_from_image, flagged_from_scores
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
+from diffuserve.serving_options import Serving
 from diffuserve_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.checkpoint.hub import needed_files
 from diffuserve_export.checkpoint.load import model_from_checkpoint
@@ -311,7 +312,7 @@ def test_a_whole_export_withholds_what_diffusers_withholds(checkpoint: Path, tmp
     stages = LocalStages(bundle)
 
     async def draw() -> Completed:
-        pipeline = Pipeline(bundle, stages, require_safety_checker=True)
+        pipeline = Pipeline(bundle, stages, serving=Serving(require_safety_checker=True))
         fields = {"prompt": "a cat", "seed": 0, "num_images": 8, "steps": 2, "guidance_scale": 1.0, "sampler": "ddim"}
         request = request_from_fields({**fields, "format": "raw"}, manifest.model, pipeline.limits)
         try:

@@ -16,12 +16,12 @@ from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
 from diffuserve.engines.example_inputs import native_dims
 from diffuserve.engines.tensorrt_profiles import profiles
 from diffuserve.errors import BundleError
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.triton.placement import read_placement
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command
 from diffuserve_export.repository.triton_backends import BACKENDS
-from diffuserve_export.repository.triton_config import Serving
 from tests.core.fakes import make_bundle
 from tests.core.tiny_graphs import STAGES
 
@@ -65,7 +65,9 @@ def parse(repository: Path) -> dict[str, Any]:
 def test_repository(bundle: Path, tmp_path: Path, backend: str) -> None:
     if backend == "tensorrt":
         with_plans(bundle)
-    manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), backend)
+    manifest = repository_from_bundle(
+        bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend=backend
+    )
     configs = parse(tmp_path / "repository")
     assert set(configs) == {*STAGES, STABLE_DIFFUSION}
     assert configs[STABLE_DIFFUSION].backend == "python"
@@ -82,7 +84,7 @@ def test_repository(bundle: Path, tmp_path: Path, backend: str) -> None:
 
 
 def test_onnxruntime_has_an_instance_on_each_gpu(bundle: Path, tmp_path: Path) -> None:
-    repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=3), "onnxruntime")
+    repository_from_bundle(bundle, tmp_path / "repository", serving=Serving(unet_instances=3), backend="onnxruntime")
     for name, config in parse(tmp_path / "repository").items():
         [group] = config.instance_group
         if name == STABLE_DIFFUSION:
@@ -105,7 +107,9 @@ def test_onnxruntime_computes_as_in_this_process(bundle: Path, tmp_path: Path, p
 
 def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: Path) -> None:
     with_plans(bundle)
-    manifest = repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "tensorrt")
+    manifest = repository_from_bundle(
+        bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend="tensorrt"
+    )
     for stage, config in parse(tmp_path / "repository").items():
         if stage == STABLE_DIFFUSION:
             continue
@@ -131,7 +135,7 @@ def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_openvino_runs_on_the_cpu_in_the_components_precision(bundle: Path, tmp_path: Path, precision: str) -> None:
     with_precision(bundle, "openvino", precision)
-    repository_from_bundle(bundle, tmp_path / "repository", Serving(unet_instances=2), "openvino")
+    repository_from_bundle(bundle, tmp_path / "repository", serving=Serving(unet_instances=2), backend="openvino")
     configs = parse(tmp_path / "repository")
     for stage in STAGES:
         [group] = configs[stage].instance_group

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from diffuserve.errors import LaunchError
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.triton.placement import read_placement
-from diffuserve.triton.repository import read_parameters
+from diffuserve.triton.repository import read_options
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_loadtest.bench.contenders import REQUEST
 from diffuserve_loadtest.repositories import repository_with
@@ -21,10 +22,10 @@ def assembled(tmp_path: Path) -> Path:
 
 
 def test_a_copy_differs_in_its_parameters_only(assembled: Path, tmp_path: Path) -> None:
-    before = read_parameters(assembled)
+    limits, serving = read_options(assembled)
     copy = repository_with(assembled, tmp_path / "copy", {**REQUEST.parameters, "max_rows": "8"})
-    assert read_parameters(copy) == {**before, "batching": "request", "max_rows": "8"}
-    assert read_parameters(assembled) == before
+    assert read_options(copy) == (replace(limits, max_rows=8), replace(serving, batching="request"))
+    assert read_options(assembled) == (limits, serving)
     assert (copy / "stable_diffusion" / "config.pbtxt").read_text().count("max_batch_size: 0") == 1
     for model in assembled.iterdir():
         assert read_placement(copy / model.name / "1") == read_placement(model / "1")
@@ -33,11 +34,13 @@ def test_a_copy_differs_in_its_parameters_only(assembled: Path, tmp_path: Path) 
 
 
 def test_an_unknown_parameter_is_named(assembled: Path, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="no parameter 'bathcing'; it has batching, "):
+    with pytest.raises(ConfigurationError, match=r"no parameter 'bathcing'\. There are: .*, batching, "):
         repository_with(assembled, tmp_path / "copy", {"bathcing": "none"})
+    with pytest.raises(ConfigurationError, match="batching is 'nome'; it must be one of inflight, request, none"):
+        repository_with(assembled, tmp_path / "copy", {"batching": "nome"})
     assert not (tmp_path / "copy").exists()
 
 
 def test_no_repository(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="diffuserve assemble"):
+    with pytest.raises(BundleError, match="diffuserve assemble"):
         repository_with(tmp_path / "nowhere", tmp_path / "copy", {})

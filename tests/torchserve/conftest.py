@@ -16,7 +16,7 @@ from diffuserve_export.repository.archive import TorchServing, archive_from_bund
 def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive of the bundled model; requests have half a second to come together."""
     path = tmp_path_factory.mktemp("mar") / "tiny-emoji.mar"
-    archive_from_bundle(bundle, path, TorchServing(max_batch_delay_ms=500))
+    archive_from_bundle(bundle, path, torchserve=TorchServing(max_batch_delay_ms=500))
     return path
 
 

@@ -28,7 +28,7 @@ from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.trials.similarity import psnr_db
 from diffuserve_client import Client, TorchServe
 from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
-from diffuserve_export.repository.archive import archive_from_bundle, archive_from_checkpoint
+from diffuserve_export.repository.archive import archive_from_bundle, bundle_of_checkpoint
 from tests.conftest import CHECKPOINT
 from tests.triton.test_launcher import still_running
 
@@ -191,7 +191,8 @@ def test_a_checkpoint_is_served_without_an_export(tmp_path: Path, reference_pipe
     import torch
 
     archive = tmp_path / "eager.mar"
-    archive_from_checkpoint(CHECKPOINT, archive)
+    with bundle_of_checkpoint(CHECKPOINT) as bundle:
+        archive_from_bundle(bundle, archive)
     pipe = reference_pipeline
     pipe.scheduler = scheduler_from_sampler("dpmpp_2m", pipe.scheduler.config)
     settings: dict[str, Any] = {"guidance_scale": 5.0, "width": 64, "height": 96}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.errors import BundleError
-from diffuserve.limits import MAX_DECODE_BATCH
+from diffuserve.limits import MAX_DECODE_BATCH, Limits
+from diffuserve.serving_options import Serving
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command
@@ -27,8 +29,13 @@ COMMITTED = Path(__file__).parents[2] / "triton_repo"
 MODELS = {"text_encoder", "unet", "vae_decoder", "vae_encoder", "stable_diffusion"}
 
 
+def default_configs(bundle: Path) -> dict[str, Any]:
+    manifest = read_manifest(bundle)
+    return configs_from_manifest(manifest, Limits.for_model(manifest.model), Serving())
+
+
 def test_the_committed_repository_is_up_to_date(bundle: Path) -> None:
-    configs = configs_from_manifest(read_manifest(bundle))
+    configs = default_configs(bundle)
     assert set(configs) == MODELS == {folder.name for folder in COMMITTED.iterdir()}
     for name, config in configs.items():
         assert (COMMITTED / name / "config.pbtxt").read_text() == text_from_config(config)
@@ -37,7 +44,7 @@ def test_the_committed_repository_is_up_to_date(bundle: Path) -> None:
 
 
 def test_the_timestep_is_batched_and_the_loops_model_is_not(bundle: Path) -> None:
-    configs = configs_from_manifest(read_manifest(bundle))
+    configs = default_configs(bundle)
     assert configs["unet"].max_batch_size > 1
     assert configs["unet"].dynamic_batching.max_queue_delay_microseconds == 0
     assert "max_batch_size: 0" in text_from_config(configs["stable_diffusion"])
@@ -113,7 +120,7 @@ def test_a_safety_checker_is_assembled_required_and_removed_again(tmp_path: Path
         'key: "require_safety_checker"\n  value {\n    string_value: "True"'
         in (repository / "stable_diffusion" / "config.pbtxt").read_text()
     )
-    assert configs_from_manifest(read_manifest(checked))["safety_checker"].max_batch_size == MAX_DECODE_BATCH
+    assert default_configs(checked)["safety_checker"].max_batch_size == MAX_DECODE_BATCH
 
     (repository / "mine").mkdir()
     (repository / "mine" / "config.pbtxt").write_text("")

@@ -19,6 +19,7 @@ from PIL import Image
 from diffuserve.bundle.checksums import describe_file
 from diffuserve.bundle.manifest import Component, read_manifest, write_manifest
 from diffuserve.errors import LaunchError
+from diffuserve.serving_options import Serving
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, LocalClient, Progress, Result
@@ -27,7 +28,6 @@ from diffuserve_export.checkpoint.load import model_from_checkpoint
 from diffuserve_export.graphs.modules import modules_from_model
 from diffuserve_export.graphs.onnx import onnx_from_module
 from diffuserve_export.repository.assemble import repository_from_bundle
-from diffuserve_export.repository.triton_config import Serving
 from tests.conftest import CHECKPOINT
 from tests.export.tiny import add_safety_checker
 from tests.triton.test_http import post
@@ -55,7 +55,7 @@ def checked(bundle: Path, client: Client, tmp_path_factory: pytest.TempPathFacto
     add_safety_checker(checkpoint, [np.asarray(image) for image in unchecked.images])
     checked_bundle = Path(shutil.copytree(bundle, folder / "bundle"))
     add_component(checked_bundle, checkpoint)
-    repository_from_bundle(checked_bundle, folder / "repository", Serving(require_safety_checker=True))
+    repository_from_bundle(checked_bundle, folder / "repository", serving=Serving(require_safety_checker=True))
     with (
         TritonServer(folder / "repository", TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc) as own,

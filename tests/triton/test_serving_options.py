@@ -6,31 +6,29 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.errors import QueueFull
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
 from diffuserve.trials.similarity import psnr_db
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
 from diffuserve_export.repository.assemble import repository_from_bundle
-from diffuserve_export.repository.triton_config import Serving
 from tests.metrics import read_metrics
 
-pytestmark = pytest.mark.slow  # four servers
+pytestmark = pytest.mark.slow  # three servers
 
 
 @contextmanager
 def serving(bundle: Path, folder: Path, options: Serving, **limits: int) -> Iterator[tuple[TritonServer, Client]]:
-    repository_from_bundle(bundle, folder, options)
-    config = folder / "stable_diffusion" / "config.pbtxt"
-    text = config.read_text()
-    for name, value in limits.items():
-        head, _, tail = text.partition(f'key: "{name}"\n  value {{\n    string_value: "')
-        text = f'{head}key: "{name}"\n  value {{\n    string_value: "{value}{tail[tail.index(chr(34)) :]}'
-    config.write_text(text)
+    own = Limits.for_model(read_manifest(bundle).model)
+    repository_from_bundle(bundle, folder, replace(own, **limits), options)
     try:
         with TritonServer(folder, TritonAddress.on_free_ports()) as server, Client(server.address.grpc) as client:
             yield server, client
@@ -82,13 +80,3 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(bundle: Path, t
         assert isinstance(error, QueueFull)
         assert 0 < error.retry_after_s <= 60
     assert metrics["diffuserve_requests_refused", "stable_diffusion"] == len(refused)
-
-
-def test_an_unknown_policy_is_refused_at_the_start(bundle: Path, tmp_path: Path) -> None:
-    from diffuserve.errors import LaunchError
-
-    with (
-        pytest.raises(LaunchError, match="There is no policy 'lottery'; it must be one of fifo, fair, srpt"),
-        serving(bundle, tmp_path / "policy", Serving(policy="lottery")),
-    ):
-        pass

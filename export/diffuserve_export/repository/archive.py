@@ -9,21 +9,26 @@ tiny-emoji.mar
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffuserve import __version__
-from diffuserve.batching.policies import DEFAULT_POLICY
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
-from diffuserve.errors import BundleError
+from diffuserve.defaults import BATCH_TIMEOUT_S
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.images.safety import refuse_without_safety_checker
 from diffuserve.limits import Limits
+from diffuserve.options import to_parameters
+from diffuserve.serving_options import Serving
 from diffuserve_export.graphs.eager import ENGINE, eager_bundle_from_checkpoint
 
 CONFIG_NAME = "model-config.yaml"
@@ -53,43 +58,54 @@ class TorchServing:
     """How TorchServe serves an archive.
 
     `batch_size`: requests that it hands to a worker together, at most; `max_batch_delay_ms`: how long it waits for them;
-    `min_workers`, `max_workers`: processes, each with the whole model; `response_timeout_s`: after so long without an
-    answer a worker counts as hung and is started again, so a whole batch must fit in; `startup_timeout_s`: the same for
-    loading; `device`: cpu or gpu; `require_safety_checker`: archive no bundle without one, and an archive serves no other
-    bundle than its own.
+    `min_workers`, `max_workers`: processes, each with the whole model; `startup_timeout_s`: after so long without having
+    loaded the model a worker is started again; `device`: cpu or gpu.
     """
 
     batch_size: int = 8
     max_batch_delay_ms: int = 50
     min_workers: int = 1
     max_workers: int = 1
-    response_timeout_s: int = 600
     startup_timeout_s: int = 600
     device: str = "cpu"
-    policy: str = DEFAULT_POLICY
-    require_safety_checker: bool = False
 
 
 def archive_from_bundle(
-    bundle: Path, output: Path, serving: TorchServing | None = None, *, by_reference: bool = False
+    bundle: Path,
+    output: Path,
+    limits: Limits | None = None,
+    serving: Serving | None = None,
+    *,
+    torchserve: TorchServing | None = None,
+    by_reference: bool = False,
 ) -> Manifest:
     """Verifies every checksum of the bundle and writes the archive, aside first.
 
     Args:
         bundle: its folder.
         output: the .mar file; its name without .mar must begin with a letter or digit, followed by those, `_`, `-`, `.`.
-        serving: how it is served.
+        limits: what is accepted; by default the model's own.
+        serving: how it is served. Its `call_timeout_s` is what a whole batch may take.
+        torchserve: what TorchServe itself is told.
         by_reference: leave the bundle where it is and name its path in the archive, so that gigabytes are neither copied
             now nor unpacked by every TorchServe that loads it.
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, `output` has another ending
             or cannot be written, or torch-model-archiver failed.
+        ConfigurationError: a batch may have more requests than may wait.
     """
     if output.suffix != ".mar":
         raise BundleError(f"{output} is no name for a model archive. Give it the ending .mar.")
-    serving = serving or TorchServing()
+    serving = serving or Serving(call_timeout_s=BATCH_TIMEOUT_S)
     manifest = read_manifest(bundle)
+    config = config_from_options(
+        manifest,
+        limits or Limits.for_model(manifest.model),
+        serving,
+        torchserve or TorchServing(),
+        bundle if by_reference else None,
+    )
     if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
     verify(bundle, manifest)
@@ -98,7 +114,7 @@ def archive_from_bundle(
         # On the disk of the archive, since a bundle may not fit on that of temporary files.
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             staging = Path(folder)
-            _write_parts(staging, bundle, manifest, serving, by_reference)
+            _write_parts(staging, bundle, manifest, config, by_reference)
             _run_archiver(staging, output.stem, with_bundle=not by_reference)
             (staging / output.name).replace(output)
     except OSError as error:
@@ -106,44 +122,54 @@ def archive_from_bundle(
     return manifest
 
 
-def archive_from_checkpoint(checkpoint: Path, output: Path, serving: TorchServing | None = None) -> Manifest:
-    """Writes an archive of a checkpoint that was not exported; PyTorch runs it.
+@contextmanager
+def bundle_of_checkpoint(checkpoint: Path) -> Iterator[Path]:
+    """A bundle, for as long as the block lasts, of a checkpoint that was not exported; PyTorch runs it.
 
     Raises:
         CheckpointError: the checkpoint is not supported or damaged.
-        BundleError: as `archive_from_bundle`.
     """
     with tempfile.TemporaryDirectory(prefix="diffuserve-eager-") as folder:
         eager_bundle_from_checkpoint(checkpoint, Path(folder))
-        return archive_from_bundle(Path(folder), output, serving)
+        yield Path(folder)
 
 
-def config_from_serving(manifest: Manifest, serving: TorchServing, bundle: Path | None) -> dict[str, Any]:
-    """The content of model-config.yaml: TorchServe's own keys, and under `handler` what our handler reads: the limits,
-    the policy, and which bundle it must find, at `bundle` or in the archive."""
+def config_from_options(
+    manifest: Manifest, limits: Limits, serving: Serving, torchserve: TorchServing, bundle: Path | None
+) -> dict[str, Any]:
+    """The content of model-config.yaml: TorchServe's own keys, and under `handler` what our handler reads: its parameters,
+    and which bundle it must find, at `bundle` or in the archive.
+
+    Raises:
+        ConfigurationError: a batch may have more requests than may wait.
+    """
+    if torchserve.batch_size > limits.max_waiting_requests:
+        raise ConfigurationError(
+            f"TorchServe's batches have up to {torchserve.batch_size} requests, and max_waiting_requests is "
+            f"{limits.max_waiting_requests}, so that some would be refused. Raise the limit, or give a smaller --batch-size."
+        )
     handler: dict[str, Any] = {
         "bundle_sha256": manifest.bundle_sha256,
-        "policy": serving.policy,
-        **asdict(Limits.for_model(manifest.model)),
+        "parameters": to_parameters(limits, serving),
     }
     if bundle is not None:
         handler["bundle"] = str(bundle.resolve())
     return {
-        "minWorkers": serving.min_workers,
-        "maxWorkers": serving.max_workers,
-        "batchSize": serving.batch_size,
-        "maxBatchDelay": serving.max_batch_delay_ms,
-        "responseTimeout": serving.response_timeout_s,
-        "startupTimeout": serving.startup_timeout_s,
-        "deviceType": serving.device,
+        "minWorkers": torchserve.min_workers,
+        "maxWorkers": torchserve.max_workers,
+        "batchSize": torchserve.batch_size,
+        "maxBatchDelay": torchserve.max_batch_delay_ms,
+        # An engine that hangs cannot be interrupted, so a worker whose batch hangs is ended, and another started.
+        "responseTimeout": math.ceil(serving.call_timeout_s),
+        "startupTimeout": torchserve.startup_timeout_s,
+        "deviceType": torchserve.device,
         "handler": handler,
     }
 
 
-def _write_parts(staging: Path, bundle: Path, manifest: Manifest, serving: TorchServing, by_reference: bool) -> None:
+def _write_parts(staging: Path, bundle: Path, manifest: Manifest, config: dict[str, Any], by_reference: bool) -> None:
     import yaml
 
-    config = config_from_serving(manifest, serving, bundle if by_reference else None)
     (staging / CONFIG_NAME).write_text(yaml.safe_dump(config, sort_keys=False))
     eager = any(component.engine == ENGINE for component in manifest.components.values())
     (staging / _HANDLER_NAME).write_text(_EAGER_HANDLER if eager else _HANDLER)

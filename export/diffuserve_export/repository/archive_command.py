@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
+from diffuserve.defaults import BATCH_TIMEOUT_S
+from diffuserve_export.repository.serving_arguments import CommandWithLimits, limits_argument, serving_argument
 
 _ARCHIVES = Path("model_store/mar")
 
 
-@click.command("archive", short_help="Bundle -> model archive for TorchServe.")
+@click.command("archive", cls=CommandWithLimits, short_help="Bundle -> model archive for TorchServe.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -34,19 +37,16 @@ _ARCHIVES = Path("model_store/mar")
     "--min-workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, each with a model."
 )
 @click.option("--max-workers", type=click.IntRange(1), default=1, show_default=True)
-@click.option(
-    "--response-timeout",
-    "response_timeout_s",
-    type=click.IntRange(1),
-    default=600,
-    show_default=True,
-    help="Seconds that a batch may take; a worker that takes longer is started again.",
+@serving_argument(
+    "call_timeout_s",
+    default=BATCH_TIMEOUT_S,
+    help="Seconds that a batch, and so every call in it, may take; a worker that takes longer is started again.",
 )
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option(
-    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT_POLICY, show_default=True, help="Whose step is next."
-)
-@click.option("--require-safety-checker", is_flag=True, help="Refuse a bundle without one.")
+@limits_argument
+@serving_argument("batching")
+@serving_argument("policy")
+@serving_argument("require_safety_checker", help="Refuse a BUNDLE without a safety checker.")
 @click.option(
     "--by-reference", is_flag=True, help="Name the bundle's path in the archive instead of copying it, for large ones."
 )
@@ -57,11 +57,10 @@ def command(
     max_batch_delay_ms: int,
     min_workers: int,
     max_workers: int,
-    response_timeout_s: int,
     device: str,
-    policy: str,
-    require_safety_checker: bool,
+    limits: tuple[tuple[str, str], ...],
     by_reference: bool,
+    **serving: Any,
 ) -> None:
     """Packs BUNDLE into a .mar that TorchServe serves with the same core, so that the same seed gives the same image.
 
@@ -70,30 +69,34 @@ def command(
     diffuserve[export] for TorchServe, too.
     """
     from diffuserve.bundle.manifest import MANIFEST_NAME, read_manifest
-    from diffuserve_export.repository.archive import TorchServing, archive_from_bundle, archive_from_checkpoint
+    from diffuserve.limits import Limits
+    from diffuserve.serving_options import Serving
+    from diffuserve_export.repository.archive import TorchServing, archive_from_bundle, bundle_of_checkpoint
 
     if max_workers < min_workers:
         raise click.UsageError(f"--max-workers is {max_workers}, less than --min-workers, which is {min_workers}.")
-    serving = TorchServing(
+    torchserve = TorchServing(
         batch_size=batch_size,
         max_batch_delay_ms=max_batch_delay_ms,
         min_workers=min_workers,
         max_workers=max_workers,
-        response_timeout_s=response_timeout_s,
         device=device,
-        policy=policy,
-        require_safety_checker=require_safety_checker,
     )
-    if (bundle / "model_index.json").is_file() and not (bundle / MANIFEST_NAME).is_file():
-        if by_reference:
-            raise click.UsageError(
-                f"{bundle} is a checkpoint, which cannot be archived --by-reference. Export it first."
-            )
-        output = output or _ARCHIVES / f"{bundle.resolve().name}-eager.mar"
-        manifest = archive_from_checkpoint(bundle, output, serving)
-    else:
-        output = output or _ARCHIVES / f"{read_manifest(bundle).model.name}.mar"
-        manifest = archive_from_bundle(bundle, output, serving, by_reference=by_reference)
+    with contextlib.ExitStack() as stack:
+        name = None
+        if (bundle / "model_index.json").is_file() and not (bundle / MANIFEST_NAME).is_file():
+            if by_reference:
+                raise click.UsageError(
+                    f"{bundle} is a checkpoint, which cannot be archived --by-reference. Export it first."
+                )
+            name = f"{bundle.resolve().name}-eager"
+            bundle = stack.enter_context(bundle_of_checkpoint(bundle))
+        model = read_manifest(bundle).model
+        output = output or _ARCHIVES / f"{name or model.name}.mar"
+        accepted = Limits.from_parameters(model, dict(limits))
+        manifest = archive_from_bundle(
+            bundle, output, accepted, Serving(**serving), torchserve=torchserve, by_reference=by_reference
+        )
     click.echo(
         f"{output} holds {manifest.model.name} ({manifest.bundle_sha256[:10]}), {output.stat().st_size / 1e6:.1f} MB. "
         f"Start it: diffuserve serve --server torchserve --archive {output}"

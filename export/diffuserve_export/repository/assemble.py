@@ -24,9 +24,11 @@ from diffuserve.bundle.file_samples import sample_file
 from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
-from diffuserve.errors import BundleError, LaunchError
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
 from diffuserve.triton.repository import CONFIG_NAME, read_stage_models
@@ -35,14 +37,19 @@ from diffuserve_export.repository.triton_backends import PYTHON
 from diffuserve_export.repository.triton_config import (
     INFLIGHT_MODEL_PY,
     STAGE_MODEL_PY,
-    Serving,
     configs_from_manifest,
     text_from_config,
 )
 
 
 def repository_from_bundle(
-    bundle: Path, output: Path, serving: Serving | None = None, backend: str = PYTHON, *, name: str = STABLE_DIFFUSION
+    bundle: Path,
+    output: Path,
+    limits: Limits | None = None,
+    serving: Serving | None = None,
+    *,
+    backend: str = PYTHON,
+    name: str = STABLE_DIFFUSION,
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
@@ -52,6 +59,7 @@ def repository_from_bundle(
     Args:
         bundle: its folder.
         output: the repository.
+        limits: what is accepted; by default the model's own.
         serving: how it is served.
         backend: of Triton, for the stages; one of `diffuserve_export.repository.triton_backends.BACKENDS`.
         name: of the model that requests name; those of its stages follow from it.
@@ -61,15 +69,17 @@ def repository_from_bundle(
             one of its engines, `name` cannot be a model's, `output` holds something else than models or a model of another
             name with the same folders, or it cannot be written.
     """
+    serving = serving or Serving()
     manifest = read_manifest(bundle)
-    if serving is not None and serving.require_safety_checker:
+    limits = limits or Limits.for_model(manifest.model)
+    if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
     components = {stage_model(check_model_name(name), stage): each for stage, each in manifest.components.items()}
     checker = stage_model(name, SAFETY_CHECKER)
     check_output(output, name, {name, checker, *components})
     verify(bundle, manifest)
     try:
-        for model, config in configs_from_manifest(manifest, serving, backend, name=name).items():
+        for model, config in configs_from_manifest(manifest, limits, serving, backend, name=name).items():
             folder = output / model / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
@@ -120,7 +130,7 @@ def check_output(output: Path, name: str, folders: Collection[str]) -> None:
         if path.name == name:
             continue
         stages: dict[str, str] = {}
-        with suppress(LaunchError):  # what cannot be read is not served either
+        with suppress(ConfigurationError):  # what cannot be read is not served either
             stages = read_stage_models(output, path.name)
         if stages and (taken := {path.name, *stages.values()}.intersection(folders)):
             raise BundleError(

@@ -13,7 +13,7 @@ from typing import Any
 from diffuserve.bundle.manifest import ModelSpec, read_manifest
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
+from diffuserve.triton.repository import read_options
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.cancellation import Cancellations, Freed, cancel_under_load
 from diffuserve_loadtest.bench.closed_loop import completions
@@ -38,7 +38,7 @@ def measure_cancel(bundle: Path, repository: Path, *, cancels: int, requests: in
             call's worth.
     """
     model = read_manifest(bundle).model
-    in_flight = in_flight or max(1, int(read_parameters(repository)["max_rows"]) // 2)
+    in_flight = in_flight or max(1, read_options(repository)[0].max_rows // 2)
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         cancelled = cancel_under_load(server, model, cancels=cancels, in_flight=in_flight)
         samples = asyncio.run(_watch_memory(server, model, requests, in_flight))

@@ -6,42 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffuserve.batching.costs import CallCosts
-from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
-from diffuserve.batching.request_selection import RequestSelection
-from diffuserve.batching.selection import InflightSelection, Selection
+from diffuserve.batching.selection import Selection
+from diffuserve.pipeline import selection_from_serving
+from diffuserve.serving_options import Serving
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`batching` and `policy` as in the in-flight model's parameters."""
+    """A server, or a loop in this process, with the batching and policy of `serving`."""
 
-    batching: str
-    policy: str = DEFAULT_POLICY
+    serving: Serving
 
     @property
     def name(self) -> str:
-        return f"inflight {self.policy}" if self.batching == "inflight" else self.batching
+        inflight = self.serving.batching == "inflight"
+        return f"inflight {self.serving.policy}" if inflight else self.serving.batching
 
     @property
     def parameters(self) -> dict[str, str]:
-        return {"batching": self.batching, "policy": self.policy}
+        """Of the in-flight model."""
+        return {"batching": self.serving.batching, "policy": self.serving.policy}
 
     def selection(self, max_rows: int, costs: CallCosts) -> Selection:
-        """For a loop in this process.
-
-        Args:
-            max_rows: of one call, at most.
-            costs: of a call by rows.
-        """
-        if self.batching == "inflight":
-            return InflightSelection(max_rows, POLICIES[self.policy], costs)
-        return RequestSelection(max_rows, together=self.batching == "request")
+        """For a loop in this process; the arguments are those of `diffuserve.pipeline.selection_from_serving`."""
+        return selection_from_serving(self.serving, max_rows, costs)
 
 
-NONE = Contender("none")
-REQUEST = Contender("request")
+NONE = Contender(Serving(batching="none"))
+REQUEST = Contender(Serving(batching="request"))
+INFLIGHT = Contender(Serving())
 
 
 def inflight_under(policies: Sequence[str]) -> list[Contender]:
     """In-flight batching under each policy."""
-    return [Contender("inflight", policy) for policy in policies]
+    return [Contender(Serving(policy=policy)) for policy in policies]

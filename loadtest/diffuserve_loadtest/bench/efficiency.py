@@ -9,7 +9,7 @@ from pathlib import Path
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
+from diffuserve.triton.repository import read_options
 from diffuserve_loadtest.bench.closed_loop import saturation
 from diffuserve_loadtest.bench.mixture import Kind
 from diffuserve_loadtest.bench.stage_seconds import StageSeconds, mean_of, measure_stages
@@ -29,7 +29,7 @@ def measure_efficiency(bundle: Path, repository: Path, *, steps: int, in_flight:
             are not counted.
     """
     model = read_manifest(bundle).model
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     in_flight = in_flight or max_rows
     kind = Kind(steps, True, model.width, model.height)
     requests = (kind.fields(number) for number in itertools.count())

@@ -14,7 +14,7 @@ from typing import Any
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
+from diffuserve.triton.repository import read_options
 from diffuserve_client import Client
 from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
 from diffuserve_loadtest.bench.mixture import (
@@ -69,7 +69,7 @@ def measure_mixed(
     """
     model = read_manifest(bundle).model
     kinds = kinds_of(model)
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     before = {size: measure_stages(bundle, size) for size in sizes_of(model)}
     backlog = [
         Arrival(0.0, kind, number)

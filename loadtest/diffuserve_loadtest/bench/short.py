@@ -14,7 +14,7 @@ from diffuserve.batching.costs import CallCosts
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_parameters
+from diffuserve.triton.repository import read_options
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.closed_loop import standing_load
 from diffuserve_loadtest.bench.mixture import Kind
@@ -39,7 +39,7 @@ def measure_short(
         in_flight: long requests; by default as many as the row budget has rows, which is two calls' worth.
     """
     model = read_manifest(bundle).model
-    max_rows = int(read_parameters(repository)["max_rows"])
+    max_rows = read_options(repository)[0].max_rows
     in_flight = in_flight or max_rows
     short, long = (Kind(count, True, model.width, model.height) for count in (steps, long_steps))
     before = measure_stages(bundle)

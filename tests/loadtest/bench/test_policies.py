@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve_loadtest.bench.contenders import NONE, Contender
+from diffuserve_loadtest.bench.contenders import INFLIGHT, NONE
 from diffuserve_loadtest.bench.mixture import Arrival
 from diffuserve_loadtest.bench.policies import Simulation, measure_policies
 from tests.core.fakes import make_bundle
@@ -14,7 +14,7 @@ from tests.core.fakes import make_bundle
 def test_a_request_alone_takes_its_own_time(tmp_path: Path) -> None:
     simulation = Simulation(make_bundle(tmp_path))
     for kind in simulation.kinds:
-        [latency_s] = simulation.latencies_s(Contender("inflight"), [Arrival(3.0, kind, 0)])
+        [latency_s] = simulation.latencies_s(INFLIGHT, [Arrival(3.0, kind, 0)])
         assert latency_s == pytest.approx(simulation.alone_s(kind))
 
 

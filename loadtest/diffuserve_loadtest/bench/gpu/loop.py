@@ -21,7 +21,7 @@ from diffuserve.stages import Engine
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve_loadtest.bench.closed_loop import completions
-from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender
+from diffuserve_loadtest.bench.contenders import INFLIGHT, NONE, REQUEST, Contender
 from diffuserve_loadtest.bench.gpu.model import model_in
 from diffuserve_loadtest.bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_loadtest.bench.gpu.settings import Settings
@@ -37,7 +37,6 @@ from diffuserve_loadtest.summary import summarise, throughput
 
 Result = TypeVar("Result")
 Answer = Callable[[Kind], Awaitable[object]]
-INFLIGHT = Contender("inflight")
 SEED = 1
 
 
