@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -116,6 +116,15 @@ class AsyncClient:
         )
         return self._events(exchange)
 
+    async def _models(self) -> Sequence[str]:
+        """As `Client._models`."""
+        asked = self._server.ask_models(self._open_channel(), self._endpoint.connect_timeout_s)
+        try:
+            answer = None if asked is None else await asked
+        except grpc.RpcError:
+            return ()
+        return self._server.models(answer)
+
     async def _events(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
         """Sends the request, again if need be; a result is always among the events unless an error is raised."""
         from tenacity import AsyncRetrying
@@ -142,6 +151,8 @@ class AsyncClient:
                 event = exchange.take(message)
                 if event is not None:
                     yield event
+            if exchange.unknown_model:
+                exchange.unknown_model.name_others(await self._models())
             exchange.check_finished()
         except asyncio.TimeoutError:
             if not exchange.finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -131,6 +131,14 @@ class Client:
         )
         return self._events(exchange)
 
+    def _models(self) -> Sequence[str]:
+        """Those that the server has; none if it does not say."""
+        try:
+            answer = self._server.ask_models(self._channel, self._endpoint.connect_timeout_s)
+        except grpc.RpcError:
+            return ()
+        return self._server.models(answer)
+
     def _events(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
         """Sends the request, again if need be; a result is always among the events unless an error is raised."""
         from tenacity import Retrying
@@ -160,6 +168,8 @@ class Client:
                     event = exchange.take(message)
                     if event is not None:
                         yield event
+                if exchange.unknown_model:
+                    exchange.unknown_model.name_others(self._models())
                 exchange.check_finished()
             except grpc.RpcError as error:
                 if exchange.finished:

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffuserve.errors import DiffuserveError, ServerUnavailable
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.failures import error_from_status
+from diffuserve_client.failures import UnknownModel, error_from_status
 from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.server import Server
@@ -96,6 +96,11 @@ class Exchange:
             f"The server at {self._endpoint.url} has sent nothing for {self._endpoint.idle_timeout_s} s, so "
             f"the request {self._request_id} was cancelled. See the server's log, or allow more with idle_timeout_s."
         )
+
+    @property
+    def unknown_model(self) -> UnknownModel | None:
+        """The error, if it is this one."""
+        return self._error if isinstance(self._error, UnknownModel) else None
 
     def check_finished(self) -> None:
         """Raises the error that the server sent, or `ServerUnavailable` if it ended the call without a result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffuserve.errors import Cancelled, DiffuserveError, InvalidRequest, ServerUnavailable, StageFailed, from_wire
@@ -17,19 +18,33 @@ _HUNG_UP = ("Socket closed", "reset by peer", "Broken pipe")
 _REFUSED_INPUT = ("inference input", "for input", "inputs but got")
 
 
+class UnknownModel(ServerUnavailable):
+    """The server has no model of this name; to callers a `ServerUnavailable`, whose message can still say which it has."""
+
+    def __init__(self, address: str, model: str, text: str) -> None:
+        self._start = f"The server at {address} does not serve the model {model!r}"
+        super().__init__(f"{self._start} ({text}). It may serve another: see its log.")
+
+    def name_others(self, models: Sequence[str]) -> None:
+        """Says which it has, if there are any."""
+        if models:
+            self.args = (f"{self._start}. It serves: {', '.join(models)}.",)
+
+
 def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
     """The error that a response carries as text: ours by its code, Triton's own by its words."""
     ours = from_wire(text)
     if ours is not None:
         return ours
     lowered = text.lower()
-    not_now = any(words in lowered for words in _NO_MODEL_NOW)
-    if not_now or any(words in lowered for words in _NO_MODEL):
+    if any(words in lowered for words in _NO_MODEL_NOW):
         return ServerUnavailable(
-            f"The server at {address} does not serve the model {model!r} ({text}). "
-            "It may still be loading, or serve another: see its log.",
-            never_begun=not_now,
+            f"The server at {address} does not serve the model {model!r} now ({text}). "
+            "It may still be loading, or stopping: see its log.",
+            never_begun=True,
         )
+    if any(words in lowered for words in _NO_MODEL):
+        return UnknownModel(address, model, text)
     if any(words in lowered for words in _REFUSED_INPUT):
         return InvalidRequest(f"{text.rstrip()} (Client and server may be of different versions.)")
     return StageFailed(text)

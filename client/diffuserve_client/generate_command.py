@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
+from diffuserve.tensors import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
     from diffuserve_client.batch import TextToImage
@@ -46,6 +47,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
 @click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
 @click.option("--url", metavar="HOST:PORT", help="Its gRPC address. [localhost:8001; TorchServe: localhost:7070]")
+@click.option("--model", metavar="NAME", help=f"Which of the server's models. [{STABLE_DIFFUSION}]")
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
@@ -79,6 +81,7 @@ def command(
     force: bool,
     kind: str | None,
     url: str | None,
+    model: str | None,
     key_file: Path | None,
     retries: int,
     quiet: bool,
@@ -96,8 +99,10 @@ def command(
     """
     if not prompts and prompt_file is None:
         raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
-    if local and (url is not None or kind is not None):
-        raise click.UsageError("--local needs no server, and --url or --server names one. Drop one of the two.")
+    if local and (url is not None or kind is not None or model is not None):
+        raise click.UsageError(
+            "--local needs no server, and --url, --server or --model names one. Drop one of the two."
+        )
     if key_file is not None and kind != "torchserve":
         raise click.UsageError("--key-file is TorchServe's. Add --server torchserve or drop --key-file.")
     if bundle is not None and not local:
@@ -129,7 +134,7 @@ def command(
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
     try:
-        client = _local_client(bundle) if local else _client(kind, url, key_file, retries)
+        client = _local_client(bundle) if local else _client(kind, url, model or STABLE_DIFFUSION, key_file, retries)
         try:
             failed = work.draw(client)
         finally:
@@ -143,15 +148,16 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _client(kind: str | None, url: str | None, key_file: Path | None, retries: int) -> TextToImage:
+def _client(kind: str | None, url: str | None, model: str, key_file: Path | None, retries: int) -> TextToImage:
     from diffuserve_client.client import Client
 
     if kind != "torchserve":
-        return Client(url, retries=retries)
+        return Client(url, model=model, retries=retries)
     from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
     from diffuserve_client.torchserve import TorchServe
 
-    return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)), retries=retries)
+    server = TorchServe(read_inference_token(key_file or KEY_FILE))
+    return Client(url, server=server, model=model, retries=retries)
 
 
 def _local_client(bundle: Path | None) -> TextToImage:

@@ -23,6 +23,13 @@ def stage_model(name: str, stage: str) -> str:
     return stage if name == STABLE_DIFFUSION else f"{name}_{stage}"
 
 
+def inflight_models(names: Iterable[str]) -> list[str]:
+    """Of the names of all models that `assemble` has made, those that take requests, sorted."""
+    known = set(names)
+    stages = {stage_model(name, stage) for name in {STABLE_DIFFUSION, *known} for stage in _ALL_STAGES}
+    return sorted(known - stages)
+
+
 def check_model_name(name: str) -> str:
     """Raises BundleError if it cannot be the name of an in-flight model."""
     if not _NAME.fullmatch(name):
