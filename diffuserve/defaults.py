@@ -6,3 +6,5 @@ from __future__ import annotations
 CALL_TIMEOUT_S = 300.0
 # The same on TorchServe, where it is for all calls of a batch: a worker answers nothing before its batch has ended.
 BATCH_TIMEOUT_S = 600.0
+# How long a server may load its models.
+READY_TIMEOUT_S = 600.0

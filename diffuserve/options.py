@@ -6,6 +6,7 @@ a value of it is always one that may be used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -31,6 +32,11 @@ class Option:
     most: float = 0
     choices: tuple[str, ...] = ()
     default_words: str = ""
+
+    @property
+    def argument(self) -> str:
+        """Of a command: the name without its unit."""
+        return "--" + re.sub("_(s|ms)$", "", self.name).replace("_", "-")
 
     @property
     def allowed(self) -> str:

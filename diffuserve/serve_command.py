@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
+from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.triton.address import TritonAddress
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Server(Protocol):
     help=f"For TorchServe: where to put a link to its keys.  [default: {_KEY_FILE}]",
 )
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="TritonAddress to listen on; Triton authenticates nobody."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; Triton authenticates nobody."
 )
 @click.option("--http-port", type=_PORT, help="[default: 8000; TorchServe: 8080, and the next one for management]")
 @click.option("--grpc-port", type=_PORT, help="[default: 8001; TorchServe: 7070, and the next one for management]")
@@ -72,6 +73,14 @@ class Server(Protocol):
     default=60.0,
     show_default=True,
     help="Seconds that running requests get to finish.",
+)
+@click.option(
+    "--ready-timeout",
+    "ready_timeout_s",
+    type=click.FloatRange(0, 24 * 3600, min_open=True),
+    default=READY_TIMEOUT_S,
+    show_default=True,
+    help="Seconds that loading may take.",
 )
 @click.option(
     "--log-level",
@@ -90,6 +99,7 @@ def command(
     grpc_port: int | None,
     metrics_port: int | None,
     grace_s: float,
+    ready_timeout_s: float,
     log_level: str,
 ) -> None:
     """Serves a model repository on Triton, or a model archive on TorchServe, until SIGTERM or Ctrl-C.
@@ -103,11 +113,13 @@ def command(
     if kind == "triton":
         if archive is not None or key_file is not None:
             raise click.UsageError("--archive and --key-file are for TorchServe. Add --server torchserve.")
-        server, summary = _triton(repository or Path("triton_repo"), host, chosen, log_level)
+        server, summary = _triton(repository or Path("triton_repo"), host, chosen, log_level, ready_timeout_s)
     else:
         if repository is not None:
             raise click.UsageError("--repository is for Triton. TorchServe serves an --archive.")
-        server, summary = _torchserve(archive or _only_archive(), key_file or _KEY_FILE, host, chosen, log_level)
+        server, summary = _torchserve(
+            archive or _only_archive(), key_file or _KEY_FILE, host, chosen, log_level, ready_timeout_s
+        )
     _run(server, summary, grace_s)
 
 
@@ -137,11 +149,13 @@ def _run(server: Server, summary: Callable[[], str], grace_s: float) -> None:
     click.echo("Stopped.", err=True)
 
 
-def _triton(repository: Path, host: str, ports: dict[str, int], log_level: str) -> tuple[Server, Callable[[], str]]:
+def _triton(
+    repository: Path, host: str, ports: dict[str, int], log_level: str, ready_timeout_s: float
+) -> tuple[Server, Callable[[], str]]:
     from diffuserve.bundle.manifest import read_manifest
     from diffuserve.tensors import STABLE_DIFFUSION
+    from diffuserve.triton.configuration import read_options
     from diffuserve.triton.launcher import TritonServer
-    from diffuserve.triton.repository import read_options
 
     address = TritonAddress(host, **ports)
 
@@ -156,11 +170,11 @@ def _triton(repository: Path, host: str, ports: dict[str, int], log_level: str) 
         url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
         return _summary(manifest, limits, where, url)
 
-    return TritonServer(repository, address, log_level=log_level), summary
+    return TritonServer(repository, address, log_level=log_level, ready_timeout_s=ready_timeout_s), summary
 
 
 def _torchserve(
-    archive: Path, key_file: Path, host: str, ports: dict[str, int], log_level: str
+    archive: Path, key_file: Path, host: str, ports: dict[str, int], log_level: str, ready_timeout_s: float
 ) -> tuple[Server, Callable[[], str]]:
     from diffuserve.tensors import STABLE_DIFFUSION
     from diffuserve.torchserve.address import TorchServeAddress
@@ -173,7 +187,7 @@ def _torchserve(
         management_port=ports.get("http_port", default.http_port) + 1,
         grpc_management_port=ports.get("grpc_port", default.grpc_port) + 1,
     )
-    server = TorchServeServer(archive, address, key_file=key_file, log_level=log_level)
+    server = TorchServeServer(archive, address, key_file=key_file, log_level=log_level, ready_timeout_s=ready_timeout_s)
 
     def summary() -> str:
         where = {

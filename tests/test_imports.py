@@ -60,11 +60,11 @@ ROOMS = {
     },
     "serving": {"errors"},
     "triton": {
-        *("batching", "bundle", "engines", "errors", "events", "files", "limits", "options", "pipeline", "request"),
-        *("serving", "serving_options", "stages", "stats", "tensors"),
+        *("batching", "bundle", "defaults", "engines", "errors", "events", "files", "limits", "options", "pipeline"),
+        *("request", "serving", "serving_options", "stages", "stats", "tensors"),
     },
-    "torchserve": {"bundle", "errors", "limits", "serving", "serving_options", "tensors"},
-    "serve_command": {"bundle", "limits", "tensors", "torchserve", "triton"},
+    "torchserve": {"bundle", "defaults", "errors", "limits", "serving", "serving_options", "tensors"},
+    "serve_command": {"bundle", "defaults", "limits", "tensors", "torchserve", "triton"},
     "cli": {"errors"},
 }
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}

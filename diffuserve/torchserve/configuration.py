@@ -29,16 +29,13 @@ _LOG_LEVELS = {"error": "error", "warning": "warn", "info": "info"}
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive says of itself: `config` is its model-config.yaml."""
+    """What an archive says of itself: `config` is its model-config.yaml; `limits`, `serving`: what that tells our handler."""
 
     path: Path
     config: Mapping[str, Any]
     manifest: Manifest
-
-    @property
-    def limits(self) -> Limits:
-        """What its handler accepts."""
-        return options_from_config(self.manifest.model, self.config)[0]
+    limits: Limits
+    serving: Serving
 
     @property
     def largest_request_bytes(self) -> int:
@@ -67,6 +64,7 @@ def read_archive(path: Path) -> Archive:
 
     Raises:
         BundleError: it is missing, damaged or another's, or the bundle that it refers to is gone.
+        ConfigurationError: an option is unknown or not allowed.
     """
     import yaml
 
@@ -76,8 +74,17 @@ def read_archive(path: Path) -> Archive:
             config = yaml.safe_load(archive.read("model-config.yaml"))
             bundle = config["handler"].get("bundle")
             data = (Path(bundle) / MANIFEST_NAME).read_bytes() if bundle else archive.read(MANIFEST_NAME)
-        return Archive(path, config, msgspec.json.decode(data, type=Manifest))
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError, msgspec.DecodeError) as error:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        return Archive(path, config, manifest, *options_from_config(manifest.model, config))
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        msgspec.DecodeError,
+    ) as error:
         raise BundleError(f"{path} is no model archive of diffuserve's: {error}. {again}") from error
 
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign, DrainRequest
 from diffuserve.serving.process import (
@@ -70,7 +71,7 @@ class TorchServeServer:
         *,
         key_file: Path = KEY_FILE,
         log_level: str = "error",
-        ready_timeout_s: float = 600.0,
+        ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         self.archive = read_archive(archive)
         self.address = address

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, DrainRequest, ModelSigns
 from diffuserve.serving.process import (
@@ -60,7 +61,12 @@ class TritonServer:
     """
 
     def __init__(
-        self, repository: Path, address: TritonAddress, *, log_level: str = "error", ready_timeout_s: float = 600.0
+        self,
+        repository: Path,
+        address: TritonAddress,
+        *,
+        log_level: str = "error",
+        ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         self.repository = repository
         self.address = address

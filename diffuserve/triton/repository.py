@@ -5,17 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from diffuserve.bundle.manifest import MANIFEST_NAME
-from diffuserve.errors import BundleError, ConfigurationError, LaunchError
-from diffuserve.limits import Limits
-from diffuserve.serving_options import Serving, limits_and_serving
+from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, check_stages, read_options, read_stage_models
 from diffuserve.triton.placement import described_placement, read_placement
-from diffuserve.triton.stage_models import split_parameters
 
-CONFIG_NAME = "config.pbtxt"
 _VERSION = "1"
 
 
@@ -28,7 +24,7 @@ def check_repository(repository: Path) -> tuple[str, ...]:
     Raises:
         LaunchError: it is missing, empty or a bundle, or a folder in it is not a model, or not one that is used.
         BundleError: a model is incomplete or has changed, or a stage is missing or of another bundle than its in-flight model.
-        ConfigurationError: a config.pbtxt cannot be parsed.
+        ConfigurationError: an option is unknown or not allowed, or the stages are configured for others.
     """
     if not repository.is_dir():
         raise LaunchError(
@@ -51,10 +47,10 @@ def check_repository(repository: Path) -> tuple[str, ...]:
                 "move it elsewhere."
             )
         read_placement(folder / _VERSION)
-    return _check_stages(repository, [folder.name for folder in folders])
+    return _check_models(repository, [folder.name for folder in folders])
 
 
-def _check_stages(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
+def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
     unused = set(names)
     inflight = {name: models for name in sorted(unused) if (models := read_stage_models(repository, name))}
     for name, models in inflight.items():
@@ -65,6 +61,7 @@ def _check_stages(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
                 raise BundleError(
                     f"{repository / model} is missing, which {name} calls. Assemble it again: {_assemble(repository, name)}"
                 )
+        check_stages(repository, name, models, *read_options(repository, name))
     if unused:
         raise LaunchError(
             f"No model of {repository} calls {' and '.join(sorted(unused))}, and Triton would load it nevertheless. Move it "
@@ -94,53 +91,6 @@ def check_one_bundle(repository: Path, name: str, stages: Iterable[str], version
             f"{name} in {repository} and its stages are of different bundles: {listed}. Assemble it again: "
             f"{_assemble(repository, name)}"
         )
-
-
-def read_stage_models(repository: Path, name: str) -> dict[str, str]:
-    """The Triton model of each stage that a model calls, by stage; empty if it is not an in-flight model.
-
-    Raises:
-        ConfigurationError: its config.pbtxt is missing or cannot be parsed.
-    """
-    stage_models, _ = split_parameters(_parameters(repository / name))
-    return stage_models
-
-
-def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits, Serving]:
-    """What an in-flight model's config.pbtxt says.
-
-    Raises:
-        BundleError: nothing was assembled here.
-        ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
-    """
-    model = described_placement(repository / name / _VERSION).model
-    _, parameters = split_parameters(_parameters(repository / name))
-    try:
-        return limits_and_serving(model, parameters)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{repository / name / CONFIG_NAME}: {error}") from None
-
-
-def read_config(model_folder: Path) -> Any:
-    """A model's config.pbtxt as protobuf's `ModelConfig`.
-
-    Raises:
-        ConfigurationError: the file is missing or cannot be parsed.
-    """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    path = model_folder / CONFIG_NAME
-    try:
-        return text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read: {error}. Write it again: diffuserve assemble BUNDLE"
-        ) from error
-
-
-def _parameters(model_folder: Path) -> dict[str, str]:
-    return {name: each.string_value for name, each in read_config(model_folder).parameters.items()}
 
 
 def _assemble(repository: Path, name: str) -> str:

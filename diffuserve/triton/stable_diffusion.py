@@ -26,6 +26,7 @@ from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
+from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
@@ -50,11 +51,12 @@ class StableDiffusionModel:
     """Owns the pipeline. Triton runs one instance of it, whose `execute` calls overlap on one event loop."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        log_to_triton(args["model_name"])
+        name = args["model_name"]
+        log_to_triton(name)
         version_folder = Path(args["model_repository"]) / args["model_version"]
         try:
             parameters = {
-                name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+                key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
             models, options = split_parameters(parameters)
@@ -62,27 +64,29 @@ class StableDiffusionModel:
             components = read_manifest(version_folder).components
             check_all_named(models, components)
             # Also for a Triton that the launcher has not started.
-            check_one_bundle(version_folder.parents[1], args["model_name"], models.values(), args["model_version"])
+            repository = version_folder.parents[1]
+            check_one_bundle(repository, name, models.values(), args["model_version"])
+            check_stages(repository, name, models, limits, serving)
             outputs = {
-                name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
+                stage: [spec.name for spec in component.tensors.outputs] for stage, component in components.items()
             }
             ranges = {
-                name: profiles(component.tensors, placement.model)
-                for name, component in components.items()
+                stage: profiles(component.tensors, placement.model)
+                for stage, component in components.items()
                 if component.engine == "tensorrt"
             }
             if ranges:
                 check_limits(limits, placement.model)
             self._stages = BlsStages(models, outputs, ranges)
-            neighbours = RunFolderNeighbours.from_environment(args["model_name"])
+            neighbours = RunFolderNeighbours.from_environment(name)
             self._pipeline = Pipeline(version_folder, self._stages, limits, serving, neighbours=neighbours)
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
         self._unanswered = 0
-        self._signs = ModelSigns.from_environment(args["model_name"])
-        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"], self._signs)
+        self._signs = ModelSigns.from_environment(name)
+        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, name, self._signs)
         if self._signs:
             self._signs.live()
 

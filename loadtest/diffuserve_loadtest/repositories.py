@@ -9,8 +9,8 @@ from pathlib import Path
 
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, read_config
 from diffuserve.triton.placement import described_placement
-from diffuserve.triton.repository import CONFIG_NAME, read_config
 
 
 def repository_with(repository: Path, folder: Path, parameters: Mapping[str, str]) -> Path:

@@ -43,8 +43,8 @@ class UnderTest:
 def started_triton(repository: Path, protocol: Protocol) -> Iterator[UnderTest]:
     """Triton on free ports of loopback; raises as `TritonServer`."""
     from diffuserve.triton.address import TritonAddress
+    from diffuserve.triton.configuration import read_options
     from diffuserve.triton.launcher import TritonServer
-    from diffuserve.triton.repository import read_options
 
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         url = server.address.grpc if protocol == "triton-grpc" else server.address.http

@@ -13,12 +13,14 @@ import yaml
 from click.testing import CliRunner
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve.errors import BundleError
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
-from diffuserve.torchserve.configuration import options_from_config, read_archive
-from diffuserve_export.repository.archive import TorchServing, archive_from_bundle
+from diffuserve.torchserve.address import TorchServeAddress
+from diffuserve.torchserve.configuration import properties, read_archive
+from diffuserve_export.repository.archive import archive_from_bundle
 from diffuserve_export.repository.archive_command import command
+from diffuserve_export.repository.torchserve_options import TorchServing
 
 
 def test_the_archive_holds_the_bundle_its_settings_and_the_handler(bundle: Path, tmp_path: Path) -> None:
@@ -48,8 +50,8 @@ def test_the_archive_holds_the_bundle_its_settings_and_the_handler(bundle: Path,
         "deviceType": "cpu",
     }
     assert handler["bundle_sha256"] == manifest.bundle_sha256
-    assert options_from_config(manifest.model, {"handler": handler}) == (limits, serving)
-    assert read_archive(path).limits == limits
+    found = read_archive(path)
+    assert (found.limits, found.serving) == (limits, serving)
     assert [file.name for file in path.parent.iterdir()] == ["mine.mar"]
 
 
@@ -89,9 +91,42 @@ def test_a_damaged_bundle_leaves_the_archive_that_was_there(bundle: Path, tmp_pa
 def test_wrong_names_and_settings(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"ending \.mar"):
         archive_from_bundle(bundle, tmp_path / "archive.zip")
-    result = CliRunner().invoke(command, [str(bundle), "--min-workers", "2", "--output", str(tmp_path / "x.mar")])
-    assert result.exit_code == 2
-    assert "--max-workers is 1" in result.output
+    for arguments, message in (
+        (["--min-workers", "2"], "max_workers is 1, less than min_workers, which is 2."),
+        (["--limit", "max_waiting_requests=4"], "have up to 8 requests, and max_waiting_requests is 4"),
+        (["--limit", "max_side_px=8"], "max_side_px is 8; the smallest image of tiny-emoji has 32 px."),
+    ):
+        result = CliRunner().invoke(command, [str(bundle), *arguments, "--output", str(tmp_path / "x.mar")])
+        assert isinstance(result.exception, ConfigurationError)
+        assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_by_command_are_archived_and_said_to_be_lost(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "store" / "a.mar"
+
+    def archive(*arguments: str) -> str:
+        done = CliRunner().invoke(command, [str(bundle), "--by-reference", "-o", str(path), *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    options = "--limit max_prompt_bytes=500000 --policy fair --call-timeout 900 --batch-size 4 --startup-timeout 1200"
+    assert "Not kept" not in archive(*options.split())
+    found = read_archive(path)
+    assert (found.limits.max_prompt_bytes, found.serving.policy) == (500_000, "fair")
+    assert found.serving.call_timeout_s == found.config["responseTimeout"] == 900
+    assert (found.config["batchSize"], found.config["startupTimeout"]) == (4, 1200)
+    # Both prompts with every byte escaped as JSON may do it: \\u0000.
+    [line] = [each for each in properties(found, TorchServeAddress()).splitlines() if "max_request_size" in each]
+    assert int(line.partition("=")[2]) > 2 * 6 * 500_000
+
+    said = archive("--batch-size", "6")
+    assert (
+        "Not kept from before: --startup-timeout 1200 --limit max_prompt_bytes=500000 --policy fair --call-timeout 900.0."
+        in said
+    )
+    assert "--batch-size" in archive()
+    assert "Not kept" not in archive()
 
 
 def test_a_required_safety_checker_that_is_not_there(bundle: Path, tmp_path: Path) -> None:

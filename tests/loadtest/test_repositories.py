@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffuserve.errors import BundleError, ConfigurationError
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.placement import read_placement
-from diffuserve.triton.repository import read_options
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_loadtest.bench.contenders import REQUEST
 from diffuserve_loadtest.repositories import repository_with

@@ -9,7 +9,8 @@ from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve_client import Client, TorchServe
-from diffuserve_export.repository.archive import TorchServing, archive_from_bundle
+from diffuserve_export.repository.archive import archive_from_bundle
+from diffuserve_export.repository.torchserve_options import TorchServing
 
 
 @pytest.fixture(scope="session")

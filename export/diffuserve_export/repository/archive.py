@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from diffuserve.limits import Limits
 from diffuserve.options import to_parameters
 from diffuserve.serving_options import Serving
 from diffuserve_export.graphs.eager import ENGINE, eager_bundle_from_checkpoint
+from diffuserve_export.repository.torchserve_options import TorchServing
 
 CONFIG_NAME = "model-config.yaml"
 _HANDLER_NAME = "diffuserve_handler.py"
@@ -51,23 +51,6 @@ from diffuserve_handlers import TextToImageHandler
 class Handler(TextToImageHandler):
     load_engines = staticmethod(eager_engines)
 '''
-
-
-@dataclass(frozen=True)
-class TorchServing:
-    """How TorchServe serves an archive.
-
-    `batch_size`: requests that it hands to a worker together, at most; `max_batch_delay_ms`: how long it waits for them;
-    `min_workers`, `max_workers`: processes, each with the whole model; `startup_timeout_s`: after so long without having
-    loaded the model a worker is started again; `device`: cpu or gpu.
-    """
-
-    batch_size: int = 8
-    max_batch_delay_ms: int = 50
-    min_workers: int = 1
-    max_workers: int = 1
-    startup_timeout_s: int = 600
-    device: str = "cpu"
 
 
 def archive_from_bundle(
@@ -155,14 +138,9 @@ def config_from_options(
     if bundle is not None:
         handler["bundle"] = str(bundle.resolve())
     return {
-        "minWorkers": torchserve.min_workers,
-        "maxWorkers": torchserve.max_workers,
-        "batchSize": torchserve.batch_size,
-        "maxBatchDelay": torchserve.max_batch_delay_ms,
+        **torchserve.to_config(),
         # An engine that hangs cannot be interrupted, so a worker whose batch hangs is ended, and another started.
         "responseTimeout": math.ceil(serving.call_timeout_s),
-        "startupTimeout": torchserve.startup_timeout_s,
-        "deviceType": torchserve.device,
         "handler": handler,
     }
 

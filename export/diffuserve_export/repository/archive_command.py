@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffuserve.defaults import BATCH_TIMEOUT_S
-from diffuserve_export.repository.serving_arguments import CommandWithLimits, limits_argument, serving_argument
+from diffuserve.errors import DiffuserveError
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
+from diffuserve_export.repository.serving_arguments import (
+    CommandWithLimits,
+    arguments_of,
+    given,
+    limits_argument,
+    options_from_arguments,
+    tell_what_is_lost,
+)
+from diffuserve_export.repository.torchserve_options import TorchServing
+
+if TYPE_CHECKING:
+    from diffuserve.bundle.manifest import ModelSpec
 
 _ARCHIVES = Path("model_store/mar")
 
@@ -22,66 +36,35 @@ _ARCHIVES = Path("model_store/mar")
     type=click.Path(path_type=Path),
     help=f"The archive.  [default: {_ARCHIVES}/NAME.mar, the model's name]",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that share a batch, at most."
-)
-@click.option(
-    "--max-batch-delay",
-    "max_batch_delay_ms",
-    type=click.IntRange(0),
-    default=50,
-    show_default=True,
-    help="Milliseconds that TorchServe waits for them.",
-)
-@click.option(
-    "--min-workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, each with a model."
-)
-@click.option("--max-workers", type=click.IntRange(1), default=1, show_default=True)
-@serving_argument(
-    "call_timeout_s",
-    default=BATCH_TIMEOUT_S,
-    help="Seconds that a batch, and so every call in it, may take; a worker that takes longer is started again.",
-)
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@arguments_of(TorchServing)
 @limits_argument
-@serving_argument("batching")
-@serving_argument("policy")
-@serving_argument("require_safety_checker", help="Refuse a BUNDLE without a safety checker.")
+@arguments_of(
+    Serving,
+    leave_out=["unet_instances"],
+    call_timeout_s={
+        "default": BATCH_TIMEOUT_S,
+        "help": "Seconds that a batch, and so every call in it, may take; a worker that takes longer is started again.",
+    },
+    require_safety_checker={"help": "Refuse a BUNDLE without a safety checker."},
+)
 @click.option(
     "--by-reference", is_flag=True, help="Name the bundle's path in the archive instead of copying it, for large ones."
 )
 def command(
-    bundle: Path,
-    output: Path | None,
-    batch_size: int,
-    max_batch_delay_ms: int,
-    min_workers: int,
-    max_workers: int,
-    device: str,
-    limits: tuple[tuple[str, str], ...],
-    by_reference: bool,
-    **serving: Any,
+    bundle: Path, output: Path | None, limits: tuple[tuple[str, str], ...], by_reference: bool, **arguments: Any
 ) -> None:
     """Packs BUNDLE into a .mar that TorchServe serves with the same core, so that the same seed gives the same image.
 
     Checks every file of the bundle against its checksum. TorchServe's Python needs diffuserve installed. In place of a
     bundle a checkpoint's folder may be given, which PyTorch then runs as it is, slower: that needs no export, but
-    diffuserve[export] for TorchServe, too.
+    diffuserve[export] for TorchServe, too. An archive of that name is replaced, and options that it had and this command
+    was not given are told.
     """
     from diffuserve.bundle.manifest import MANIFEST_NAME, read_manifest
-    from diffuserve.limits import Limits
-    from diffuserve.serving_options import Serving
-    from diffuserve_export.repository.archive import TorchServing, archive_from_bundle, bundle_of_checkpoint
+    from diffuserve_export.repository.archive import archive_from_bundle, bundle_of_checkpoint
 
-    if max_workers < min_workers:
-        raise click.UsageError(f"--max-workers is {max_workers}, less than --min-workers, which is {min_workers}.")
-    torchserve = TorchServing(
-        batch_size=batch_size,
-        max_batch_delay_ms=max_batch_delay_ms,
-        min_workers=min_workers,
-        max_workers=max_workers,
-        device=device,
-    )
+    torchserve = options_from_arguments(TorchServing, arguments)
+    serving = options_from_arguments(Serving, arguments)
     with contextlib.ExitStack() as stack:
         name = None
         if (bundle / "model_index.json").is_file() and not (bundle / MANIFEST_NAME).is_file():
@@ -94,10 +77,32 @@ def command(
         model = read_manifest(bundle).model
         output = output or _ARCHIVES / f"{name or model.name}.mar"
         accepted = Limits.from_parameters(model, dict(limits))
+        before = _given_before(output)
         manifest = archive_from_bundle(
-            bundle, output, accepted, Serving(**serving), torchserve=torchserve, by_reference=by_reference
+            bundle, output, accepted, serving, torchserve=torchserve, by_reference=by_reference
         )
     click.echo(
         f"{output} holds {manifest.model.name} ({manifest.bundle_sha256[:10]}), {output.stat().st_size / 1e6:.1f} MB. "
         f"Start it: diffuserve serve --server torchserve --archive {output}"
     )
+    tell_what_is_lost(before, _given(model, accepted, serving, torchserve))
+
+
+def _given(model: ModelSpec, limits: Limits, serving: Serving, torchserve: TorchServing) -> dict[str, str]:
+    return {
+        **given(torchserve, TorchServing()),
+        **given(limits, Limits.for_model(model)),
+        **given(serving, Serving(call_timeout_s=BATCH_TIMEOUT_S)),
+    }
+
+
+def _given_before(output: Path) -> dict[str, str]:
+    """What an archive that is to be replaced was made with; nothing if there is none that can be read."""
+    from diffuserve.torchserve.configuration import read_archive
+
+    try:
+        archive = read_archive(output)
+        torchserve = TorchServing.from_config(archive.config)
+    except (DiffuserveError, KeyError, TypeError):
+        return {}
+    return _given(archive.manifest.model, archive.limits, archive.serving, torchserve)

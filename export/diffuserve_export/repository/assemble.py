@@ -30,14 +30,16 @@ from diffuserve.images.safety import refuse_without_safety_checker
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, read_stage_models
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
-from diffuserve.triton.repository import CONFIG_NAME, read_stage_models
 from diffuserve.triton.stage_models import check_model_name, stage_model
 from diffuserve_export.repository.triton_backends import PYTHON
 from diffuserve_export.repository.triton_config import (
     INFLIGHT_MODEL_PY,
     STAGE_MODEL_PY,
     configs_from_manifest,
+    given_arguments,
+    sources,
     text_from_config,
 )
 
@@ -78,12 +80,13 @@ def repository_from_bundle(
     checker = stage_model(name, SAFETY_CHECKER)
     check_output(output, name, {name, checker, *components})
     verify(bundle, manifest)
+    head = sources(manifest, given_arguments(manifest.model, limits, serving, backend, name))
     try:
         for model, config in configs_from_manifest(manifest, limits, serving, backend, name=name).items():
             folder = output / model / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / model / CONFIG_NAME, text_from_config(config))
+            _write(output / model / CONFIG_NAME, text_from_config(config, head))
             if config.backend == PYTHON:
                 _write(folder / "model.py", INFLIGHT_MODEL_PY if model == name else STAGE_MODEL_PY)
             else:

@@ -7,8 +7,17 @@ from typing import Any
 
 import click
 
+from diffuserve.errors import BundleError, ConfigurationError
+from diffuserve.limits import Limits
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_export.repository.serving_arguments import CommandWithLimits, limits_argument, serving_argument
+from diffuserve_export.repository.serving_arguments import (
+    CommandWithLimits,
+    arguments_of,
+    limits_argument,
+    options_from_arguments,
+    tell_what_is_lost,
+)
 from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
 
 
@@ -29,10 +38,12 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     help="What requests call the model; its stages are named after it.",
 )
 @limits_argument
-@serving_argument("batching")
-@serving_argument("policy")
-@serving_argument("unet_instances")
-@serving_argument("call_timeout_s")
+@arguments_of(
+    Serving,
+    require_safety_checker={
+        "help": "Refuse a BUNDLE without a safety checker, now and whenever the repository is served."
+    },
+)
 @click.option(
     "--backend",
     type=click.Choice(list(BACKENDS)),
@@ -40,31 +51,41 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     show_default=True,
     help="Triton's backend for all models that run an engine; all but python need the Triton of NVIDIA's container.",
 )
-@serving_argument(
-    "require_safety_checker",
-    help="Refuse a BUNDLE without a safety checker, now and whenever the repository is served.",
-)
 def command(
-    bundle: Path,
-    output: Path,
-    name: str,
-    limits: tuple[tuple[str, str], ...],
-    backend: str,
-    **serving: Any,
+    bundle: Path, output: Path, name: str, limits: tuple[tuple[str, str], ...], backend: str, **arguments: Any
 ) -> None:
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
-    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone.
+    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone. One
+    that is there is refreshed, and options that it had and this command was not given are told.
     """
     from diffuserve.bundle.manifest import read_manifest
-    from diffuserve.limits import Limits
-    from diffuserve.serving_options import Serving
     from diffuserve_export.repository.assemble import repository_from_bundle
+    from diffuserve_export.repository.triton_config import given_arguments
 
     accepted = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
-    manifest = repository_from_bundle(bundle, output, accepted, Serving(**serving), backend=backend, name=name)
+    serving = options_from_arguments(Serving, arguments)
+    before = _given_before(output, name)
+    manifest = repository_from_bundle(bundle, output, accepted, serving, backend=backend, name=name)
     click.echo(
         f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}) as {name}. Start it: diffuserve serve --repository "
         f"{output}"
     )
+    tell_what_is_lost(before, given_arguments(manifest.model, accepted, serving, backend, name))
+
+
+def _given_before(output: Path, name: str) -> dict[str, str]:
+    """What a model that is to be refreshed was made with; nothing if there is none that can be read."""
+    from diffuserve.tensors import UNET
+    from diffuserve.triton.configuration import read_config, read_options
+    from diffuserve.triton.placement import described_placement
+    from diffuserve.triton.stage_models import stage_model
+    from diffuserve_export.repository.triton_config import given_arguments
+
+    try:
+        model = described_placement(output / name / "1").model
+        backend = read_config(output / stage_model(name, UNET)).backend
+        return given_arguments(model, *read_options(output, name), backend, name)
+    except (BundleError, ConfigurationError):
+        return {}

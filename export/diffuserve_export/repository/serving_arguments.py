@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import click
 
 from diffuserve.errors import ConfigurationError
 from diffuserve.limits import Limits
-from diffuserve.options import Option, options_of
-from diffuserve.serving_options import Serving
+from diffuserve.options import Option, changed, options_of
 
+Options = TypeVar("Options")
+Command = Callable[..., Any]
 _LIMITS = options_of(Limits)
-_SERVING = options_of(Serving)
-# The argument of each option of `Serving`.
-_ARGUMENTS = {
-    "batching": "--batching",
-    "policy": "--policy",
-    "unet_instances": "--unet-instances",
-    "call_timeout_s": "--call-timeout",
-    "require_safety_checker": "--require-safety-checker",
-}
 
 
 class CommandWithLimits(click.Command):
@@ -60,22 +52,68 @@ limits_argument = click.option(
 )
 
 
-def serving_argument(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The argument for an option of `Serving`; `settings` go before what its table says."""
-    each = _SERVING[name]
-    settings = {"help": each.meaning, **settings}
+def arguments_of(
+    kind: type[Any], leave_out: Collection[str] = (), **settings: Mapping[str, Any]
+) -> Callable[[Command], Command]:
+    """An argument for each option of a class.
+
+    Args:
+        kind: such as `diffuserve.serving_options.Serving`.
+        leave_out: names of options that the command does not have.
+        settings: of click, by an option's name, in the place of what the class says.
+    """
+
+    def decorate(command: Command) -> Command:
+        for each in reversed(options_of(kind).values()):
+            if each.name not in leave_out:
+                command = _argument(each, settings.get(each.name, {}))(command)
+        return command
+
+    return decorate
+
+
+def options_from_arguments(kind: type[Options], arguments: Mapping[str, Any]) -> Options:
+    """Of all that a command was given, what belongs to a class."""
+    return kind(**{name: arguments[name] for name in options_of(kind) if name in arguments})
+
+
+def given(options: Any, defaults: Any) -> dict[str, str]:
+    """What a command must be given for `options`: the value by argument, as in {"--limit max_steps": "200"}."""
+    table = options_of(type(options))
+    return {
+        f"--limit {name}" if isinstance(options, Limits) else table[name].argument: str(getattr(options, name))
+        for name in changed(options, defaults)
+    }
+
+
+def words(arguments: Mapping[str, str]) -> str:
+    """Arguments as they are typed."""
+    return " ".join(_typed(argument, value) for argument, value in arguments.items())
+
+
+def tell_what_is_lost(before: Mapping[str, str], now: Iterable[str]) -> None:
+    """Says which arguments an earlier call of the command had and this one has not."""
+    lost = {argument: value for argument, value in before.items() if argument not in now}
+    if lost:
+        click.echo(f"Not kept from before: {words(lost)}. Give the command that, too, to keep it.", err=True)
+
+
+def _typed(argument: str, value: str) -> str:
+    if value == "True":
+        return argument
+    return f"{argument}={value}" if " " in argument else f"{argument} {value}"
+
+
+def _argument(each: Option, settings: Mapping[str, Any]) -> Callable[[Command], Command]:
     if isinstance(each.default, bool):
-        return click.option(_ARGUMENTS[name], name, is_flag=True, **settings)
-    return click.option(
-        _ARGUMENTS[name], name, **{"type": _type(each), "default": each.default, "show_default": True, **settings}
-    )
+        return click.option(each.argument, each.name, **{"is_flag": True, "help": each.meaning, **settings})
+    own = {"type": _type(each), "default": each.default, "show_default": True, "help": each.meaning}
+    return click.option(each.argument, each.name, **{**own, **settings})
 
 
 def _type(each: Option) -> click.ParamType:
     if each.choices:
         return click.Choice(each.choices)
-    return (
-        click.IntRange(int(each.least), int(each.most))
-        if isinstance(each.default, int)
-        else click.FloatRange(each.least, each.most)
-    )
+    if isinstance(each.default, int):
+        return click.IntRange(int(each.least), int(each.most))
+    return click.FloatRange(each.least, each.most)

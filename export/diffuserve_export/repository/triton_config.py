@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffuserve.bundle.manifest import Manifest
+from diffuserve import __version__
+from diffuserve.bundle.manifest import Manifest, ModelSpec
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
 from diffuserve.serving_options import Serving, StageServing
 from diffuserve.tensors import REQUEST_INPUTS, RESPONSE, STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
 from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
+from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
 # How long the text encoder waits for company. The UNet's only caller is the in-flight loop, which has made the batch
@@ -56,14 +58,38 @@ def configs_from_manifest(
     return configs
 
 
-def text_from_config(config: Any) -> str:
+def given_arguments(model: ModelSpec, limits: Limits, serving: Serving, backend: str, name: str) -> dict[str, str]:
+    """What `diffuserve assemble` must be given for these, as `diffuserve_export.repository.serving_arguments.given`."""
+    return {
+        **given(limits, Limits.for_model(model)),
+        **given(serving, Serving()),
+        **({} if backend == PYTHON else {"--backend": backend}),
+        **({} if name == STABLE_DIFFUSION else {"--name": name}),
+    }
+
+
+def sources(manifest: Manifest, arguments: Mapping[str, str]) -> str:
+    """The head of every config.pbtxt: what it was made from.
+
+    Args:
+        manifest: the bundle's.
+        arguments: of `given_arguments`.
+    """
+    return (
+        f"# Written by `diffuserve assemble`, version {__version__}.\n"
+        f"# Bundle: {' '.join(manifest.title.split())}, SHA-256 {manifest.bundle_sha256}.\n"
+        f"# Options: {words(arguments) or 'none'}.\n"
+    )
+
+
+def text_from_config(config: Any, head: str) -> str:
     """A config.pbtxt. Protobuf's text format leaves out zeros, but Triton reads a missing max_batch_size as unset."""
     from google.protobuf import text_format
 
     text = text_format.MessageToString(config)
     if config.max_batch_size == 0:
         text += "max_batch_size: 0\n"
-    return "# Written by `diffuserve assemble`.\n" + text
+    return head + text
 
 
 def _stage_config(stage: str, name: str, tensors: StageSpec, max_batch_size: int) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 from diffuserve.bundle.manifest import ModelSpec, read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_options
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.cancellation import Cancellations, Freed, cancel_under_load
 from diffuserve_loadtest.bench.closed_loop import completions

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_options
 from diffuserve_loadtest.bench.closed_loop import saturation
 from diffuserve_loadtest.bench.mixture import Kind
 from diffuserve_loadtest.bench.stage_seconds import StageSeconds, mean_of, measure_stages

@@ -13,8 +13,8 @@ from typing import Any
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_options
 from diffuserve_client import Client
 from diffuserve_loadtest.bench.contenders import NONE, REQUEST, Contender, inflight_under
 from diffuserve_loadtest.bench.mixture import (

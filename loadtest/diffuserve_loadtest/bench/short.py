@@ -13,8 +13,8 @@ from pathlib import Path
 from diffuserve.batching.costs import CallCosts
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.launcher import TritonServer
-from diffuserve.triton.repository import read_options
 from diffuserve_client import AsyncClient
 from diffuserve_loadtest.bench.closed_loop import standing_load
 from diffuserve_loadtest.bench.mixture import Kind
