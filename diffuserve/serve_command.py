@@ -158,19 +158,24 @@ def _triton(
     from diffuserve.triton.launcher import TritonServer
 
     address = TritonAddress(host, **ports)
+    server = TritonServer(repository, address, log_level=log_level, ready_timeout_s=ready_timeout_s)
 
     def summary() -> str:
-        manifest = read_manifest(repository / STABLE_DIFFUSION / "1")
-        limits, _ = read_options(repository)
+        return "\n".join(map(of_model, server.models))
+
+    def of_model(name: str) -> str:
+        manifest = read_manifest(repository / name / "1")
+        limits, _ = read_options(repository, name)
         where = {
             "gRPC": address.grpc,
-            "HTTP": f"{address.http}/v2/models/{STABLE_DIFFUSION}/generate",
+            "HTTP": f"{address.http}/v2/models/{name}/generate",
             "metrics": address.metrics,
         }
         url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
-        return _summary(manifest, limits, where, url)
+        model = "" if name == STABLE_DIFFUSION else f" --model {name}"
+        return _summary(manifest, limits, where, f"{url}{model}")
 
-    return TritonServer(repository, address, log_level=log_level, ready_timeout_s=ready_timeout_s), summary
+    return server, summary
 
 
 def _torchserve(

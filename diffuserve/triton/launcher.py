@@ -72,13 +72,15 @@ class TritonServer:
         self.address = address
         self._log_level = log_level
         self._ready_timeout_s = ready_timeout_s
+        self.models: tuple[str, ...] = ()
+        """The names that requests may ask for, known once it has been entered."""
         self._process: ServerProcess | None = None
         self._stopping = threading.Event()
         self.failure: str | None = None
         """Why the launcher ended Triton without being asked to."""
 
     def __enter__(self) -> TritonServer:
-        models = check_repository(self.repository)
+        self.models = check_repository(self.repository)
         address = self.address
         ports = [
             ("--http-port", address.http_port),
@@ -88,8 +90,8 @@ class TritonServer:
         check_ports(address.host, ports)
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()
-        self._signs = {model: ModelSigns(self._run_folder, model) for model in models}
-        RunFolderNeighbours.prepare(self._run_folder, models)
+        self._signs = {model: ModelSigns(self._run_folder, model) for model in self.models}
+        RunFolderNeighbours.prepare(self._run_folder, self.models)
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
         try:
             self._process = self._start()

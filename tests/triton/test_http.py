@@ -23,9 +23,9 @@ from diffuserve.triton.launcher import TritonServer
 from tests.metrics import read_metrics
 
 
-def post(server: TritonServer, endpoint: str, body: Any) -> tuple[int, str]:
+def post(server: TritonServer, endpoint: str, body: Any, model: str = "stable_diffusion") -> tuple[int, str]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    url = f"{server.address.http}/v2/models/stable_diffusion/{endpoint}"
+    url = f"{server.address.http}/v2/models/{model}/{endpoint}"
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
