@@ -12,6 +12,8 @@ from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, 
 
 # Images of one call of the VAE decoder: activations at full image size are the largest of all stages.
 MAX_DECODE_BATCH = 8
+# The limits that decide what a TensorRT plan is built for.
+PLAN_LIMITS = ("max_rows", "max_side_px", "max_prompt_chunks")
 
 
 @dataclass(frozen=True)

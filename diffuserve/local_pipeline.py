@@ -10,7 +10,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.local_stages import LoadEngines, LocalStages
+from diffuserve.engines.tensorrt_profiles import check_limits
 from diffuserve.errors import Cancelled
 from diffuserve.events import Event
 from diffuserve.limits import Limits
@@ -27,6 +29,7 @@ class LocalPipeline:
 
     Raises:
         BundleError: the bundle is missing or damaged, or its engine cannot be loaded.
+        ConfigurationError: the limits allow what the bundle's TensorRT plans were not built for.
     """
 
     def __init__(
@@ -37,6 +40,9 @@ class LocalPipeline:
         *,
         load: LoadEngines | None = None,
     ) -> None:
+        manifest = read_manifest(bundle)
+        limits = limits or Limits.for_model(manifest.model)
+        check_limits(limits, manifest)
         self._stages = LocalStages(bundle, load=load)
         self.pipeline = Pipeline(bundle, self._stages, limits, serving)
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffuserve.defaults import READY_TIMEOUT_S
-from diffuserve.triton.address import TritonAddress
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from diffuserve.bundle.manifest import Manifest
-    from diffuserve.limits import Limits
+    from diffuserve.serving.launcher import Served, ServerLauncher
 
 _PORT = click.IntRange(1, 65535)
 _ARCHIVES = Path("model_store/mar")
 _KEY_FILE = Path("torchserve-keys.json")
-
-
-class Server(Protocol):
-    """What the launchers of both servers are: a context manager around a running server."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    @property
-    def running(self) -> bool: ...
-
-    @property
-    def failure(self) -> str | None: ...
-
-    def drain(self, grace_s: float, give_up: threading.Event | None = None) -> bool: ...
 
 
 @click.command("serve", short_help="Starts Triton or TorchServe.")
@@ -110,20 +87,27 @@ def command(
     """
     ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
     chosen = {name: port for name, port in ports.items() if port is not None}
+    settings: dict[str, Any] = {"log_level": log_level, "ready_timeout_s": ready_timeout_s}
+    server: ServerLauncher[Any]
     if kind == "triton":
         if archive is not None or key_file is not None:
             raise click.UsageError("--archive and --key-file are for TorchServe. Add --server torchserve.")
-        server, summary = _triton(repository or Path("triton_repo"), host, chosen, log_level, ready_timeout_s)
+        from diffuserve.triton.address import TritonAddress
+        from diffuserve.triton.launcher import TritonServer
+
+        server = TritonServer(repository or Path("triton_repo"), TritonAddress(host, **chosen), **settings)
     else:
         if repository is not None:
             raise click.UsageError("--repository is for Triton. TorchServe serves an --archive.")
-        server, summary = _torchserve(
-            archive or _only_archive(), key_file or _KEY_FILE, host, chosen, log_level, ready_timeout_s
-        )
-    _run(server, summary, grace_s)
+        from diffuserve.torchserve.address import TorchServeAddress
+        from diffuserve.torchserve.launcher import TorchServeServer
+
+        address = TorchServeAddress.with_next_ports_for_management(host, **chosen)
+        server = TorchServeServer(archive or _only_archive(), address, key_file=key_file or _KEY_FILE, **settings)
+    _run(server, grace_s)
 
 
-def _run(server: Server, summary: Callable[[], str], grace_s: float) -> None:
+def _run(server: ServerLauncher[Any], grace_s: float) -> None:
     stop, stop_now = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
@@ -135,7 +119,8 @@ def _run(server: Server, summary: Callable[[], str], grace_s: float) -> None:
     with server:
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
-        click.echo(summary())
+        for served in server.served:
+            click.echo(_summary(served))
         click.echo(f"Stop:  Ctrl-C or SIGTERM; running requests get {grace_s:g} s to finish")
         while server.running and not stop.wait(0.2):
             pass
@@ -149,75 +134,18 @@ def _run(server: Server, summary: Callable[[], str], grace_s: float) -> None:
     click.echo("Stopped.", err=True)
 
 
-def _triton(
-    repository: Path, host: str, ports: dict[str, int], log_level: str, ready_timeout_s: float
-) -> tuple[Server, Callable[[], str]]:
-    from diffuserve.bundle.manifest import read_manifest
-    from diffuserve.tensors import STABLE_DIFFUSION
-    from diffuserve.triton.configuration import read_options
-    from diffuserve.triton.launcher import TritonServer
-
-    address = TritonAddress(host, **ports)
-    server = TritonServer(repository, address, log_level=log_level, ready_timeout_s=ready_timeout_s)
-
-    def summary() -> str:
-        return "\n".join(map(of_model, server.models))
-
-    def of_model(name: str) -> str:
-        manifest = read_manifest(repository / name / "1")
-        limits, _ = read_options(repository, name)
-        where = {
-            "gRPC": address.grpc,
-            "HTTP": f"{address.http}/v2/models/{name}/generate",
-            "metrics": address.metrics,
-        }
-        url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
-        model = "" if name == STABLE_DIFFUSION else f" --model {name}"
-        return _summary(manifest, limits, where, f"{url}{model}")
-
-    return server, summary
-
-
-def _torchserve(
-    archive: Path, key_file: Path, host: str, ports: dict[str, int], log_level: str, ready_timeout_s: float
-) -> tuple[Server, Callable[[], str]]:
-    from diffuserve.tensors import STABLE_DIFFUSION
-    from diffuserve.torchserve.address import TorchServeAddress
-    from diffuserve.torchserve.launcher import TorchServeServer
-
-    default = TorchServeAddress(host)
-    address = TorchServeAddress(
-        host,
-        **ports,
-        management_port=ports.get("http_port", default.http_port) + 1,
-        grpc_management_port=ports.get("grpc_port", default.grpc_port) + 1,
-    )
-    server = TorchServeServer(archive, address, key_file=key_file, log_level=log_level, ready_timeout_s=ready_timeout_s)
-
-    def summary() -> str:
-        where = {
-            "gRPC": address.grpc,
-            "HTTP": f"{address.http}/predictions/{STABLE_DIFFUSION}",
-            "metrics": address.metrics,
-            "keys": str(key_file),
-        }
-        url = "" if address.grpc_port == default.grpc_port else f" --url {address.grpc}"
-        key = "" if key_file == _KEY_FILE else f" --key-file {key_file}"
-        return _summary(server.archive.manifest, server.archive.limits, where, f" --server torchserve{url}{key}")
-
-    return server, summary
-
-
-def _summary(manifest: Manifest, limits: Limits, where: dict[str, str], options: str) -> str:
+def _summary(served: Served) -> str:
     """What is served, where, within which limits, and how to try it."""
     from diffuserve.tensors import UNET
 
+    manifest = served.manifest
     model, unet = manifest.model, manifest.components[UNET]
+    limits = ", ".join(f"{field.name} {getattr(served.limits, field.name):g}" for field in fields(served.limits))
     lines = [
         f"Serving {manifest.title}, {model.width}x{model.height} px, UNet on {unet.engine} {unet.precision}",
-        *(f"  {name:<8} {place}" for name, place in where.items()),
-        "  limits   " + ", ".join(f"{field.name} {getattr(limits, field.name):g}" for field in fields(limits)),
-        f'Draw:  diffuserve generate "a slice of pizza, glossy"{options}',
+        *(f"  {name:<8} {place}" for name, place in served.places.items()),
+        f"  limits   {limits}",
+        f'Draw:  diffuserve generate "a slice of pizza, glossy"{served.draw_with}',
     ]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.engines.tensorrt_profiles import profiles
+from diffuserve.limits import Limits
 from diffuserve.tensors import StageSpec
 
 
@@ -38,7 +39,7 @@ def output_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[tup
 
 def check_profiles(path: Path, tensors: StageSpec, model: ModelSpec) -> None:
     """Asserts that the graph makes outputs of known shapes of every shape that a TensorRT plan of it is built for."""
-    for profile in profiles(tensors, model):
+    for profile in profiles(tensors, model, Limits.for_model(model)):
         for selector in ("min", "opt", "max"):
             shapes = {name: getattr(ranges, selector) for name, ranges in profile.items()}
             (batch,) = {shape[0] for shape in shapes.values()}

@@ -38,7 +38,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One exported stage: the engine that runs it, its files (the first is the one to load) and its parity;
-    `overflows_in_fp16`: the checkpoint says so of it, and no engine runs it in fp16."""
+    `overflows_in_fp16`: the checkpoint says so of it, and no engine runs it in fp16; `plan_limits`: those of a server's
+    limits that its TensorRT plan was built for, by name, empty if it runs no plan."""
 
     engine: str
     precision: str
@@ -47,6 +48,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tolerance: float
     parity: tuple[Parity, ...]
     overflows_in_fp16: bool = False
+    plan_limits: dict[str, int] = {}
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,10 +11,11 @@ from typing import Any
 
 from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.tensorrt_profiles import Profile, profiles
+from diffuserve.engines.tensorrt_profiles import Profile, plan_limits, profiles
 from diffuserve.engines.tensorrt_progress import progress_monitor
 from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
+from diffuserve.limits import Limits
 from diffuserve.tensors import StageSpec
 
 SUFFIX = ".plan"
@@ -22,21 +23,22 @@ SUFFIX = ".plan"
 INSTALL = "pip install 'diffuserve[tensorrt]' --extra-index-url https://pypi.nvidia.com"
 
 
-def plan_path(graph: Path, precision: str) -> Path:
-    """Where the plan of `graph` for this machine lies: beside it, named by what it was built for, as in
-    `model.fp16.sm90.trt11.4.1.plan`.
+def plan_path(graph: Path, precision: str, limits: Limits) -> Path:
+    """Where the plan of `graph` for this machine lies: beside it, named by what it was built for, rows, pixels and chunks
+    first, as in `model.fp16.32x1024x3.sm90.trt11.4.1.plan`.
 
     Raises:
         BundleError: there is no GPU, or tensorrt is not installed.
     """
-    return graph.with_name(f"model.{precision}.{_this_machine()}{SUFFIX}")
+    sizes = "x".join(map(str, plan_limits(limits).values()))
+    return graph.with_name(f"model.{precision}.{sizes}.{_this_machine()}{SUFFIX}")
 
 
 def check_plan(path: Path) -> None:
     """Raises:
     BundleError: the plan was built for another GPU or version, with which it could not be loaded.
     """
-    built_for = ".".join(path.name.removesuffix(SUFFIX).split(".")[2:])
+    built_for = ".".join(path.name.removesuffix(SUFFIX).split(".")[3:])
     here = _this_machine()
     if built_for != here:
         raise BundleError(
@@ -45,19 +47,20 @@ def check_plan(path: Path) -> None:
         )
 
 
-def build_plan(graph: Path, precision: str, tensors: StageSpec, model: ModelSpec) -> Path:
-    """Builds the plan of a graph, strongly typed in `precision`, for this machine, unless it has been; takes minutes.
+def build_plan(graph: Path, precision: str, tensors: StageSpec, model: ModelSpec, limits: Limits) -> Path:
+    """Builds the plan of a graph, strongly typed in `precision`, for this machine and what a server with `limits` may ask of
+    it, unless it has been; takes minutes.
 
     Raises:
         BundleError: TensorRT refuses the graph, or cannot build it.
     """
-    path = plan_path(graph, precision)
+    path = plan_path(graph, precision, limits)
     if not path.is_file():
         import tensorrt
 
         # The measurements of kernels, which the next component of the same model can use again.
         timings = graph.parent.parent / f"{_this_machine()}.timings"
-        write_whole(path, serialized_plan(tensorrt, graph, profiles(tensors, model), timings))
+        write_whole(path, serialized_plan(tensorrt, graph, profiles(tensors, model, limits), timings))
     return path
 
 

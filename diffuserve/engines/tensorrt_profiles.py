@@ -4,8 +4,10 @@ A profile is a range of shapes with kernels of its own, chosen for one shape in 
 kernels to the plan, and a context with memory of its own where Triton runs it:
 
     1 to 2, 3 to 8 and 9 to 32 rows at the native size, each tuned for its largest batch;
-    any image size and length of a prompt that the default limits allow, with as many rows as keep rows times area below
+    any image size and length of a prompt that the server's limits allow, with as many rows as keep rows times area below
     that of the largest batch at the native size.
+
+The 32, the sizes and the lengths are those of the limits that a plan is built for, by default the model's own.
 
 A batch runs in the first profile that allows it, with the rows that it has: padding it to a profile's largest would
 compute up to twice as much. Where there are more rows than any profile allows, the call is made in pieces.
@@ -14,14 +16,14 @@ compute up to twice as much. Where there are more rows than any profile allows, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from diffuserve.bundle.manifest import ModelSpec
+from diffuserve.bundle.manifest import Component, Manifest, ModelSpec
 from diffuserve.engines.example_inputs import native_dims
-from diffuserve.errors import BundleError, StageFailed
-from diffuserve.limits import MAX_DECODE_BATCH, Limits
+from diffuserve.errors import ConfigurationError, StageFailed
+from diffuserve.limits import MAX_DECODE_BATCH, PLAN_LIMITS, Limits
 from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
 
 # The largest batch of each profile at the native size; `diffuserve bench engine` times every batch size on a plan of others.
@@ -51,9 +53,8 @@ class ShapeRange:
 Profile = dict[str, ShapeRange]
 
 
-def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
+def profiles(tensors: StageSpec, model: ModelSpec, limits: Limits) -> list[Profile]:
     """What a component's plan is built for: first the native size, by batch size, then all else."""
-    limits = Limits.for_model(model)
     has_images = any(spec.dims[-1] == 3 or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
     most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
     least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple
@@ -84,16 +85,32 @@ def profiles(tensors: StageSpec, model: ModelSpec) -> list[Profile]:
     return found
 
 
-def check_limits(limits: Limits, model: ModelSpec) -> None:
-    """Raises BundleError where a server's limits allow what no plan is built for."""
-    built = Limits.for_model(model)
-    for name in ("max_side_px", "max_prompt_chunks"):
-        given, most = getattr(limits, name), getattr(built, name)
-        if given > most:
-            raise BundleError(
-                f"The limit {name} is {given}, and TensorRT's plans are built for at most {most}. Lower it in config.pbtxt, or "
-                "select another engine."
-            )
+def profiles_of(component: Component, model: ModelSpec) -> list[Profile]:
+    """Those that the component's plan was built for."""
+    return profiles(component.tensors, model, _built_for(component, model))
+
+
+def plan_limits(limits: Limits) -> dict[str, int]:
+    """Those that a plan is built for, by name."""
+    return {name: getattr(limits, name) for name in PLAN_LIMITS}
+
+
+def check_limits(limits: Limits, manifest: Manifest) -> None:
+    """Raises ConfigurationError where a server's limits allow what a plan of the bundle was not built for."""
+    for stage, component in manifest.components.items():
+        if component.engine != "tensorrt":
+            continue
+        most = plan_limits(_built_for(component, manifest.model))
+        for name, given in plan_limits(limits).items():
+            if given > most[name]:
+                raise ConfigurationError(
+                    f"The limit {name} is {given}, and TensorRT's plan of {stage} was built for at most {most[name]}. Build it "
+                    f"again, diffuserve engines BUNDLE --select tensorrt --limit {name}={given}, or lower the limit."
+                )
+
+
+def _built_for(component: Component, model: ModelSpec) -> Limits:
+    return replace(Limits.for_model(model), **component.plan_limits)
 
 
 def profile_for(found: Iterable[Profile], shapes: Shapes) -> int:

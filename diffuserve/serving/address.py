@@ -32,6 +32,15 @@ class ServerAddress:
     def metrics(self) -> str:
         return f"http://{self.host}:{self.metrics_port}/metrics"
 
+    @property
+    def ports(self) -> list[tuple[str, int]]:
+        """All, each with the argument of `diffuserve serve` that chooses it."""
+        return [
+            ("--http-port", self.http_port),
+            ("--grpc-port", self.grpc_port),
+            ("--metrics-port", self.metrics_port),
+        ]
+
     @classmethod
     def on_free_ports(cls) -> Self:
         """Loopback, at ports that nothing listens on now."""

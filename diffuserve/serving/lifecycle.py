@@ -58,6 +58,7 @@ class ModelSigns:
     """
 
     def __init__(self, run_folder: Path, model: str) -> None:
+        self.model = model
         self._alive = run_folder / f"{model}.alive"
         self._drained = run_folder / f"{model}.drained"
         self._drain_request = DrainRequest(run_folder)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffuserve.limit_argument import limits_argument
+from diffuserve.limits import PLAN_LIMITS, Limits
+
 if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Manifest
 
@@ -24,7 +27,13 @@ if TYPE_CHECKING:
     "--precision",
     help="Of the engine that is selected.  [default: its first that a component may have; with auto: any]",
 )
-def command(bundle: Path | None, select: str | None, precision: str | None) -> None:
+@limits_argument(
+    PLAN_LIMITS,
+    f"What TensorRT's plans are built for, where servers are to have other limits than the model's own: {', '.join(PLAN_LIMITS)}.",
+)
+def command(
+    bundle: Path | None, select: str | None, precision: str | None, limits: tuple[tuple[str, str], ...]
+) -> None:
     """Lists the engines, which of them this machine can run, and what mends the others.
 
     With BUNDLE, what each of its components runs on, and how the engines compared when they were tried. Assemble a
@@ -33,17 +42,18 @@ def command(bundle: Path | None, select: str | None, precision: str | None) -> N
     from diffuserve.bundle.manifest import read_manifest
 
     if bundle is None:
-        if select or precision:
-            raise click.UsageError("--select and --precision need a BUNDLE.")
+        if select or precision or limits:
+            raise click.UsageError("--select, --precision and --limit need a BUNDLE.")
         for line in _availability_lines():
             click.echo(line)
         return
-    if precision and not select:
-        raise click.UsageError("--precision needs --select.")
+    if (precision or limits) and not select:
+        raise click.UsageError("--precision and --limit need --select.")
     if select:
         from diffuserve.trials.selecting import select_engines
 
-        manifest = select_engines(bundle, select, precision, lambda name: click.echo(f"trying {name} ..."))
+        built_for = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
+        manifest = select_engines(bundle, select, precision, built_for, lambda name: click.echo(f"trying {name} ..."))
     else:
         manifest = read_manifest(bundle)
     for line in summary_lines(manifest):

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from diffuserve.engines.compiled_cache import remove_compiled
 from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed
+from diffuserve.limits import Limits
 from diffuserve.stages import Engine, finite_rows
 from diffuserve.tensors import UNET
 from diffuserve.trials.conversion import converted, exported_files, is_made
@@ -31,6 +33,8 @@ from diffuserve.trials.tolerance import tolerance_of
 
 AUTO = "auto"
 Way = tuple[str, str]  # engine, precision
+# A component, of the bundle in the folder, as an engine runs it in a precision.
+Convert = Callable[[Path, Component, str, str], Component]
 REFERENCE: Way = ("onnxruntime", "fp32")
 
 # Rows of a call. The UNet runs the most, and in batches; the other components run once an image.
@@ -42,7 +46,11 @@ _GAIN = 0.95
 
 
 def select_engines(
-    bundle: Path, engine: str, precision: str | None = None, progress: Callable[[str], None] = lambda line: None
+    bundle: Path,
+    engine: str,
+    precision: str | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Tries engines on a bundle and writes into its manifest what each component runs on, and the trials.
 
@@ -52,6 +60,7 @@ def select_engines(
             the fastest for each component.
         precision: of the engine; None is for each component the first that it may have, which is fp32 on CPUs and fp16 on
             GPUs, or with "auto" any.
+        limits: of the servers that TensorRT's plans are built for; by default the model's own.
         progress: called with each component's name before it is tried.
 
     Returns:
@@ -64,7 +73,8 @@ def select_engines(
     verify(bundle, manifest)
     ways = ways_to_try(engine, precision)
     try:
-        manifest = _selected(bundle, manifest, engine, ways, progress)
+        convert = partial(converted, model=manifest.model, limits=limits or Limits.for_model(manifest.model))
+        manifest = _selected(bundle, manifest, engine, ways, convert, progress)
         write_manifest(bundle, manifest)
     finally:
         for component in manifest.components.values():
@@ -73,7 +83,12 @@ def select_engines(
 
 
 def _selected(
-    bundle: Path, manifest: Manifest, engine: str, ways: Sequence[Way], progress: Callable[[str], None]
+    bundle: Path,
+    manifest: Manifest,
+    engine: str,
+    ways: Sequence[Way],
+    convert: Convert,
+    progress: Callable[[str], None],
 ) -> Manifest:
     """The manifest with the engines that the trials of `ways` lead to."""
     known: Arrays = {}
@@ -81,12 +96,12 @@ def _selected(
     for name, component in manifest.components.items():
         progress(name)
         own_ways = ways if engine == AUTO else first_allowed(ways, component)
-        tried[name] = _try(bundle, name, component, manifest.model, own_ways, known)
+        tried[name] = _try(bundle, name, component, manifest.model, own_ways, convert, known)
     _choose(bundle, tried, engine)  # raises if an engine that was named does not do
     progress("an image")
-    images = _draw(bundle, manifest, tried)
+    images = _draw(bundle, manifest, tried, convert)
     components = {
-        name: converted(bundle, manifest.components[name], trial.engine, trial.precision, manifest.model)
+        name: convert(bundle, manifest.components[name], trial.engine, trial.precision)
         for name, trial in _choose(bundle, tried, engine).items()
     }
     if not any(same_engines(image, components) for image in images):
@@ -115,7 +130,7 @@ def _choose(bundle: Path, tried: Mapping[str, Sequence[Trial]], engine: str) -> 
     return chosen
 
 
-def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]]) -> list[ImageParity]:
+def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]], convert: Convert) -> list[ImageParity]:
     """The reference image by each way that runs the UNet, with the reference in the place of what it does not run. A way
     that draws another image, or none that is finite, is rejected in `tried`."""
     images = []
@@ -124,7 +139,7 @@ def _draw(bundle: Path, manifest: Manifest, tried: dict[str, list[Trial]]) -> li
             continue
         kept = {name: trials[0] if trials[position].rejected else trials[position] for name, trials in tried.items()}
         components = {
-            name: converted(bundle, manifest.components[name], trial.engine, trial.precision, manifest.model)
+            name: convert(bundle, manifest.components[name], trial.engine, trial.precision)
             for name, trial in kept.items()
         }
         try:
@@ -194,7 +209,13 @@ def ways_to_try(engine: str, precision: str | None) -> list[Way]:
 
 
 def _try(
-    bundle: Path, name: str, component: Component, model: ModelSpec, ways: Sequence[Way], known: Arrays
+    bundle: Path,
+    name: str,
+    component: Component,
+    model: ModelSpec,
+    ways: Sequence[Way],
+    convert: Convert,
+    known: Arrays,
 ) -> list[Trial]:
     """One component's trials, in the order of `ways`, the reference's first; adds the reference's outputs to `known`."""
     batches = _BATCHES.get(name, _OTHER_BATCHES)
@@ -206,7 +227,7 @@ def _try(
     ]
 
     def load(way: Way) -> Engine:
-        candidate = converted(bundle, component, *way, model)
+        candidate = convert(bundle, component, *way)
         engine = load_engine(bundle / candidate.files[0].path, candidate, threads=0)
         warm(engine, candidate, model)  # as a server does: what is called first has mattered
         return engine

@@ -10,25 +10,17 @@ start it again.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import threading
-import time
 from pathlib import Path
-from types import TracebackType
 
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.defaults import READY_TIMEOUT_S
-from diffuserve.errors import LaunchError
-from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, DrainRequest, ModelSigns
-from diffuserve.serving.process import (
-    SHARED_MEMORY,
-    ServerProcess,
-    answers_ok,
-    check_ports,
-    make_run_folder,
-    remove_leftovers_of_the_dead,
-)
+from diffuserve.serving.launcher import Served, ServerLauncher
+from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, ModelSigns
+from diffuserve.serving.process import SHARED_MEMORY, ServerProcess, answers_ok
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
+from diffuserve.triton.configuration import read_options
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
 from diffuserve.triton.neighbours import RunFolderNeighbours
@@ -37,28 +29,27 @@ from diffuserve.triton.repository import check_repository
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
 # What Triton says, whatever its log level, where there is no GPU, and when it is asked to stop.
 _HARMLESS = ("Failed to initialize NVML", "CudaDriverHelper has not been initialized", "Signal (15) received")
-_EXIT_GRACE_S = 10.0
 # Triton takes about three seconds. After draining there is nothing left to lose, and Triton 2.51 sometimes keeps a request
 # whose client hung up in the middle, and with it the model, for good.
 _UNLOAD_TIMEOUT_S = 6.0
 _ABORT_TIMEOUT_S = 2.0
-_WATCH_INTERVAL_S = 0.2
 _LARGE_BLOCK_BYTES = 2**20
 
 
-class TritonServer:
+class TritonServer(ServerLauncher[TritonAddress]):
     """A running tritonserver; a context manager that stops it.
 
     Args:
         repository: the model repository, made by `diffuserve assemble`.
-        address: where it listens.
-        log_level: error, warning or info: what of Triton's log goes to this process's standard error.
-        ready_timeout_s: how long loading may take.
+        address, log_level, ready_timeout_s: as in `ServerLauncher`.
 
     Raises:
         LaunchError: a port is taken, Triton is missing, or it gave up; the message carries the reason.
         BundleError: the repository is not complete, or of several bundles.
+        ConfigurationError: an option in a config.pbtxt is unknown or not allowed, or the stages are configured for others.
     """
+
+    name = "Triton"
 
     def __init__(
         self,
@@ -68,96 +59,60 @@ class TritonServer:
         log_level: str = "error",
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
+        super().__init__(address, log_level=log_level, ready_timeout_s=ready_timeout_s)
         self.repository = repository
-        self.address = address
-        self._log_level = log_level
-        self._ready_timeout_s = ready_timeout_s
         self.models: tuple[str, ...] = ()
-        """The names that requests may ask for, known once it has been entered."""
-        self._process: ServerProcess | None = None
-        self._stopping = threading.Event()
-        self.failure: str | None = None
-        """Why the launcher ended Triton without being asked to."""
-
-    def __enter__(self) -> TritonServer:
-        self.models = check_repository(self.repository)
-        address = self.address
-        ports = [
-            ("--http-port", address.http_port),
-            ("--grpc-port", address.grpc_port),
-            ("--metrics-port", address.metrics_port),
-        ]
-        check_ports(address.host, ports)
-        remove_leftovers_of_the_dead()
-        self._run_folder = make_run_folder()
-        self._signs = {model: ModelSigns(self._run_folder, model) for model in self.models}
-        RunFolderNeighbours.prepare(self._run_folder, self.models)
+        """The names that requests may ask for, known once it is started."""
+        self._signs: tuple[ModelSigns, ...] = ()
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
-        try:
-            self._process = self._start()
-            self._process.wait_until(lambda: answers_ok(f"{address.http}/v2/health/ready"), self._ready_timeout_s)
-            threading.Thread(
-                target=self._watch, args=(self._process,), name="in-flight models' watch", daemon=True
-            ).start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.drain(_EXIT_GRACE_S)
-        self.stop()
 
     @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.running
+    def served(self) -> tuple[Served, ...]:
+        return tuple(map(self._served, self.models))
 
-    @property
-    def pid(self) -> int:
-        """Of tritonserver; its models are children of it."""
-        if self._process is None:
-            raise LaunchError("Triton has not been started.")
-        return self._process.pid
+    def _served(self, model: str) -> Served:
+        address = self.address
+        places = {
+            "gRPC": address.grpc,
+            "HTTP": f"{address.http}/v2/models/{model}/generate",
+            "metrics": address.metrics,
+        }
+        limits, _ = read_options(self.repository, model)
+        url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
+        name = "" if model == STABLE_DIFFUSION else f" --model {model}"
+        return Served(read_manifest(self.repository / model / "1"), limits, places, f"{url}{name}")
 
-    def drain(self, grace_s: float, give_up: threading.Event | None = None) -> bool:
-        """Makes every model refuse new requests and waits until those that they have are answered.
+    def _check(self) -> None:
+        self.models = check_repository(self.repository)
 
-        Args:
-            grace_s: how long to wait.
-            give_up: ends the waiting when set.
+    def _is_ready(self, process: ServerProcess) -> bool:
+        return answers_ok(f"{self.address.http}/v2/health/ready")
 
-        Returns:
-            Whether all were answered.
-        """
-        DrainRequest(self._run_folder).make()
-        end_s = time.monotonic() + grace_s
-        while self.running and time.monotonic() < end_s and not (give_up and give_up.is_set()):
-            if self._drained:
-                return True
-            time.sleep(0.05)
+    def _has_failed(self, process: ServerProcess) -> str:
+        dead = [signs.model for signs in self._signs if signs.died]
+        return f"The process of {' and '.join(dead)} has died" if dead else ""
+
+    def _is_drained(self, asked_s: float) -> bool:
         return self._drained
 
-    def stop(self) -> None:
-        """Stops Triton and its models and removes what they left in shared memory and on disk. Can be called twice.
-
-        A Triton that has drained gets time to unload its models. One that has not would wait in vain for calls between
-        its models, which it can no longer carry out.
-        """
-        self._stopping.set()
-        if self._process is not None:
-            self._process.stop(_UNLOAD_TIMEOUT_S if self._drained else _ABORT_TIMEOUT_S)
-        for path in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self._run_folder, ignore_errors=True)
+    @property
+    def _stop_timeout_s(self) -> float:
+        """A Triton that has drained gets time to unload its models. One that has not would wait in vain for calls between
+        its models, which it can no longer carry out."""
+        return _UNLOAD_TIMEOUT_S if self._drained else _ABORT_TIMEOUT_S
 
     @property
     def _drained(self) -> bool:
-        return all(signs.drained for signs in self._signs.values())
+        return all(signs.drained for signs in self._signs)
 
-    def _start(self) -> ServerProcess:
-        installation = find_installation(self._run_folder)
+    def _clean_up(self) -> None:
+        for path in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
+            path.unlink(missing_ok=True)
+
+    def _start(self, run_folder: Path) -> ServerProcess:
+        self._signs = tuple(ModelSigns(run_folder, model) for model in self.models)
+        RunFolderNeighbours.prepare(run_folder, self.models)
+        installation = find_installation(run_folder)
         warnings, info = _LOG_FLAGS[self._log_level]
         address = self.address
         control = ModelControl(address.http)
@@ -183,19 +138,10 @@ class TritonServer:
         ]
         if installation.backend_directory:
             command.append(f"--backend-directory={installation.backend_directory}")
-        environment = _environment(installation.library_paths, self._run_folder, control)
+        environment = _environment(installation.library_paths, run_folder, control)
         return ServerProcess(
-            "Triton", command, environment, show=lambda line: not any(words in line for words in _HARMLESS)
+            self.name, command, environment, show=lambda line: not any(words in line for words in _HARMLESS)
         )
-
-    def _watch(self, process: ServerProcess) -> None:
-        """Ends Triton when an in-flight model's process has died."""
-        while process.running and not self._stopping.wait(_WATCH_INTERVAL_S):
-            dead = [model for model, signs in self._signs.items() if signs.died]
-            if dead:
-                self.failure = f"The process of {' and '.join(dead)} has died, so Triton was ended. Start it again."
-                process.kill()
-                return
 
 
 def _environment(library_paths: tuple[Path, ...], run_folder: Path, control: ModelControl) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve.engines.tensorrt_profiles import check_limits, profiles
+from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
 from diffuserve.pipeline import Pipeline
@@ -61,7 +61,9 @@ class StableDiffusionModel:
             placement = read_placement(version_folder)
             models, options = split_parameters(parameters)
             limits, serving = limits_and_serving(placement.model, options)
-            components = read_manifest(version_folder).components
+            manifest = read_manifest(version_folder)
+            check_limits(limits, manifest)
+            components = manifest.components
             check_all_named(models, components)
             # Also for a Triton that the launcher has not started.
             repository = version_folder.parents[1]
@@ -71,12 +73,10 @@ class StableDiffusionModel:
                 stage: [spec.name for spec in component.tensors.outputs] for stage, component in components.items()
             }
             ranges = {
-                stage: profiles(component.tensors, placement.model)
+                stage: profiles_of(component, placement.model)
                 for stage, component in components.items()
                 if component.engine == "tensorrt"
             }
-            if ranges:
-                check_limits(limits, placement.model)
             self._stages = BlsStages(models, outputs, ranges)
             neighbours = RunFolderNeighbours.from_environment(name)
             self._pipeline = Pipeline(version_folder, self._stages, limits, serving, neighbours=neighbours)

@@ -51,9 +51,9 @@ def split_parameters(parameters: Mapping[str, str]) -> tuple[dict[str, str], dic
     Returns:
         The Triton model of each stage, by stage, none for a model that is not an in-flight model; and the other parameters.
     """
-    stages = {_parameter(stage): stage for stage in _ALL_STAGES}
-    models = {stages[name]: value for name, value in parameters.items() if name in stages}
-    return models, {name: value for name, value in parameters.items() if name not in stages}
+    others = dict(parameters)
+    named = {stage: others.pop(_parameter(stage), None) for stage in _ALL_STAGES}
+    return {stage: model for stage, model in named.items() if model is not None}, others
 
 
 def check_all_named(models: Mapping[str, str], stages: Iterable[str]) -> None:

@@ -79,7 +79,8 @@ def test_shapes(bundle: Path, stages: LocalStages) -> None:
 def test_an_engine_that_refuses_its_input_fails_the_call_only(bundle: Path, stages: LocalStages) -> None:
     model = read_manifest(bundle).model
     with pytest.raises(StageFailed, match="The stage text_encoder failed"):
-        asyncio.run(checked("text_encoder", stages.encode_text({"input_ids": np.zeros((1, model.max_tokens))})))
+        call = stages.encode_text({"input_ids": np.zeros((1, model.max_tokens))})
+        asyncio.run(checked("text_encoder", call, timeout_s=60))
     assert asyncio.run(stages.encode_text({"input_ids": np.zeros((1, model.max_tokens), np.int32)}))
 
 

@@ -17,6 +17,7 @@ from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.plan_runner import PlanRunner
 from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, Profile, profiles
 from diffuserve.errors import StageFailed
+from diffuserve.limits import Limits
 from diffuserve.tensors import UNET, VAE_DECODER, StageSpec, TensorSpec, stage_specs
 from tests.core.fakes import MODEL
 
@@ -189,7 +190,7 @@ class Plan:
 
     def __init__(self, stage: str = UNET, gpu: FakeGpu | None = None) -> None:
         self.stage, self.gpu = stage, gpu or FakeGpu()
-        self.ranges = profiles(TENSORS[stage], MODEL)
+        self.ranges = profiles(TENSORS[stage], MODEL, Limits.for_model(MODEL))
         self.profiles = [FakeProfile(ranges) for ranges in self.ranges]
         self.run = PlanRunner(TENSORS[stage], self.ranges, self._make_context, self.gpu)
 

@@ -12,10 +12,19 @@ import pytest
 
 from diffuserve.bundle.manifest import Manifest
 from diffuserve.engines.example_inputs import native_dims
-from diffuserve.engines.tensorrt_profiles import Shapes, check_limits, has_one_size, most_rows, profile_for, profiles
-from diffuserve.errors import BundleError, StageFailed
+from diffuserve.engines.tensorrt_profiles import (
+    Shapes,
+    check_limits,
+    has_one_size,
+    most_rows,
+    plan_limits,
+    profile_for,
+    profiles,
+    profiles_of,
+)
+from diffuserve.errors import ConfigurationError, StageFailed
 from diffuserve.graphs.sixteen_bit import PRECISIONS, sixteen_bit_from_onnx
-from diffuserve.limits import Limits
+from diffuserve.limits import PLAN_LIMITS, Limits
 from diffuserve.tensors import (
     SAFETY_CHECKER,
     TEXT_ENCODER,
@@ -33,9 +42,20 @@ from tests.graphs import check_profiles
 MOST_ROWS = {TEXT_ENCODER: 32, UNET: 32, VAE_DECODER: 8, VAE_ENCODER: 8, SAFETY_CHECKER: 8}
 
 
+LIMITS = Limits.for_model(MODEL)
+
+
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     return make_real_bundle(tmp_path)
+
+
+def with_plans(manifest: Manifest, built_for: dict[str, int]) -> Manifest:
+    components = {
+        name: msgspec.structs.replace(component, engine="tensorrt", plan_limits=built_for)
+        for name, component in manifest.components.items()
+    }
+    return msgspec.structs.replace(manifest, components=components)
 
 
 def shapes_of(tensors: StageSpec, rows: int, width: int, height: int, chunks: int = 1) -> Shapes:
@@ -66,18 +86,18 @@ def test_a_graph_that_fixes_what_a_profile_leaves_free_is_noticed(tmp_path: Path
 def test_profiles_hold_what_other_families_add() -> None:
     """Stable Diffusion XL's pooled text and image size, and LCM's guidance, have a batch and no other free dimension."""
     table = stage_specs(max_tokens=12, hidden_size=5, latent_channels=4, pooled_size=20, guidance_size=16)
-    for profile in profiles(table[UNET], MODEL):
+    for profile in profiles(table[UNET], MODEL, LIMITS):
         for name, size in (("text_embeds", 20), ("time_ids", 6), ("timestep_cond", 16)):
             for selector in ("min", "opt", "max"):
                 assert getattr(profile[name], selector) == (getattr(profile["sample"], selector)[0], size)
-    for profile in profiles(table[TEXT_ENCODER], MODEL):
+    for profile in profiles(table[TEXT_ENCODER], MODEL, LIMITS):
         assert profile["input_ids"] == profile["input_ids_2"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_few_profiles_for_the_native_size(manifest: Manifest, stage: str) -> None:
     tensors = manifest.components[stage].tensors
-    found = profiles(tensors, MODEL)
+    found = profiles(tensors, MODEL, LIMITS)
     rows = [next(iter(profile.values())) for profile in found]
     batches = [(ranges.min[0], ranges.opt[0], ranges.max[0]) for ranges in rows]
     native = [(1, 2, 2), (3, 8, 8), (9, 32, 32)][: 3 if MOST_ROWS[stage] == 32 else 2]
@@ -90,12 +110,11 @@ def test_few_profiles_for_the_native_size(manifest: Manifest, stage: str) -> Non
 @pytest.mark.parametrize("stage", STAGES)
 def test_whatever_the_limits_allow_has_a_profile(manifest: Manifest, stage: str) -> None:
     tensors = manifest.components[stage].tensors
-    found = profiles(tensors, MODEL)
-    limits = Limits.for_model(MODEL)
-    sides = range(MODEL.size_multiple, limits.max_side_px + 1, MODEL.size_multiple)
+    found = profiles(tensors, MODEL, LIMITS)
+    sides = range(MODEL.size_multiple, LIMITS.max_side_px + 1, MODEL.size_multiple)
     for width in sides:
         for height in sides:
-            for chunks in range(1, limits.max_prompt_chunks + 1):
+            for chunks in range(1, LIMITS.max_prompt_chunks + 1):
                 shapes = shapes_of(tensors, 1, width, height, chunks)
                 rows = most_rows(found, shapes)
                 for count in (1, rows):
@@ -107,7 +126,7 @@ def test_whatever_the_limits_allow_has_a_profile(manifest: Manifest, stage: str)
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_profile_allows_more_than_the_largest_batch_of_the_native_size(manifest: Manifest, stage: str) -> None:
     tensors = manifest.components[stage].tensors
-    for profile in profiles(tensors, MODEL):
+    for profile in profiles(tensors, MODEL, LIMITS):
         for spec in tensors.inputs:
             if spec.dims[-2:] == (-1, -1) or spec.dims[-1] == 3:  # latents and images
                 largest = profile[spec.name].max
@@ -121,7 +140,7 @@ def test_no_profile_allows_more_than_the_largest_batch_of_the_native_size(manife
 
 def test_shapes_beyond_the_limits_have_none() -> None:
     tensors = stage_specs(max_tokens=12, hidden_size=5, latent_channels=4)[UNET]
-    found = profiles(tensors, MODEL)
+    found = profiles(tensors, MODEL, LIMITS)
     inputs = {spec.name: spec for spec in tensors.inputs}
     for changed in ({"width": 144}, {"height": 8}, {"chunks": 4}):
         shapes = shapes_of(tensors, 2, **{"width": 64, "height": 48, **changed})
@@ -135,11 +154,32 @@ def test_shapes_beyond_the_limits_have_none() -> None:
         profile_for(found, dict.fromkeys(inputs, (2, 4)))
 
 
-@pytest.mark.parametrize("limit", ["max_side_px", "max_prompt_chunks"])
-def test_limits_beyond_what_plans_are_built_for_are_refused(limit: str) -> None:
-    limits = Limits.for_model(MODEL)
-    check_limits(limits, MODEL)
-    check_limits(replace(limits, max_steps=1000, **{limit: 1}), MODEL)
-    raised = getattr(limits, limit) + 1
-    with pytest.raises(BundleError, match=f"The limit {limit} is {raised}, and TensorRT's plans are built for at most"):
-        check_limits(replace(limits, **{limit: raised}), MODEL)
+@pytest.mark.parametrize("limit", PLAN_LIMITS)
+def test_limits_beyond_what_plans_are_built_for_are_refused(manifest: Manifest, limit: str) -> None:
+    raised, lower = getattr(LIMITS, limit) + 16, getattr(LIMITS, limit) - 1
+    more = replace(LIMITS, **{limit: raised})
+    check_limits(more, manifest)  # runs no plan
+    plans = with_plans(manifest, {})
+    check_limits(replace(LIMITS, max_steps=1000, **{limit: lower}), plans)
+    with pytest.raises(
+        ConfigurationError, match=rf"{limit} is {raised}, .* --select tensorrt --limit {limit}={raised}, "
+    ):
+        check_limits(more, plans)
+    check_limits(more, with_plans(manifest, {limit: raised}))
+    with pytest.raises(
+        ConfigurationError, match=f"The limit {limit} is {raised}, and TensorRT's plan of .* at most {lower}."
+    ):
+        check_limits(more, with_plans(manifest, {limit: lower}))
+
+
+def test_profiles_follow_from_the_limits(manifest: Manifest) -> None:
+    limits = replace(LIMITS, max_rows=64, max_side_px=256, max_prompt_chunks=5)
+    assert plan_limits(limits) == {"max_rows": 64, "max_side_px": 256, "max_prompt_chunks": 5}
+    component = with_plans(manifest, plan_limits(limits)).components[UNET]
+    found = profiles_of(component, MODEL)
+    assert found == profiles(component.tensors, MODEL, limits) != profiles_of(manifest.components[UNET], MODEL)
+    *native, other = [profile["sample"] for profile in found]
+    assert [ranges.max[0] for ranges in native] == [2, 8, 32, 64]
+    assert other.max[2:] == (32, 32)
+    assert most_rows(found, shapes_of(component.tensors, 1, MODEL.width, MODEL.height)) == 64
+    assert profile_for(found, shapes_of(component.tensors, 1, 256, 256, chunks=5)) == len(native)

@@ -14,7 +14,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from diffuserve.bundle.checksums import describe_file
 from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
 from diffuserve.engines.example_inputs import native_dims
-from diffuserve.engines.tensorrt_profiles import profiles
+from diffuserve.engines.tensorrt_profiles import profiles_of
 from diffuserve.errors import BundleError
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
@@ -48,7 +48,7 @@ def with_plans(bundle: Path) -> None:
     manifest = with_precision(bundle, "tensorrt", "fp16")
     components = {}
     for name, component in manifest.components.items():
-        plan = bundle / name / "model.fp16.sm90.trt11.4.1.plan"
+        plan = bundle / name / "model.fp16.32x128x3.sm90.trt11.4.1.plan"
         plan.write_bytes(b"no real plan")
         components[name] = msgspec.structs.replace(component, files=(describe_file(bundle, plan), *component.files))
     write_manifest(bundle, msgspec.structs.replace(manifest, components=components))
@@ -115,8 +115,8 @@ def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: 
             continue
         [group] = config.instance_group
         assert (group.kind, list(group.gpus)) == (ModelInstanceGroup.KIND_GPU, [0, 1] if stage == UNET else [0])
-        assert config.default_model_filename == "model.fp16.sm90.trt11.4.1.plan"
-        ranges = profiles(manifest.components[stage].tensors, manifest.model)
+        assert config.default_model_filename == "model.fp16.32x128x3.sm90.trt11.4.1.plan"
+        ranges = profiles_of(manifest.components[stage], manifest.model)
         assert list(group.profile) == [str(number) for number in range(len(ranges))]
         assert config.optimization.cuda.graphs
         specs = config.optimization.cuda.graph_spec

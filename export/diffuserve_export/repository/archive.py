@@ -23,6 +23,7 @@ from diffuserve import __version__
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from diffuserve.defaults import BATCH_TIMEOUT_S
+from diffuserve.engines.tensorrt_profiles import check_limits
 from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.images.safety import refuse_without_safety_checker
 from diffuserve.limits import Limits
@@ -76,15 +77,18 @@ def archive_from_bundle(
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, `output` has another ending
             or cannot be written, or torch-model-archiver failed.
-        ConfigurationError: a batch may have more requests than may wait.
+        ConfigurationError: a batch may have more requests than may wait, or the limits allow what the bundle's TensorRT plans
+            were not built for.
     """
     if output.suffix != ".mar":
         raise BundleError(f"{output} is no name for a model archive. Give it the ending .mar.")
     serving = serving or Serving(call_timeout_s=BATCH_TIMEOUT_S)
     manifest = read_manifest(bundle)
+    limits = limits or Limits.for_model(manifest.model)
+    check_limits(limits, manifest)
     config = config_from_options(
         manifest,
-        limits or Limits.for_model(manifest.model),
+        limits,
         serving,
         torchserve or TorchServing(),
         bundle if by_reference else None,

@@ -10,13 +10,12 @@ import click
 
 from diffuserve.defaults import BATCH_TIMEOUT_S
 from diffuserve.errors import DiffuserveError
+from diffuserve.limit_argument import CommandWithLimits, limits_argument
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve_export.repository.serving_arguments import (
-    CommandWithLimits,
     arguments_of,
     given,
-    limits_argument,
     options_from_arguments,
     tell_what_is_lost,
 )
@@ -37,7 +36,7 @@ _ARCHIVES = Path("model_store/mar")
     help=f"The archive.  [default: {_ARCHIVES}/NAME.mar, the model's name]",
 )
 @arguments_of(TorchServing)
-@limits_argument
+@limits_argument()
 @arguments_of(
     Serving,
     leave_out=["unet_instances"],

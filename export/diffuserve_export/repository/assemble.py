@@ -24,6 +24,7 @@ from diffuserve.bundle.file_samples import sample_file
 from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_manifest
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
+from diffuserve.engines.tensorrt_profiles import check_limits
 from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
@@ -70,6 +71,7 @@ def repository_from_bundle(
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
             one of its engines, `name` cannot be a model's, `output` holds something else than models or a model of another
             name with the same folders, or it cannot be written.
+        ConfigurationError: the limits allow what the bundle's TensorRT plans were not built for.
     """
     serving = serving or Serving()
     manifest = read_manifest(bundle)
@@ -78,6 +80,7 @@ def repository_from_bundle(
         refuse_without_safety_checker(manifest)
     components = {stage_model(check_model_name(name), stage): each for stage, each in manifest.components.items()}
     checker = stage_model(name, SAFETY_CHECKER)
+    check_limits(limits, manifest)
     check_output(output, name, {name, checker, *components})
     verify(bundle, manifest)
     head = sources(manifest, given_arguments(manifest.model, limits, serving, backend, name))

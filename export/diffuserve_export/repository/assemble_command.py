@@ -8,13 +8,12 @@ from typing import Any
 import click
 
 from diffuserve.errors import BundleError, ConfigurationError
+from diffuserve.limit_argument import CommandWithLimits, limits_argument
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_export.repository.serving_arguments import (
-    CommandWithLimits,
     arguments_of,
-    limits_argument,
     options_from_arguments,
     tell_what_is_lost,
 )
@@ -37,7 +36,7 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     show_default=True,
     help="What requests call the model; its stages are named after it.",
 )
-@limits_argument
+@limits_argument()
 @arguments_of(
     Serving,
     require_safety_checker={

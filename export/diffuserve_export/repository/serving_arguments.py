@@ -7,49 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
-from diffuserve.errors import ConfigurationError
 from diffuserve.limits import Limits
 from diffuserve.options import Option, changed, options_of
 
 Options = TypeVar("Options")
 Command = Callable[..., Any]
-_LIMITS = options_of(Limits)
-
-
-class CommandWithLimits(click.Command):
-    """Its help ends with the limits."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_options(ctx, formatter)
-        with formatter.section("Limits"):
-            formatter.write_dl([(each.name, _described(each)) for each in _LIMITS.values()])
-
-
-def _described(limit: Option) -> str:
-    return f"{limit.meaning}  [default: {limit.default_words or f'{limit.default:g}'}; {limit.allowed}]"
-
-
-class _Limit(click.ParamType):
-    name = "NAME=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        name, equals, text = str(value).partition("=")
-        if not equals or name not in _LIMITS:
-            self.fail(f"{value!r} is not a limit and its value. The limits are: {', '.join(_LIMITS)}.", param, ctx)
-        try:
-            _LIMITS[name].from_text(text)
-        except ConfigurationError as error:
-            self.fail(str(error), param, ctx)
-        return name, text
-
-
-limits_argument = click.option(
-    "--limit",
-    "limits",
-    type=_Limit(),
-    multiple=True,
-    help="A limit other than the default, such as max_steps=200; may be repeated. See below.",
-)
 
 
 def arguments_of(

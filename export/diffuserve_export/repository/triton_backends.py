@@ -69,9 +69,9 @@ def set_backend(config: Any, backend: str, component: Component, model: ModelSpe
 
 def _use_profiles(config: Any, component: Component, model: ModelSpec) -> None:
     """All of a plan's profiles, and a CUDA graph for each small batch of the native size."""
-    from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, has_one_size, profiles
+    from diffuserve.engines.tensorrt_profiles import MOST_GRAPH_ROWS, has_one_size, profiles_of
 
-    ranges = profiles(component.tensors, model)
+    ranges = profiles_of(component, model)
     config.instance_group[0].profile.extend(str(number) for number in range(len(ranges)))
     config.optimization.cuda.graphs = True
     for profile in filter(has_one_size, ranges):

@@ -12,6 +12,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.availability import availability
 from diffuserve.engines.example_inputs import Arrays
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.limits import Limits
 from diffuserve.stages import Engine
 from diffuserve.trials.conversion import converted
 from diffuserve_loadtest.bench.gpu.record import Skipped
@@ -63,7 +64,7 @@ def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:
         raise Skipped(way.lack)
     if way.precision == "fp16" and component.overflows_in_fp16:
         raise Skipped(f"the {stage} overflows in fp16, as its checkpoint says")
-    return converted(bundle, component, way.engine, way.precision, manifest.model)
+    return converted(bundle, component, way.engine, way.precision, manifest.model, Limits.for_model(manifest.model))
 
 
 def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
