@@ -268,6 +268,11 @@ def test_a_restart_under_load_of_both_loses_no_request(two: Path, alone: Drawn) 
                 assert_same(pixels(future.result(timeout=120)), alone[job])
             assert first.wait(timeout=60) == 0
             assert "Stopped." in said.join()
+            assert first.stdout is not None
+            output = first.stdout.read()
+            for model, option in ((STABLE_DIFFUSION, "\n"), (NEGATIVE, " --model negative\n")):
+                assert f"{address.http}/v2/models/{model}/generate\n" in output
+                assert f'"a slice of pizza, glossy" --url {address.grpc}{option}' in output
         with serve(two / "repository", address) as second:
             said = Lines(second)
             for job, future in later.items():
