@@ -151,8 +151,8 @@ class AsyncClient:
                 event = exchange.take(message)
                 if event is not None:
                     yield event
-            if exchange.unknown_model:
-                exchange.unknown_model.name_others(await self._models())
+            if exchange.model_is_unknown:
+                exchange.name_models(await self._models())
             exchange.check_finished()
         except asyncio.TimeoutError:
             if not exchange.finished:

@@ -168,8 +168,8 @@ class Client:
                     event = exchange.take(message)
                     if event is not None:
                         yield event
-                if exchange.unknown_model:
-                    exchange.unknown_model.name_others(self._models())
+                if exchange.model_is_unknown:
+                    exchange.name_models(self._models())
                 exchange.check_finished()
             except grpc.RpcError as error:
                 if exchange.finished:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffuserve.errors import DiffuserveError, ServerUnavailable
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.failures import UnknownModel, error_from_status
+from diffuserve_client.failures import error_from_status, unknown_model
 from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.server import Server
@@ -98,9 +98,14 @@ class Exchange:
         )
 
     @property
-    def unknown_model(self) -> UnknownModel | None:
-        """The error, if it is this one."""
-        return self._error if isinstance(self._error, UnknownModel) else None
+    def model_is_unknown(self) -> bool:
+        """Whether the server has no model of the name."""
+        return isinstance(self._error, ServerUnavailable) and self._error.unknown_model
+
+    def name_models(self, models: Sequence[str]) -> None:
+        """Has the error then say which there are, if that is known."""
+        if models:
+            self._error = unknown_model(self._endpoint.url, self._endpoint.model, f". It serves: {', '.join(models)}.")
 
     def check_finished(self) -> None:
         """Raises the error that the server sent, or `ServerUnavailable` if it ended the call without a result."""

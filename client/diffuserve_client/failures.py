@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffuserve.errors import Cancelled, DiffuserveError, InvalidRequest, ServerUnavailable, StageFailed, from_wire
@@ -18,17 +17,9 @@ _HUNG_UP = ("Socket closed", "reset by peer", "Broken pipe")
 _REFUSED_INPUT = ("inference input", "for input", "inputs but got")
 
 
-class UnknownModel(ServerUnavailable):
-    """The server has no model of this name; to callers a `ServerUnavailable`, whose message can still say which it has."""
-
-    def __init__(self, address: str, model: str, text: str) -> None:
-        self._start = f"The server at {address} does not serve the model {model!r}"
-        super().__init__(f"{self._start} ({text}). It may serve another: see its log.")
-
-    def name_others(self, models: Sequence[str]) -> None:
-        """Says which it has, if there are any."""
-        if models:
-            self.args = (f"{self._start}. It serves: {', '.join(models)}.",)
+def unknown_model(address: str, model: str, others: str) -> ServerUnavailable:
+    """`others`: what is known of the models that there are."""
+    return ServerUnavailable(f"The server at {address} does not serve the model {model!r}{others}", unknown_model=True)
 
 
 def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
@@ -44,7 +35,7 @@ def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
             never_begun=True,
         )
     if any(words in lowered for words in _NO_MODEL):
-        return UnknownModel(address, model, text)
+        return unknown_model(address, model, f" ({text}). It may serve another: see its log.")
     if any(words in lowered for words in _REFUSED_INPUT):
         return InvalidRequest(f"{text.rstrip()} (Client and server may be of different versions.)")
     return StageFailed(text)

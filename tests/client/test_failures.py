@@ -10,7 +10,7 @@ from diffuserve.errors import (
     ServerUnavailable,
     StageFailed,
 )
-from diffuserve_client.failures import UnknownModel, error_from_status, error_from_text
+from diffuserve_client.failures import error_from_status, error_from_text
 from diffuserve_client.triton import Triton
 
 
@@ -18,7 +18,7 @@ from diffuserve_client.triton import Triton
     ("text", "expected"),
     [
         ("[deadline_exceeded] too late", DeadlineExceeded),
-        ("Request for unknown model: 'nope' is not found", UnknownModel),
+        ("Request for unknown model: 'nope' is not found", ServerUnavailable),
         ("Request for unknown model: 'stable_diffusion' has no available versions", ServerUnavailable),
         ("unexpected inference input 'steps' for model 'stable_diffusion'", InvalidRequest),
         (
