@@ -1,4 +1,4 @@
-# Servers without a model: mount a repository, made by `diffuserve assemble`, at /models.
+# Servers without a model: mount a repository, made with `diffuserve assemble`, at /models.
 #
 #   docker build --target cpu --tag diffuserve:cpu .
 #   docker run --rm --shm-size 1g --publish 127.0.0.1:8000-8002:8000-8002 \

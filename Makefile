@@ -1,4 +1,4 @@
-# `make demo` draws a picture from a bare checkout; `make test` runs the default suite. Both are safe to run again.
+# `make demo` draws a picture from a bare checkout; `make test` runs the default suite. Both can be run again safely.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,11 +32,11 @@ test: repository  ## the default suite: lint, types and tests, under 10 minutes 
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-all: repository  ## everything, the slow tests too, but for those of test-real
+test-all: repository  ## everything, including slow tests, except test-real's
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest --ignore tests/export/test_real_size.py
 
-test-real: install  ## export Stable Diffusion 1.5 and XL at their real size, random weights: 24 GB of memory, 40 minutes
+test-real: install  ## export Stable Diffusion 1.5 and XL at their real size with random weights: 24 GB of memory, 40 minutes
 	$(BIN)/pytest -s tests/export/test_real_size.py
 
 lint: install
@@ -48,7 +48,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: repository  ## every benchmark, an hour or two on two cores; results in bench-results/
+bench: repository  ## every benchmark but bench gpu, an hour or two on two cores; results in bench-results/
 	$(BIN)/diffuserve bench engine --save
 	$(BIN)/diffuserve assemble $(BUNDLE) --output triton_repo
 	$(BIN)/diffuserve archive $(BUNDLE)
@@ -56,5 +56,5 @@ bench: repository  ## every benchmark, an hour or two on two cores; results in b
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 
-clean:  ## remove what was made, but not the virtual environment
+clean:  ## remove what was made, except the virtual environment
 	rm -rf model_store/bundles model_store/mar triton_repo/*/1/[!m]* demo.png bench-results

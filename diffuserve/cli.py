@@ -26,9 +26,9 @@ _VERBS = {
     "engines": ("diffuserve.trials.engines_command", "What this machine can run, and what a bundle runs on.", "serve"),
     "serve": ("diffuserve.serve_command", "Starts Triton or TorchServe.", "serve"),
     "generate": ("diffuserve_client.generate_command", "Prompt -> image, from a running server or --local.", "serve"),
-    "loadtest": ("diffuserve_loadtest.cli", "Loads a server with a workload, and reports.", "loadtest"),
+    "loadtest": ("diffuserve_loadtest.loadtest_command", "Loads a server with a workload, and reports.", "loadtest"),
     "train": ("diffuserve_training.train_command", "Trains the bundled model, or a LoRA for a checkpoint.", "train"),
-    "bench": ("diffuserve_loadtest.bench.cli", "Measures, two things against each other in one run.", "loadtest"),
+    "bench": ("diffuserve_bench.bench_command", "Measures, two things against each other in one run.", "loadtest"),
 }
 
 

@@ -22,7 +22,7 @@ def conditioning_from_request(request: TextToImageRequest, unet: StageSpec) -> C
         if tensor.name == TIME_IDS:
             made[TIME_IDS] = time_ids(request.width, request.height)
         elif tensor.name == TIMESTEP_COND:
-            made[TIMESTEP_COND] = guidance_embedding(request.guidance_scale, tensor.dims[0])
+            made[TIMESTEP_COND] = guidance_embedding(request.guidance_scale, tensor.triton_dims[0])
     return made
 
 

@@ -15,8 +15,8 @@
 
 Triton's status codes lack several of these, and errors on a gRPC stream arrive as text only. So a message on the wire
 begins with a machine-readable code, `[queue_full retry_after_s=2.5] 64 requests are waiting ...`; `to_wire` writes it
-and `from_wire` reads it back. `TRITON_CODE` is the one table from the tree to Triton's codes; `HTTP_STATUS` the one to
-HTTP's where a server lets us choose.
+and `from_wire` reads it back. `TRITON_CODE` is the one table from the tree to Triton's codes; the one to
+HTTP's, where a server lets us choose, is in `diffuserve.http_answers`.
 """
 
 from __future__ import annotations
@@ -101,15 +101,6 @@ TRITON_CODE: dict[type[DiffuserveError], str] = {
     QueueFull: "UNAVAILABLE",
     Draining: "UNAVAILABLE",
     DeadlineExceeded: "UNAVAILABLE",
-}
-
-HTTP_STATUS: dict[type[DiffuserveError], int] = {
-    InvalidRequest: 400,
-    Cancelled: 499,
-    StageFailed: 500,
-    QueueFull: 503,
-    Draining: 503,
-    DeadlineExceeded: 504,
 }
 
 _BY_CODE: dict[str, type[DiffuserveError]] = {cls.code: cls for cls in DiffuserveError.__subclasses__()}

@@ -39,7 +39,7 @@ class Completed:
 
     `images`: one file an image in the request's format (raw: H x W x 3 bytes, row by row); `pixels`: (n, H, W, 3) uint8;
     `flagged`: whether the safety checker withheld an image, which then is black; `parameters`: what drew each image, as
-    text; `queue_s`: from arrival to the first step done; `denoise_s`: from there to the last; `total_s`: from arrival to
+    text; `queue_s`: from arrival to admission to the batch; `denoise_s`: from there to the last step; `total_s`: from arrival to
     this event.
     """
 

@@ -40,8 +40,10 @@ def limits_argument(
 
     def read(value: str) -> tuple[str, str]:
         name, equals, text = value.partition("=")
-        if not equals or name not in names:
-            raise click.BadParameter(f"{value!r} is not a limit and its value. The limits are: {', '.join(names)}.")
+        if name not in names:
+            raise click.BadParameter(f"There is no limit {name!r}. There are: {', '.join(names)}.")
+        if not equals:
+            raise click.BadParameter(f"{name} has no value. Write {name}=VALUE; it must be {_LIMITS[name].allowed}.")
         try:
             _LIMITS[name].from_text(text)
         except ConfigurationError as error:

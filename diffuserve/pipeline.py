@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffuserve.batching.admission import Admission, Promise
+from diffuserve.batching.admission import Admission
 from diffuserve.batching.costs import CallCosts
 from diffuserve.batching.jobs import Job, LatentShape
+from diffuserve.batching.ledger import Entry, Ledger
 from diffuserve.batching.load import Neighbours
 from diffuserve.batching.loop import InflightLoop
 from diffuserve.batching.policies import POLICIES
@@ -37,7 +38,7 @@ from diffuserve.request import TextToImageRequest
 from diffuserve.request_warnings import request_warnings
 from diffuserve.samplers import NoiseSchedule, trajectory
 from diffuserve.serving_options import Serving
-from diffuserve.stages import Float32, Stages
+from diffuserve.stages import Float32, StageCalls, Stages
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve.text.embeddings import TextEmbeddings
@@ -88,45 +89,33 @@ class Pipeline:
         self.limits = limits or Limits.for_model(self.manifest.model)
         self._schedule = NoiseSchedule.from_config(self.manifest.scheduler)
         self.stats = Stats()
+        calls = StageCalls(stages, serving.call_timeout_s)
         self._embeddings = TextEmbeddings(
             tokenizers_of(bundle, self.manifest),
-            stages,
+            calls,
             self.stats,
             max_chunks=self.limits.max_prompt_chunks,
             zero_empty_negative=self.manifest.model.zero_empty_negative,
-            call_timeout_s=serving.call_timeout_s,
         )
         selection = selection_from_serving(serving, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
-        self._admission = Admission(selection.max_rows, serving.unet_instances, neighbours)
+        self._ledger = Ledger()
+        self._admission = Admission(self._ledger, selection.max_rows, serving.unet_instances, neighbours)
         self._loop = InflightLoop(
-            stages.denoise,
+            calls.denoise,
             selection,
             max_active_images=self.limits.max_active_images,
             instances=serving.unet_instances,
-            call_timeout_s=serving.call_timeout_s,
             stats=self.stats,
             on_call=self._admission.observe_call,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
-        self._decoder = Decoder(self.manifest, stages, self._encoders, self.stats, serving.call_timeout_s)
-        # In order of arrival: those not past their first step, and those past it.
-        self._waiting: dict[_Steps, TextToImageRequest] = {}
-        self._running: dict[_Steps, TextToImageRequest] = {}
+        self._decoder = Decoder(self.manifest, calls, self._encoders, self.stats)
         self._draining = False
-
-    @property
-    def loop(self) -> InflightLoop:
-        return self._loop
 
     def gauges(self) -> dict[str, int]:
         """The gauges of `diffuserve.stats.METRICS`."""
-        return {
-            "requests_waiting": len(self._waiting),
-            "requests_running": len(self._running),
-            "rows_waiting": sum(request.rows for request in list(self._waiting.values())),
-            "rows_running": sum(request.rows for request in list(self._running.values())),
-        }
+        return self._ledger.gauges()
 
     def drain(self) -> None:
         """Refuses every request from now on; those accepted go on."""
@@ -149,15 +138,15 @@ class Pipeline:
             StageFailed: an engine failed, or returned values that are not finite.
         """
         self._refuse_if_full(request)
-        promise = self._promise(request)
+        entry = self._entry(request)
         steps: _Steps = asyncio.Queue()
-        self._waiting[steps] = request
-        self._admission.accept(promise)
-        drawing = asyncio.create_task(self._draw_in_time(request, steps, promise))
+        self._ledger.add(entry)
+        self._admission.tell()
+        drawing = asyncio.create_task(self._draw_in_time(request, steps, entry))
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
-            yield Accepted(request.steps, self._position(steps))
-            async for event in self._progress(request, steps):
+            yield Accepted(request.steps, self._ledger.position(entry))
+            async for event in self._progress(request, steps, entry):
                 if request.progress:
                     yield event
             completed = await drawing
@@ -176,26 +165,23 @@ class Pipeline:
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
-            self._waiting.pop(steps, None)
-            self._running.pop(steps, None)
-            self._admission.release(promise)
+            self._ledger.remove(entry)
+            self._admission.tell()
 
-    async def _progress(self, request: TextToImageRequest, steps: _Steps) -> AsyncIterator[Accepted | Progressed]:
+    async def _progress(
+        self, request: TextToImageRequest, steps: _Steps, entry: Entry
+    ) -> AsyncIterator[Accepted | Progressed]:
         while True:
-            timeout_s = REPORT_WAITING_S if steps in self._waiting else None
+            timeout_s = None if entry.begun else REPORT_WAITING_S
             try:
                 step = await asyncio.wait_for(steps.get(), timeout_s)
-            except asyncio.TimeoutError:
-                yield Accepted(request.steps, self._position(steps))
+            except TimeoutError:
+                yield Accepted(request.steps, self._ledger.position(entry))
                 continue
             if step is None:
                 return
             previews = await self._previews(step) if request.progress else ()
             yield Progressed(step.step, request.steps, step.eta_s, previews)
-
-    def _position(self, steps: _Steps) -> int:
-        """Requests that arrived earlier and wait too."""
-        return next((index for index, waiting in enumerate(self._waiting) if waiting is steps), 0)
 
     def _count_completed(self, completed: Completed) -> None:
         images = len(completed.images)
@@ -204,45 +190,45 @@ class Pipeline:
         self.stats.count("images_withheld", sum(completed.flagged))
         self.stats.observe("request_seconds", completed.total_s)
         self.stats.observe("image_seconds", completed.total_s / images)
-        self.stats.observe("first_step_seconds", completed.queue_s)
 
     def _refuse_if_full(self, request: TextToImageRequest) -> None:
         if self._draining:
             self.stats.count("requests_refused")
             raise Draining("The server is shutting down and takes no new requests. Send it to another, or again later.")
-        waiting, rows = len(self._waiting), self.gauges()["rows_waiting"]
+        waiting = len(self._ledger.waiting)
+        rows = sum(entry.rows for entry in self._ledger.waiting)
         full = waiting >= self.limits.max_waiting_requests or rows + request.rows > self.limits.max_waiting_rows
         if waiting and full:
             self.stats.count("requests_refused")
             rows_per_s = self._loop.rows_per_s
-            retry_after_s = min(60.0, max(0.1, self._loop.rows_left / rows_per_s)) if rows_per_s else 1.0
+            retry_after_s = min(60.0, max(0.1, self._ledger.rows_left / rows_per_s)) if rows_per_s else 1.0
             raise QueueFull(
                 f"{waiting} requests of {rows} rows are waiting, and no more are queued. Try again in {retry_after_s:.1f} s.",
                 retry_after_s,
             )
 
-    def _promise(self, request: TextToImageRequest) -> Promise:
+    def _entry(self, request: TextToImageRequest) -> Entry:
         """Raises QueueFull if it, or one that has been accepted, would be late."""
         now_s = time.monotonic()
-        promise = Promise(
+        entry = Entry(
             shape=self._latent_shape(request),
             rows=request.rows,
             evaluations_left=trajectory(self._schedule, request.sampler, request.steps).evaluations,
             priority=request.priority,
             end_s=now_s + request.timeout_ms / 1000 if request.timeout_ms else math.inf,
         )
-        excess_s = self._admission.excess_s(promise, now_s)
+        excess_s = self._admission.excess_s(entry, now_s)
         if excess_s > 0:
             self.stats.count("requests_refused")
             retry_after_s = min(60.0, max(0.1, excess_s))
-            here, elsewhere = len(self._admission.accepted), self._admission.requests_elsewhere
+            here, elsewhere = len(self._ledger), self._admission.requests_elsewhere
             others = f", {elsewhere} of them by other models on the same device" if elsewhere else ""
             raise QueueFull(
                 f"{here + elsewhere} requests are being drawn{others}, so that this one or one of them would not be "
                 f"finished within its timeout_ms. Try again in {retry_after_s:.1f} s.",
                 retry_after_s,
             )
-        return promise
+        return entry
 
     def _latent_shape(self, request: TextToImageRequest) -> LatentShape:
         model = self.manifest.model
@@ -252,33 +238,34 @@ class Pipeline:
             request.width // model.vae_scale_factor,
         )
 
-    async def _draw_in_time(self, request: TextToImageRequest, steps: _Steps, promise: Promise) -> Completed:
+    async def _draw_in_time(self, request: TextToImageRequest, steps: _Steps, entry: Entry) -> Completed:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
-            return await asyncio.wait_for(self._draw(request, steps, promise), timeout_s)
-        except asyncio.TimeoutError:
+            return await asyncio.wait_for(self._draw(request, steps, entry), timeout_s)
+        except TimeoutError:
             raise DeadlineExceeded(
                 f"The request was not finished within its timeout_ms of {request.timeout_ms}. "
                 "Allow more time, fewer steps or fewer images."
             ) from None
 
-    async def _draw(self, request: TextToImageRequest, steps: _Steps, promise: Promise) -> Completed:
+    async def _draw(self, request: TextToImageRequest, steps: _Steps, entry: Entry) -> Completed:
         arrival_s = time.monotonic()
         prompts = request.prompt, request.negative_prompt if request.guided else None
         conditional, unconditional = await self._embeddings.get_pair(*prompts)
 
         def on_step(step: int, denoised: Float32 | None) -> None:
-            if steps in self._waiting:
-                self._running[steps] = self._waiting.pop(steps)
             first_s = job.first_step_s or arrival_s
+            if not entry.begun:
+                entry.begun = True
+                self.stats.observe("first_step_seconds", first_s - arrival_s)
             per_step_s = (time.monotonic() - (first_s if step > 1 else arrival_s)) / max(step - 1, 1)
             steps.put_nowait(_Step(step, per_step_s * (request.steps - step), denoised))
-            promise.evaluations_left = math.ceil(job.rows_left / request.rows)
+            entry.evaluations_left = math.ceil(job.rows_left / request.rows)
 
         added = conditioning_from_request(request, self.manifest.components[UNET].tensors)
         job = Job(
             trajectory=trajectory(self._schedule, request.sampler, request.steps),
-            shape=promise.shape,
+            shape=entry.shape,
             seeds=request.seeds,
             conditioning={**conditional, **added},
             unconditional=None if unconditional is None else {**unconditional, **added},
@@ -302,7 +289,7 @@ class Pipeline:
                 for image, text in zip(pixels, parameters, strict=True)
             )
         )
-        first_step_s = job.first_step_s or arrival_s
+        admitted_s = job.admitted_s or arrival_s
         done_s = time.monotonic()
         self._admission.observe_outside(joined_s - arrival_s + done_s - job.last_step_s)
         return Completed(
@@ -312,8 +299,8 @@ class Pipeline:
             seeds=request.seeds,
             parameters=parameters,
             warnings=request_warnings(request, flagged, self.manifest, self.limits, self._embeddings),
-            queue_s=first_step_s - arrival_s,
-            denoise_s=job.last_step_s - first_step_s,
+            queue_s=admitted_s - arrival_s,
+            denoise_s=job.last_step_s - admitted_s,
             total_s=done_s - arrival_s,
         )
 

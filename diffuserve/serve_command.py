@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffuserve.defaults import READY_TIMEOUT_S
+from diffuserve.defaults import ARCHIVES, GRACE_S, KEY_FILE, READY_TIMEOUT_S, REPOSITORY, TORCHSERVE, TRITON
 
 if TYPE_CHECKING:
     from diffuserve.serving.launcher import Served, ServerLauncher
 
 _PORT = click.IntRange(1, 65535)
-_ARCHIVES = Path("model_store/mar")
-_KEY_FILE = Path("torchserve-keys.json")
 
 
 @click.command("serve", short_help="Starts Triton or TorchServe.")
@@ -25,29 +23,37 @@ _KEY_FILE = Path("torchserve-keys.json")
 @click.option(
     "--repository",
     type=click.Path(path_type=Path),
-    help="For Triton: the model repository, made by `diffuserve assemble`.  [default: triton_repo]",
+    help=f"For Triton: the model repository, made by `diffuserve assemble`.  [default: {REPOSITORY}]",
 )
 @click.option(
     "--archive",
     type=click.Path(path_type=Path),
-    help=f"For TorchServe: the model archive, made by `diffuserve archive`.  [default: the one in {_ARCHIVES}]",
+    help=f"For TorchServe: the model archive, made by `diffuserve archive`.  [default: the one in {ARCHIVES}]",
 )
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help=f"For TorchServe: where to put a link to its keys.  [default: {_KEY_FILE}]",
+    help=f"For TorchServe: where to put a link to its keys.  [default: {KEY_FILE}]",
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; Triton authenticates nobody."
 )
-@click.option("--http-port", type=_PORT, help="[default: 8000; TorchServe: 8080, and the next one for management]")
-@click.option("--grpc-port", type=_PORT, help="[default: 8001; TorchServe: 7070, and the next one for management]")
-@click.option("--metrics-port", type=_PORT, help="[default: 8002; TorchServe: 8082]")
+@click.option(
+    "--http-port",
+    type=_PORT,
+    help=f"[default: {TRITON.http}; TorchServe: {TORCHSERVE.http}, and the next one for management]",
+)
+@click.option(
+    "--grpc-port",
+    type=_PORT,
+    help=f"[default: {TRITON.grpc}; TorchServe: {TORCHSERVE.grpc}, and the next one for management]",
+)
+@click.option("--metrics-port", type=_PORT, help=f"[default: {TRITON.metrics}; TorchServe: {TORCHSERVE.metrics}]")
 @click.option(
     "--grace",
     "grace_s",
     type=click.FloatRange(0),
-    default=60.0,
+    default=GRACE_S,
     show_default=True,
     help="Seconds that running requests get to finish.",
 )
@@ -95,15 +101,16 @@ def command(
         from diffuserve.triton.address import TritonAddress
         from diffuserve.triton.launcher import TritonServer
 
-        server = TritonServer(repository or Path("triton_repo"), TritonAddress(host, **chosen), **settings)
+        server = TritonServer(repository or REPOSITORY, TritonAddress(host, **chosen), **settings)
     else:
         if repository is not None:
             raise click.UsageError("--repository is for Triton. TorchServe serves an --archive.")
         from diffuserve.torchserve.address import TorchServeAddress
+        from diffuserve.torchserve.configuration import only_archive
         from diffuserve.torchserve.launcher import TorchServeServer
 
         address = TorchServeAddress.with_next_ports_for_management(host, **chosen)
-        server = TorchServeServer(archive or _only_archive(), address, key_file=key_file or _KEY_FILE, **settings)
+        server = TorchServeServer(archive or only_archive(), address, key_file=key_file or KEY_FILE, **settings)
     _run(server, grace_s)
 
 
@@ -148,13 +155,3 @@ def _summary(served: Served) -> str:
         f'Draw:  diffuserve generate "a slice of pizza, glossy"{served.draw_with}',
     ]
     return "\n".join(lines)
-
-
-def _only_archive() -> Path:
-    found = sorted(_ARCHIVES.glob("*.mar"))
-    if len(found) != 1:
-        names = f"{len(found)} archives: {', '.join(path.name for path in found)}" if found else "no archive"
-        raise click.UsageError(
-            f"{_ARCHIVES} holds {names}. Name one with --archive, or make one: diffuserve archive BUNDLE"
-        )
-    return found[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.bundle.manifest import ModelSpec
@@ -14,15 +13,6 @@ from diffuserve.limits import Limits
 from diffuserve.options import check, from_parameters, option, options_of
 
 BATCHING = ("inflight", "request", "none")
-
-
-def _call_timeout_s() -> Any:
-    return option(
-        CALL_TIMEOUT_S,
-        "Seconds after which a stage's call counts as hung: its requests fail, and the stage's process is started again.",
-        least=0.001,
-        most=24 * 3600,
-    )
 
 
 @dataclass(frozen=True)
@@ -40,23 +30,13 @@ class Serving:
     unet_instances: int = option(
         1, "Copies of the UNet, one for each GPU; the loop keeps a call in flight for each.", least=1, most=64
     )
-    call_timeout_s: float = _call_timeout_s()
+    call_timeout_s: float = option(
+        CALL_TIMEOUT_S,
+        "Seconds after which a stage's call counts as hung: its requests fail, and the stage's process is started again.",
+        least=0.001,
+        most=24 * 3600,
+    )
     require_safety_checker: bool = option(False, "Serve no bundle without a safety checker.")
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
-class StageServing:
-    """What the Triton model of one stage is given, in the Python backend.
-
-    Raises:
-        ConfigurationError: a number is out of its range.
-    """
-
-    threads: int = option(0, "Threads of one call on a CPU; 0 is one for each core.", least=0, most=1024)
-    call_timeout_s: float = _call_timeout_s()
 
     def __post_init__(self) -> None:
         check(self)

@@ -54,7 +54,7 @@ METRICS = (
     Metric("text_cache_misses", COUNTER, "Prompts that the text encoder had to encode."),
     Metric("unet_call_rows", HISTOGRAM, "Rows of a UNet call.", _ROWS),
     Metric("unet_call_seconds", HISTOGRAM, "Time of a UNet call.", _SECONDS),
-    Metric("queue_seconds", HISTOGRAM, "From a request's arrival to its admission to the active set.", _SECONDS),
+    Metric("queue_seconds", HISTOGRAM, "From a request's arrival to its admission to the batch.", _SECONDS),
     Metric("first_step_seconds", HISTOGRAM, "From a request's arrival to its first step done.", _SECONDS),
     Metric("request_seconds", HISTOGRAM, "From a request's arrival to its images.", _SECONDS),
     Metric("image_seconds", HISTOGRAM, "The same, divided by the request's number of images.", _SECONDS),

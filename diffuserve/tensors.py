@@ -1,10 +1,12 @@
 """Name, dtype and dims of every tensor on the wire and between the stages.
 
 The exported graphs, the Triton configurations and the client are all made from this table. Dtypes are Triton's names;
-dims leave out the batch dimension, and -1 is any length.
+dims leave out the batch dimension. Those of any length have a name, by which whoever makes an input knows what to fill in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 
@@ -19,13 +21,33 @@ NUMPY_DTYPE = {
 }
 
 
+# Dimensions of any length: of a prompt, of latents, and of images in pixels.
+TOKENS = "tokens"
+LATENT_HEIGHT, LATENT_WIDTH = "latent_height", "latent_width"
+HEIGHT, WIDTH = "height", "width"
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One tensor: `dims` without the batch dimension, -1 for a dimension of any length."""
+    """One tensor: `dims` without the batch dimension; of any length are those with a name, and lists, whose only one is -1."""
 
     name: str
     dtype: str
-    dims: tuple[int, ...]
+    dims: tuple[int | str, ...]
     optional: bool = False
+
+    @property
+    def triton_dims(self) -> tuple[int, ...]:
+        """`dims` as Triton writes them: -1 is any length."""
+        return tuple(-1 if isinstance(dim, str) else dim for dim in self.dims)
+
+    @property
+    def free_dims(self) -> tuple[str, ...]:
+        """The names of those of any length."""
+        return tuple(dim for dim in self.dims if isinstance(dim, str))
+
+    def shape(self, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A shape of it, batch included, with the length of each named dimension from `sizes`."""
+        return (batch, *(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims))
 
 
 class StageSpec(msgspec.Struct, frozen=True):
@@ -44,10 +66,15 @@ STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
 # The one that some have: it looks at finished images.
 SAFETY_CHECKER = "safety_checker"
 
+SAMPLE = "sample"
+TIMESTEP = "timestep"
 ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 TEXT_EMBEDS = "text_embeds"
 TIME_IDS = "time_ids"
 TIMESTEP_COND = "timestep_cond"
+NOISE_PRED = "noise_pred"
+LATENT_SAMPLE = "latent_sample"
+IMAGE = "image"
 # Whether all that an image was rounded from is finite: bytes cannot tell black from not a number.
 FINITE = "finite"
 CLIP_INPUT = "clip_input"
@@ -87,16 +114,17 @@ def stage_specs(
         added += (TensorSpec(TIMESTEP_COND, "FP32", (guidance_size,)),)
     hidden = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (max_tokens, hidden_size))
     # The UNet takes any number of tokens, since longer prompts are encoded in chunks.
-    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (-1, hidden_size))
-    sample = TensorSpec("sample", "FP32", (latent_channels, -1, -1))
-    noise_pred = TensorSpec("noise_pred", "FP32", (latent_channels, -1, -1))
-    latent_sample = TensorSpec("latent_sample", "FP32", (latent_channels, -1, -1))
-    image = TensorSpec("image", "UINT8", (-1, -1, 3))
+    context = TensorSpec(ENCODER_HIDDEN_STATES, "FP32", (TOKENS, hidden_size))
+    latent_dims = (latent_channels, LATENT_HEIGHT, LATENT_WIDTH)
+    sample = TensorSpec(SAMPLE, "FP32", latent_dims)
+    noise_pred = TensorSpec(NOISE_PRED, "FP32", latent_dims)
+    latent_sample = TensorSpec(LATENT_SAMPLE, "FP32", latent_dims)
+    image = TensorSpec(IMAGE, "UINT8", (HEIGHT, WIDTH, 3))
     specs = {
         TEXT_ENCODER: StageSpec(input_ids, (hidden, *pooled)),
         # The timestep is batched: rows of one call may be at different steps. Triton has no batched scalar, so each
         # row's timestep is a vector of one, and the exported graph drops that dimension.
-        UNET: StageSpec((sample, TensorSpec("timestep", "FP32", (1,)), context, *added), (noise_pred,)),
+        UNET: StageSpec((sample, TensorSpec(TIMESTEP, "FP32", (1,)), context, *added), (noise_pred,)),
         VAE_DECODER: StageSpec((latent_sample,), (image, TensorSpec(FINITE, "BOOL", (1,)))),
         VAE_ENCODER: StageSpec((image,), (latent_sample,)),
     }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from diffuserve.defaults import REPOSITORY
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
@@ -11,7 +12,7 @@ OUTPUT = Path("demo.png")
 
 address = TritonAddress.on_free_ports()
 print("Starting Triton ...", flush=True)
-with TritonServer(Path("triton_repo"), address), Client(address.grpc) as client:
+with TritonServer(REPOSITORY, address), Client(address.grpc) as client:
     print(f'Drawing "{PROMPT}" ...', flush=True)
     result = client.generate(PROMPT, seed=7)
     OUTPUT.write_bytes(result.encoded[0])

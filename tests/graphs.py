@@ -46,7 +46,7 @@ def check_profiles(path: Path, tensors: StageSpec, model: ModelSpec) -> None:
             for found, spec in zip(output_shapes(path, shapes), tensors.outputs, strict=True):
                 assert found[0] == batch
                 assert all(found)
-                assert all(size == dim for size, dim in zip(found[1:], spec.dims, strict=True) if dim != -1)
+                assert all(size == dim for size, dim in zip(found[1:], spec.dims, strict=True) if isinstance(dim, int))
 
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from diffuserve import defaults
 from diffuserve.cli import _VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,9 @@ MAY_IMPORT = {
     "diffuserve_handlers": ("handlers/diffuserve_handlers", {"diffuserve"}),
     "diffuserve_client": ("client/diffuserve_client", {"diffuserve"}),
     "diffuserve_loadtest": ("loadtest/diffuserve_loadtest", {"diffuserve", "diffuserve_client"}),
+    "diffuserve_bench": ("loadtest/diffuserve_bench", {"diffuserve", "diffuserve_client", "diffuserve_loadtest"}),
+    "diffuserve_faults": ("loadtest/diffuserve_faults", {"diffuserve", "diffuserve_client", "diffuserve_loadtest"}),
+    "diffuserve_peers": ("loadtest/diffuserve_peers", {"diffuserve", "diffuserve_loadtest"}),
     "diffuserve_training": ("training/diffuserve_training", {"diffuserve"}),
     "triton_repo": ("triton_repo", {"diffuserve"}),
 }
@@ -34,21 +38,22 @@ ROOMS = {
     "files": set(),
     "tensors": set(),
     "stats": set(),
-    "stages": {"errors", "tensors"},
+    "stages": {"defaults", "errors", "tensors"},
     "bundle": {"errors", "files", "tensors"},
     "defaults": set(),
     "options": {"errors"},
     "limits": {"bundle", "errors", "options", "tensors"},
     "limit_argument": {"errors", "limits", "options"},
     "samplers": {"errors"},
-    "text": {"bundle", "defaults", "errors", "stages", "stats", "tensors"},
-    "batching": {"defaults", "errors", "samplers", "stages", "stats", "tensors"},
+    "text": {"bundle", "errors", "stages", "stats", "tensors"},
+    "batching": {"errors", "samplers", "stages", "stats"},
     "serving_options": {"batching", "bundle", "defaults", "errors", "limits", "options"},
     "request": {"bundle", "errors", "limits", "samplers"},
     "events": {"request"},
+    "http_answers": {"errors", "events", "request", "tensors"},
     "conditioning": {"request", "stages", "tensors"},
     "request_warnings": {"bundle", "limits", "request", "text"},
-    "images": {"bundle", "defaults", "errors", "limits", "request", "stages", "stats", "tensors"},
+    "images": {"bundle", "errors", "limits", "request", "stages", "stats", "tensors"},
     "pipeline": {
         *("batching", "bundle", "conditioning", "errors", "events", "images", "limits", "request", "request_warnings"),
         *("samplers", "serving_options", "stages", "stats", "tensors", "text"),
@@ -71,7 +76,7 @@ ROOMS = {
         ),
         "tensors",
     },
-    "serving": {"bundle", "defaults", "errors", "limits"},
+    "serving": {"bundle", "errors", "limits"},
     "triton": {
         *("batching", "bundle", "defaults", "engines", "errors", "events", "files", "limits", "options", "pipeline"),
         *("request", "serving", "serving_options", "stages", "stats", "tensors"),
@@ -80,12 +85,22 @@ ROOMS = {
     "serve_command": {"defaults", "serving", "tensors", "torchserve", "triton"},
     "cli": {"errors"},
 }
+# The rooms of the load test, and which of them each may import; the modules beside them may import all.
+LOADTEST_ROOMS = {
+    "workload": set(),
+    "sending": {"workload"},
+    "server": {"sending"},
+    "report": {"workload", "sending", "server"},
+}
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
-DEFINES_TORCH_MODULES = Path("export/diffuserve_export/graphs/modules.py")
+DEFINE_TORCH_MODULES = [
+    Path("export/diffuserve_export/graphs", f"{name}.py")
+    for name in ("modules", "text_encoder", "unet", "latents_to_pixels", "pixels_to_latents", "safety_checker")
+]
 # What Locust loads in its own process; no verb does.
 IN_LOCUST = [
-    Path("loadtest/diffuserve_loadtest", name) for name in ("distributed.py", "generation.py", "locustfile.py")
+    Path("loadtest/diffuserve_loadtest/sending", name) for name in ("distributed.py", "generation.py", "locustfile.py")
 ]
 # Where there is nothing to do without PyTorch; no verb loads them before it is called.
 IN_TRAINING = [
@@ -251,6 +266,19 @@ def test_no_room_is_the_house() -> None:
     assert most < lines.total() / 5, f"{room} has {most} of {lines.total()} lines"
 
 
+@pytest.mark.parametrize("room", LOADTEST_ROOMS)
+def test_the_load_tests_rooms_import_one_way(room: str) -> None:
+    may_import = {room, *LOADTEST_ROOMS[room]}
+    wrong = {
+        f"{path} imports {name}"
+        for path, tree in _sources(f"loadtest/diffuserve_loadtest/{room}")
+        for node in ast.walk(tree)
+        for name in _imported(node)
+        if name.startswith("diffuserve_loadtest") and (*name.split("."), "")[1] not in may_import
+    }
+    assert not wrong
+
+
 def test_the_command_line_alone_names_the_other_packages() -> None:
     others = "|".join(name for name in MAY_IMPORT if name != "diffuserve")
     naming = {
@@ -261,6 +289,30 @@ def test_the_command_line_alone_names_the_other_packages() -> None:
         if node.value != "triton_repo"  # the default folder to serve, no package
     }
     assert naming == {Path("diffuserve/cli.py")}
+
+
+def test_default_places_have_one_home() -> None:
+    places = {str(value) for value in vars(defaults).values() if isinstance(value, Path)}
+    assert "triton_repo" in places
+    literals = {
+        (path, node.value)
+        for folder, _ in MAY_IMPORT.values()
+        for path, tree in _sources(folder)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in places
+    }
+    assert {path for path, _ in literals} == {Path("diffuserve/defaults.py")}
+
+
+def test_the_load_test_names_its_subcommands_in_one_place() -> None:
+    naming = {
+        path
+        for path, tree in _sources("loadtest/diffuserve_loadtest")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        if re.fullmatch(r"diffuserve_(bench|faults|peers)(\.\w+)*", str(node.value))
+    }
+    assert naming == {Path("loadtest/diffuserve_loadtest/loadtest_command.py")}
 
 
 def test_the_core_loads_few_libraries() -> None:
@@ -281,7 +333,7 @@ def test_heavy_libraries_are_imported_inside_functions() -> None:
         for path, tree in _sources(folder)
         for name in _imports_when_loaded(tree) & HEAVY
     }
-    torch = {(path, "torch") for path in (DEFINES_TORCH_MODULES, *IN_TRAINING)}
+    torch = {(path, "torch") for path in (*DEFINE_TORCH_MODULES, *IN_TRAINING)}
     assert heavy == torch | {(path, "locust") for path in IN_LOCUST}
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,13 @@ def test_python(tmp_path: Path, server: TritonServer) -> None:
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links(link: str) -> None:
     assert link.startswith("https://") or (ROOT / link).exists()
+
+
+def test_the_range_of_python_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [(least, most)] = re.findall(r">=3\.(\d+),<3\.(\d+)", project["requires-python"])
+    said = f"Python 3.{least} to 3.{int(most) - 1}"
+    assert said in README
+    assert said in (ROOT / "diffuserve" / "triton" / "installation.py").read_text()
+    minors = [text.rpartition(".")[2] for text in project["classifiers"] if "Python :: 3." in text]
+    assert minors == [str(minor) for minor in range(int(least), int(most))]

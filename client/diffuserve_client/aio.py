@@ -154,7 +154,7 @@ class AsyncClient:
             if exchange.model_is_unknown:
                 exchange.name_models(await self._models())
             exchange.check_finished()
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if not exchange.finished:
                 raise exchange.silent() from None
         except grpc.RpcError as error:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from grpc.experimental import ChannelOptions
 
+from diffuserve.defaults import TRITON
 from diffuserve.errors import InvalidRequest
 
-DEFAULT_URL = "localhost:8001"
+DEFAULT_URL = f"localhost:{TRITON.grpc}"
 
 
 @dataclass(frozen=True)

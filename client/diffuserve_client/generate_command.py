@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffuserve.defaults import BUNDLES, KEY_FILE, TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve.tensors import STABLE_DIFFUSION
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from diffuserve_client.batch import TextToImage
     from diffuserve_client.fields import RequestFields
 
-_BUNDLES = Path("model_store/bundles")
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -46,12 +46,16 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 @click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
 @click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
-@click.option("--url", metavar="HOST:PORT", help="Its gRPC address. [localhost:8001; TorchServe: localhost:7070]")
+@click.option(
+    "--url",
+    metavar="HOST:PORT",
+    help=f"Its gRPC address. [localhost:{TRITON.grpc}; TorchServe: localhost:{TORCHSERVE.grpc}]",
+)
 @click.option("--model", metavar="NAME", help=f"Which of the server's models. [{STABLE_DIFFUSION}]")
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help="TorchServe's keys, as `diffuserve serve` says. [torchserve-keys.json]",
+    help=f"TorchServe's keys, as `diffuserve serve` says. [{KEY_FILE}]",
 )
 @click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
 @click.option(
@@ -68,7 +72,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     "--bundle",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help=f"The model for --local. [the one in {_BUNDLES}]",
+    help=f"The model for --local. [the one in {BUNDLES}]",
 )
 def command(
     prompts: tuple[str, ...],
@@ -153,7 +157,7 @@ def _client(kind: str | None, url: str | None, model: str, key_file: Path | None
 
     if kind != "torchserve":
         return Client(url, model=model, retries=retries)
-    from diffuserve.torchserve.keys import KEY_FILE, read_inference_token
+    from diffuserve.torchserve.keys import read_inference_token
     from diffuserve_client.torchserve import TorchServe
 
     server = TorchServe(read_inference_token(key_file or KEY_FILE))
@@ -164,9 +168,9 @@ def _local_client(bundle: Path | None) -> TextToImage:
     from diffuserve_client.local import LocalClient
 
     if bundle is None:
-        found = sorted(manifest.parent for manifest in _BUNDLES.glob("*/manifest.json"))
+        found = sorted(manifest.parent for manifest in BUNDLES.glob("*/manifest.json"))
         if len(found) != 1:
             names = f"{len(found)} bundles: {', '.join(path.name for path in found)}" if found else "no bundle"
-            raise click.UsageError(f"{_BUNDLES} holds {names}. Name one with --bundle, or make one: diffuserve export")
+            raise click.UsageError(f"{BUNDLES} holds {names}. Name one with --bundle, or make one: diffuserve export")
         [bundle] = found
     return LocalClient(bundle)

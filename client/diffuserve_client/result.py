@@ -52,7 +52,8 @@ class Result:
         width, height: pixels.
         parameters: one text an image, in the form that AUTOMATIC1111's web UI reads; PNG, JPEG and WebP carry it too.
         warnings: what the server did otherwise than asked, in words.
-        queue_s, denoise_s, total_s: seconds of waiting, of denoising, and from arrival to the last image.
+        queue_s, denoise_s, total_s: seconds from arrival to admission to the batch, from there to the last step, and from
+            arrival to the last image.
         request_id: what the server's log calls this request.
     """
 

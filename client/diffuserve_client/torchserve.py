@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from diffuserve.defaults import TORCHSERVE
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
 from diffuserve.tensors import FILES
 from diffuserve_client.result import Progress, Result, event_from_values
@@ -34,7 +35,7 @@ class TorchServe:
 
     token: str | None = field(default=None, repr=False)
     name: str = "TorchServe"
-    default_url: str = "localhost:7070"
+    default_url: str = f"localhost:{TORCHSERVE.grpc}"
 
     def request(self, model: str, request_id: str, fields: Mapping[str, Any]) -> Any:
         try:

@@ -1,16 +1,15 @@
-"""Whether a request can be finished within its timeout, said when it arrives.
+"""Whether a request can be finished within its timeout, decided when it arrives.
 
-A server that takes everything works, when there is too much, on requests that expire before they are done, and finishes
-none. So each request with a timeout is weighed at its arrival: if it could not be finished in time, or another that has
-been accepted no longer could, it is refused while its client can still go elsewhere.
+An overloaded server that accepts everything spends its time on requests that expire before they are done. So each request
+with a timeout is checked on arrival. If it could not finish in time, or if it would make an accepted request late, it is
+refused at once, and its client can go elsewhere.
 
-The in-flight loop advances everybody by one UNet evaluation in a round of calls. So a request that needs k more takes k
-rounds, in each of which those are that need as many, and is late only if what joins makes the rounds longer; which is what
-is asked for each newcomer. What a call costs is learnt from the calls: a part for each call and a part that grows with
-its rows and their size.
+The forecast is simple, because the in-flight loop advances every request by one UNet evaluation per round of calls. A
+request that needs k more evaluations takes k rounds. What joins it makes those rounds longer, and nothing else makes it
+late. What a call costs is learnt from past calls: a fixed part, and a part that grows with its rows and their size.
 
-Other models may share the device (`diffuserve.batching.load`). Their work makes that of this one take longer, and so do their
-calls each of its calls: what a call costs is what it would take alone.
+Other models may share the device (`diffuserve.batching.load`). Their work delays the requests of this one, and each of its
+calls takes longer while they have work. So what a call costs is what it would take alone.
 """
 
 from __future__ import annotations
@@ -20,44 +19,26 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from diffuserve.batching.forecast import CallForecast
 from diffuserve.batching.jobs import LatentShape
+from diffuserve.batching.ledger import Entry, Ledger
 from diffuserve.batching.load import Due, Load, Neighbours, share_beside, shared_s
 
 # Of what the forecast says, for what it cannot know: other programs, and the requests that come without a timeout.
 _MARGIN = 1.5
-# While requests are drawn, the other models hear of it no more often than this.
+# Between two requests the other models hear of progress no more often than this.
 _TELL_EVERY_S = 0.05
 # Of the requests that may expire, the other models hear of those that have the least time to spare.
 _MOST_DUE = 256
 
 
-@dataclass(eq=False)
-class Promise:
-    """An accepted request.
-
-    Attributes:
-        shape: (C, h, w) of its latents.
-        rows: UNet rows that it takes in a call.
-        evaluations_left: UNet evaluations that it still needs.
-        priority: 0 (first) .. 9 (last).
-        end_s: when it expires, on the clock of `Admission.excess_s`; infinite without a timeout.
-    """
-
-    shape: LatentShape
-    rows: int
-    evaluations_left: int
-    priority: int
-    end_s: float = math.inf
-
-
 class Admission:
-    """Knows what has been accepted.
+    """Weighs a request against those that have been accepted.
 
     Args:
+        ledger: what has been accepted.
         max_rows: of one UNet call.
         instances: UNet calls in flight at once.
         neighbours: the other models on the same device; None if there are none.
@@ -66,6 +47,7 @@ class Admission:
 
     def __init__(
         self,
+        ledger: Ledger,
         max_rows: int,
         instances: int = 1,
         neighbours: Neighbours | None = None,
@@ -73,7 +55,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.calls = CallForecast()
-        self.accepted: set[Promise] = set()
+        self._ledger = ledger
         self.outside_s = 0.0
         """What a request takes besides its UNet calls, of late."""
         self._max_rows = max_rows
@@ -90,55 +72,66 @@ class Admission:
         """What the other models had to do when they were last asked."""
         return sum(load.requests for load in self._others)
 
-    def accept(self, promise: Promise) -> None:
-        if not self.accepted:
+    def tell(self) -> None:
+        """Lets the other models know what there is to do; to be called whenever the ledger has changed."""
+        if self._neighbours is None:
+            return
+        if not self._told.requests:
             self._others_of_late()  # how many there were while this model had nothing to do is of no interest
-        self.accepted.add(promise)
-        self._tell()
-
-    def release(self, promise: Promise) -> None:
-        """Once it has ended in any way."""
-        self.accepted.discard(promise)
-        self._tell()
+        now_s = self._clock()
+        due = []
+        for priority in {entry.priority for entry in self._ledger if entry.end_s < math.inf}:
+            rounds_s = self._rounds_s(self._up_to(priority))
+            due += [
+                Due(rounds_s[entry.evaluations_left], entry.end_s)
+                for entry in self._ledger
+                if entry.priority == priority and entry.end_s < math.inf
+            ]
+        first = heapq.nsmallest(_MOST_DUE, due, key=lambda each: each.end_s - each.seconds)
+        busy_s = self._told.busy_until_s(now_s)
+        self._told = Load(len(self._ledger), self._all_s(self._ledger), self.outside_s, tuple(first), busy_s, now_s)
+        self._neighbours.publish(self._told)
 
     def observe_call(self, size: int, seconds: float) -> None:
         """Learns from one UNet call of `size` latent values that took so many seconds."""
         self.calls.observe(size, seconds * share_beside(self._others_of_late()))
         if self._clock() - self._told.told_s >= _TELL_EVERY_S:
-            self._tell()
+            self.tell()
 
     def observe_outside(self, seconds: float) -> None:
         """Learns what one request took besides its UNet calls."""
         self.outside_s = seconds if not self.outside_s else 0.9 * self.outside_s + 0.1 * seconds
 
-    def excess_s(self, newcomer: Promise, now_s: float) -> float:
-        """Seconds by which the newcomer, or an accepted request that would have been in time without it, here or of another
-        model, would be late; 0 if none would. A model with nothing to do refuses nothing but what only the others make late,
+    def excess_s(self, newcomer: Entry, now_s: float) -> float:
+        """Seconds by which the newcomer, or an accepted request that could have been in time without it, here or of another
+        model, would be late; 0 if none would. A model with nothing to do accepts what would be late even without the others,
         since its forecast may be out of date."""
-        self._ask()
-        if not self.accepted and not self._others:
+        if self._neighbours is not None:
+            self._others = [load for load in self._neighbours.loads() if load.requests]
+        accepted = list(self._ledger)
+        if not accepted and not self._others:
             return 0.0
         alone_s = self._rounds_s([newcomer])[newcomer.evaluations_left] + self.outside_s
-        if not self.accepted and _late_s(alone_s, newcomer.end_s, now_s) > 0:
+        if not accepted and _late_s(alone_s, newcomer.end_s, now_s) > 0:
             return 0.0
         excess_s = self._excess_elsewhere_s(newcomer, now_s)
-        concerned = [promise for promise in self.accepted if promise.end_s < math.inf]
-        for priority in sorted({promise.priority for promise in (*concerned, newcomer)}):
+        concerned = [entry for entry in accepted if entry.end_s < math.inf]
+        for priority in sorted({entry.priority for entry in (*concerned, newcomer)}):
             if priority < newcomer.priority:  # goes first in any case
                 continue
             rivals = self._up_to(priority)
             before_s, after_s = self._rounds_s(rivals), self._rounds_s([*rivals, newcomer])
             if priority == newcomer.priority:
                 excess_s = max(excess_s, _late_s(self._needed_s(newcomer, after_s), newcomer.end_s, now_s))
-            for promise in concerned:
-                if promise.priority == priority:
-                    needed_before_s, needed_s = self._needed_s(promise, before_s), self._needed_s(promise, after_s)
-                    excess_s = max(excess_s, _made_late_s(needed_before_s, needed_s, promise.end_s, now_s))
+            for entry in concerned:
+                if entry.priority == priority:
+                    needed_before_s, needed_s = self._needed_s(entry, before_s), self._needed_s(entry, after_s)
+                    excess_s = max(excess_s, _made_late_s(needed_before_s, needed_s, entry.end_s, now_s))
         return excess_s
 
-    def _excess_elsewhere_s(self, newcomer: Promise, now_s: float) -> float:
+    def _excess_elsewhere_s(self, newcomer: Entry, now_s: float) -> float:
         """As `excess_s`, of what the other models have accepted."""
-        before_s, after_s = self._all_s(self.accepted), self._all_s([*self.accepted, newcomer])
+        before_s, after_s = self._all_s(self._ledger), self._all_s([*self._ledger, newcomer])
         excess_s = 0.0
         for number, load in enumerate(self._others):
             rest_s = [other.seconds for other in (*self._others[:number], *self._others[number + 1 :])]
@@ -149,9 +142,9 @@ class Admission:
                 excess_s = max(excess_s, _made_late_s(needed_before_s, needed_s, due.end_s, now_s))
         return excess_s
 
-    def _needed_s(self, promise: Promise, rounds_s: Mapping[int, float]) -> float:
-        """Seconds until `promise` will be finished beside what the other models have to do."""
-        return shared_s(rounds_s[promise.evaluations_left], [load.seconds for load in self._others]) + self.outside_s
+    def _needed_s(self, entry: Entry, rounds_s: Mapping[int, float]) -> float:
+        """Seconds until `entry` will be finished beside what the other models have to do."""
+        return shared_s(rounds_s[entry.evaluations_left], [load.seconds for load in self._others]) + self.outside_s
 
     def _others_of_late(self) -> float:
         """How many other models had work since this was last asked, in the mean."""
@@ -163,47 +156,26 @@ class Admission:
         self._learnt_s, self._others_busy_s = now_s, busy_s
         return min(max(added_s / elapsed_s, 0.0), len(loads)) if elapsed_s > 0 else 0.0
 
-    def _ask(self) -> None:
-        if self._neighbours is not None:
-            self._others = [load for load in self._neighbours.loads() if load.requests]
-
-    def _tell(self) -> None:
-        if self._neighbours is None:
-            return
-        now_s = self._clock()
-        due = []
-        for priority in {promise.priority for promise in self.accepted if promise.end_s < math.inf}:
-            rounds_s = self._rounds_s(self._up_to(priority))
-            due += [
-                Due(rounds_s[promise.evaluations_left], promise.end_s)
-                for promise in self.accepted
-                if promise.priority == priority and promise.end_s < math.inf
-            ]
-        first = heapq.nsmallest(_MOST_DUE, due, key=lambda each: each.end_s - each.seconds)
-        busy_s = self._told.busy_until_s(now_s)
-        self._told = Load(len(self.accepted), self._all_s(self.accepted), self.outside_s, tuple(first), busy_s, now_s)
-        self._neighbours.publish(self._told)
-
-    def _up_to(self, priority: int) -> list[Promise]:
+    def _up_to(self, priority: int) -> list[Entry]:
         """Those that a request of this priority does not go before."""
-        return [promise for promise in self.accepted if promise.priority <= priority]
+        return [entry for entry in self._ledger if entry.priority <= priority]
 
-    def _all_s(self, present: Collection[Promise]) -> float:
+    def _all_s(self, present: Iterable[Entry]) -> float:
         """Seconds in which those present are finished."""
         return max(self._rounds_s(present).values())
 
-    def _rounds_s(self, present: Iterable[Promise]) -> dict[int, float]:
+    def _rounds_s(self, present: Iterable[Entry]) -> dict[int, float]:
         """Seconds in which those present do so many evaluations each, by their number, for every number that one of them
         needs; who needs fewer is not in the rest of the rounds."""
-        by_need: dict[int, list[Promise]] = {0: []}
-        for promise in present:
-            by_need.setdefault(promise.evaluations_left, []).append(promise)
+        by_need: dict[int, list[Entry]] = {0: []}
+        for entry in present:
+            by_need.setdefault(entry.evaluations_left, []).append(entry)
         needs = sorted(by_need)
         rows: Counter[LatentShape] = Counter()
         lasts_s = {0: 0.0}
         for less, need in reversed([*itertools.pairwise(needs)]):
-            for promise in by_need[need]:
-                rows[promise.shape] += promise.rows
+            for entry in by_need[need]:
+                rows[entry.shape] += entry.rows
             lasts_s[need] = (need - less) * self._round_s(rows)
         total_s, finished_s = 0.0, {}
         for need in needs:

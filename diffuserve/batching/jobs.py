@@ -6,14 +6,28 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from diffuserve.samplers import Trajectory
 from diffuserve.samplers.noise import Generator
 from diffuserve.stages import Conditioning, Float32
 
 LatentShape = tuple[int, int, int]
-# Shapes of all that a UNet row is made of: its latent's, then its conditioning's.
-RowShapes = tuple[tuple[int, ...], ...]
+
+
+class BatchKey(NamedTuple):
+    """What rows must agree on to share a UNet call. Jobs of the same key share calls; whatever else a call has for all of
+    its rows, rather than for each, becomes a part of it.
+
+    latent: (C, h, w). Rows are stacked into one array, and a smaller image cannot be padded: the UNet's convolutions and
+        attention would see the padding.
+    conditioning: name and shape, without the batch dimension, of every other input, in order of their names. A shorter
+        prompt is not padded to a longer one's tokens, since attention over the padding would make its image depend on its
+        batch. By name, so that a row that lacks an optional input never shares a call with one that has it.
+    """
+
+    latent: LatentShape
+    conditioning: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(eq=False)
@@ -74,12 +88,15 @@ class Job:
     preview_every: int = 0
     on_step: Callable[[int, Float32 | None], None] = lambda step, denoised: None
 
+    # Kept by the loop: its latents once it is admitted, then its result; when it was admitted, and when its first and latest
+    # steps were done, on the loop's clock.
     latents: list[Latent] = field(default_factory=list, init=False)
     done: asyncio.Future[Float32] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future(), init=False
     )
     rows_done: int = field(default=0, init=False)
     steps_done: int = field(default=0, init=False)
+    admitted_s: float | None = field(default=None, init=False)
     first_step_s: float | None = field(default=None, init=False)
     last_step_s: float = field(init=False)
 
@@ -87,10 +104,8 @@ class Job:
         self.last_step_s = self.arrival_s
 
     @cached_property
-    def row_shapes(self) -> RowShapes:
-        """What rows must agree on to share a UNet call: the shapes of the latent and of all conditioning. Prompts of
-        different lengths are not padded to share one, since padding would change the image."""
-        return (self.shape, *(self.conditioning[name].shape for name in sorted(self.conditioning)))
+    def batch_key(self) -> BatchKey:
+        return BatchKey(self.shape, tuple(sorted((name, array.shape) for name, array in self.conditioning.items())))
 
     @property
     def rows_per_image(self) -> int:

@@ -29,13 +29,11 @@ import numpy as np
 from diffuserve.batching.jobs import Job, Latent
 from diffuserve.batching.rows import guided_prediction, unet_inputs
 from diffuserve.batching.selection import Selection
-from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
 from diffuserve.samplers import advance, initial_state
 from diffuserve.samplers.noise import Generator
-from diffuserve.stages import Conditioning, Float32, checked
+from diffuserve.stages import Conditioning, Float32
 from diffuserve.stats import Stats
-from diffuserve.tensors import UNET
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +44,10 @@ class InflightLoop:
     """Owns the active latents and advances them, one UNet call after another (one in flight for each instance).
 
     Args:
-        denoise: the UNet call, as in `Stages.denoise`.
+        denoise: the UNet call, `StageCalls.denoise`, which gives up a call that hangs.
         selection: what goes into each call.
         max_active_images: images with latents, running or paused; jobs beyond it wait.
         instances: UNet calls in flight at once, one for each instance of the model.
-        call_timeout_s: seconds after which a UNet call counts as hung; its jobs fail and the loop goes on.
         stats: where calls and their rows are counted.
         on_call: called after each UNet call that gave something, with the number of latent values in it and its seconds.
         clock: seconds, monotonic.
@@ -63,7 +60,6 @@ class InflightLoop:
         *,
         max_active_images: int,
         instances: int = 1,
-        call_timeout_s: float = CALL_TIMEOUT_S,
         stats: Stats | None = None,
         on_call: Callable[[int, float], None] = lambda size, seconds: None,
         clock: Callable[[], float] = time.monotonic,
@@ -72,7 +68,6 @@ class InflightLoop:
         self._selection = selection
         self._max_active_images = max_active_images
         self._idle_instances = instances
-        self._call_timeout_s = call_timeout_s
         self._clock = clock
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -162,6 +157,7 @@ class InflightLoop:
                 generator = Generator(seed)
                 job.latents.append(Latent(job, initial_state(generator.randn(job.shape), job.trajectory), generator))
             self._active.append(job)
+            job.admitted_s = now_s
             self._stats.observe("queue_seconds", now_s - job.arrival_s)
             room -= len(job.seeds)
 
@@ -177,7 +173,7 @@ class InflightLoop:
         """One UNet call and the sampler's update of its latents. A failure fails the jobs in it and no others."""
         started_s = self._clock()
         try:
-            output = await checked(UNET, self._denoise(*unet_inputs(batch)), self._call_timeout_s)
+            output = await self._denoise(*unet_inputs(batch))
             self._advance(batch, output)
             self._on_call(output.size, self._clock() - started_s)
         except StageFailed as error:

@@ -46,7 +46,7 @@ class RequestSelection:
             return job is first
         guidance = (job.guidance_scale, job.rows_per_image)
         return (
-            job.row_shapes == first.row_shapes
+            job.batch_key == first.batch_key
             and job.trajectory is first.trajectory  # shared by all with the same sampler and steps
             and guidance == (first.guidance_scale, first.rows_per_image)
         )

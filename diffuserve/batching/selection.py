@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from diffuserve.batching.costs import CallCosts
-from diffuserve.batching.jobs import Job, Latent, RowShapes
+from diffuserve.batching.jobs import BatchKey, Job, Latent
 from diffuserve.batching.policies import Policy
 from diffuserve.batching.shares import Shares
 
@@ -23,7 +23,7 @@ PRIORITY_AGEING_S = 10.0
 class Selection(Protocol):
     """Chooses latents for a call.
 
-    `max_rows`: rows of one call, at most. `ready_rows`: how many rows were ready for the call chosen last, of its shape.
+    `max_rows`: rows of one call, at most. `ready_rows`: how many rows were ready for the call chosen last, of its key.
     """
 
     max_rows: int
@@ -34,7 +34,7 @@ class Selection(Protocol):
         ...
 
     def select(self, jobs: Sequence[Job], now_s: float) -> list[Latent]:
-        """The latents of the next call, all with the same `Job.row_shapes` and together at most `max_rows` rows; empty
+        """The latents of the next call, all with the same `Job.batch_key` and together at most `max_rows` rows; empty
         if none is due."""
         ...
 
@@ -58,7 +58,7 @@ class InflightSelection:
         self.max_rows = self._costs.best(range(min(2, max_rows), max_rows + 1))
         self.ready_rows = 0
         self._policy = policy
-        self._shape_time = Shares()
+        self._key_time = Shares()
         self._client_rows = Shares()
         self._level_ran_s: dict[int, float] = {}
 
@@ -69,16 +69,16 @@ class InflightSelection:
         return sorted(jobs, key=key)
 
     def select(self, jobs: Sequence[Job], now_s: float) -> list[Latent]:
-        self._shape_time.keep(job.row_shapes for job in jobs)
+        self._key_time.keep(job.batch_key for job in jobs)
         self._client_rows.keep(job.client_id for job in jobs)
         self._level_ran_s = {job.priority: self._level_ran_s.get(job.priority, now_s) for job in jobs}
-        ready: dict[RowShapes, list[Latent]] = {}
+        ready: dict[BatchKey, list[Latent]] = {}
         for job in self.order(jobs, now_s):
             for latent in job.ready_latents():
-                ready.setdefault(job.row_shapes, []).append(latent)
+                ready.setdefault(job.batch_key, []).append(latent)
         if not ready:
             return []
-        candidates = ready[self._next_shape(ready, now_s)]
+        candidates = ready[self._next_key(ready, now_s)]
         self.ready_rows = sum(latent.rows for latent in candidates)
         batch = within_budget(candidates, self.max_rows)
         ends, rows = [], 0
@@ -90,8 +90,8 @@ class InflightSelection:
         return batch
 
     def account(self, batch: Sequence[Latent], call_s: float) -> None:
-        # The images of a shape are its tickets: it gets time in proportion to them.
-        self._shape_time.add(batch[0].job.row_shapes, call_s / len(batch))
+        # The images of a key are its tickets: it gets time in proportion to them.
+        self._key_time.add(batch[0].job.batch_key, call_s / len(batch))
         for latent in batch:
             self._client_rows.add(latent.job.client_id, latent.rows)
 
@@ -99,13 +99,13 @@ class InflightSelection:
         unserved_s = now_s - self._level_ran_s.get(job.priority, now_s)
         return job.priority - int(unserved_s / PRIORITY_AGEING_S)
 
-    def _next_shape(self, ready: dict[RowShapes, list[Latent]], now_s: float) -> RowShapes:
-        """Among the shapes that have a most urgent latent, the one that has had the least time for its images: neither
+    def _next_key(self, ready: dict[BatchKey, list[Latent]], now_s: float) -> BatchKey:
+        """Among the keys that have a most urgent latent, the one that has had the least time for its images: neither
         a small image behind large ones, nor a short prompt behind long ones, nor the reverse, has to wait for more than
         its share."""
         most_urgent = min(self._urgency(latents[0].job, now_s) for latents in ready.values())
-        urgent = [shape for shape, latents in ready.items() if self._urgency(latents[0].job, now_s) == most_urgent]
-        return min(urgent, key=self._shape_time.attained)
+        urgent = [key for key, latents in ready.items() if self._urgency(latents[0].job, now_s) == most_urgent]
+        return min(urgent, key=self._key_time.attained)
 
 
 def within_budget(latents: Iterable[Latent], max_rows: int) -> list[Latent]:

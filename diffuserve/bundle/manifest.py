@@ -12,7 +12,7 @@ from diffuserve.files import write_whole
 from diffuserve.tensors import SAFETY_CHECKER, StageSpec
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

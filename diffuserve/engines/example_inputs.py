@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import ModelSpec
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, NUMPY_DTYPE, StageSpec, TensorSpec
+from diffuserve.tensors import (
+    HEIGHT,
+    LATENT_HEIGHT,
+    LATENT_WIDTH,
+    NUMPY_DTYPE,
+    TIMESTEP,
+    TOKENS,
+    WIDTH,
+    StageSpec,
+    TensorSpec,
+)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -20,13 +30,15 @@ WARM_BATCHES = (1, 2)
 _TOKENS = 256
 
 
-def native_dims(spec: TensorSpec, model: ModelSpec) -> tuple[int, ...]:
-    """Dims with the free ones filled in: images are (H, W, 3), latents (C, h, w), a text of one chunk (L, D)."""
-    if spec.name == ENCODER_HIDDEN_STATES:
-        return (model.max_tokens, *spec.dims[1:])
-    scale = 1 if spec.dims[-1] == 3 else model.vae_scale_factor
-    sides = iter((model.height // scale, model.width // scale))
-    return tuple(next(sides) if dim == -1 else dim for dim in spec.dims)
+def native_sizes(model: ModelSpec) -> dict[str, int]:
+    """The length of each named dimension for an image of the model's width and height and a prompt of one chunk."""
+    return {
+        TOKENS: model.max_tokens,
+        LATENT_HEIGHT: model.height // model.vae_scale_factor,
+        LATENT_WIDTH: model.width // model.vae_scale_factor,
+        HEIGHT: model.height,
+        WIDTH: model.width,
+    }
 
 
 def example_inputs(
@@ -40,14 +52,14 @@ def example_inputs(
         batch: rows.
         known: arrays to take rows from instead, by input name, such as a text encoder's output for the UNet.
     """
-    rng = np.random.default_rng(0)
+    rng, sizes = np.random.default_rng(0), native_sizes(model)
 
     def example(spec: TensorSpec) -> NDArray[Any]:
-        shape = (batch, *native_dims(spec, model))
+        shape = spec.shape(batch, sizes)
         array = known.get(spec.name)
         if array is not None and array.shape[1:] == shape[1:]:
             return np.take(array, np.arange(batch) % len(array), axis=0)
-        if spec.name == "timestep":
+        if spec.name == TIMESTEP:
             return np.linspace(981, 1, batch, dtype=np.float32)[:, np.newaxis]
         if spec.dtype == "FP32":
             return rng.standard_normal(shape, dtype=np.float32)

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from diffuserve.bundle.manifest import Component, Manifest, ModelSpec
-from diffuserve.engines.example_inputs import native_dims
+from diffuserve.engines.example_inputs import native_sizes
 from diffuserve.errors import ConfigurationError, StageFailed
 from diffuserve.limits import MAX_DECODE_BATCH, PLAN_LIMITS, Limits
-from diffuserve.tensors import CLIP_INPUT, StageSpec, TensorSpec
+from diffuserve.tensors import CLIP_INPUT, HEIGHT, StageSpec, TensorSpec
 
 # The largest batch of each profile at the native size; `diffuserve bench engine` times every batch size on a plan of others.
 NATIVE_ROWS = (2, 8, 32)
@@ -55,14 +55,14 @@ Profile = dict[str, ShapeRange]
 
 def profiles(tensors: StageSpec, model: ModelSpec, limits: Limits) -> list[Profile]:
     """What a component's plan is built for: first the native size, by batch size, then all else."""
-    has_images = any(spec.dims[-1] == 3 or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
+    has_images = any(HEIGHT in spec.dims or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
     most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
     least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple
     other_rows = max(1, most_rows * model.width * model.height // most_px**2)
 
     def shape(spec: TensorSpec, batch: int, width: int, height: int, chunks: int = 1) -> tuple[int, ...]:
         size = msgspec.structs.replace(model, width=width, height=height, max_tokens=chunks * model.max_tokens)
-        return (batch, *native_dims(spec, size))
+        return spec.shape(batch, native_sizes(size))
 
     def native(spec: TensorSpec, least: int, most: int) -> ShapeRange:
         low, high = (shape(spec, batch, model.width, model.height) for batch in (least, most))
@@ -80,7 +80,7 @@ def profiles(tensors: StageSpec, model: ModelSpec, limits: Limits) -> list[Profi
         {spec.name: native(spec, least + 1, most) for spec in tensors.inputs}
         for least, most in zip((0, *batches), batches, strict=False)
     ]
-    if any(-1 in spec.dims for spec in tensors.inputs):
+    if any(spec.free_dims for spec in tensors.inputs):
         found.append({spec.name: other(spec) for spec in tensors.inputs})
     return found
 

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import Manifest
-from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
 from diffuserve.images.safety import clip_input_from_image, flagged_from_scores
 from diffuserve.limits import MAX_DECODE_BATCH
-from diffuserve.stages import Float32, Stages, checked
+from diffuserve.stages import Float32, StageCalls
 from diffuserve.stats import Stats
-from diffuserve.tensors import SAFETY_CHECKER, VAE_DECODER
+from diffuserve.tensors import SAFETY_CHECKER
 
 Images = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -26,25 +25,22 @@ class Decoder:
 
     Args:
         manifest: the bundle's.
-        stages: the engine calls.
+        calls: of the VAE decoder and the safety checker.
         workers: where images are prepared for the safety checker, off the event loop.
         stats: where images that are not finite are counted.
-        call_timeout_s: seconds after which a stage's call counts as hung.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        stages: Stages,
+        calls: StageCalls,
         workers: Executor,
         stats: Stats | None = None,
-        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._manifest = manifest
-        self._stages = stages
+        self._calls = calls
         self._workers = workers
         self._stats = stats or Stats()
-        self._call_timeout_s = call_timeout_s
 
     async def decode(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
         """Args:
@@ -70,7 +66,7 @@ class Decoder:
 
     async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
         """The images, and which of them are finite."""
-        images, finite = await checked(VAE_DECODER, self._stages.decode(latents), self._call_timeout_s)
+        images, finite = await self._calls.decode(latents)
         expected = (len(latents), height, width, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise StageFailed(
@@ -104,7 +100,7 @@ class Decoder:
         prepared = await asyncio.gather(
             *(loop.run_in_executor(self._workers, clip_input_from_image, image, processor) for image in images)
         )
-        scores = await checked(SAFETY_CHECKER, self._stages.score_concepts(np.stack(prepared)), self._call_timeout_s)
+        scores = await self._calls.score_concepts(np.stack(prepared))
         [concepts] = self._manifest.components[SAFETY_CHECKER].tensors.outputs
         expected = (len(images), *concepts.dims)
         # Not a number is not above 0 either, and must not pass for harmless.

@@ -42,7 +42,7 @@ def flagged_from_scores(scores: Float32) -> NDArray[np.bool_]:
     """Which images are to be withheld: those with a concept whose score, to three decimals, is above 0.
 
     Args:
-        scores: (n, N) float32, finite, as `diffuserve.stages.Stages.score_concepts` returns them.
+        scores: (n, N) float32, finite, as `diffuserve.stages.StageCalls.score_concepts` returns them.
 
     Returns:
         (n,) bool.

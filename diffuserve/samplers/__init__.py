@@ -21,7 +21,7 @@ evaluation's `state` is the list of rows that make the new slots. In float64, so
     latents.py      x0, eps, alpha and sigma: the formulas that samplers share
     ddim.py, pndm.py, lcm.py, euler.py, dpm_solver.py
 
-To add a sampler: write a function of (schedule, steps) that returns a Trajectory, and name it in SAMPLERS.
+To add a sampler: write a function of (schedule, steps, start) that returns a Trajectory, and name it in SAMPLERS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from diffuserve.samplers.euler import euler, euler_a, heun
 from diffuserve.samplers.lcm import lcm
 from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.pndm import pndm
-from diffuserve.samplers.table import Trajectory, advance, initial_state
+from diffuserve.samplers.table import Trajectory, advance, initial_state, noised_state
 
 __all__ = [
     "SAMPLERS",
@@ -46,11 +46,12 @@ __all__ = [
     "Trajectory",
     "advance",
     "initial_state",
+    "noised_state",
     "sampler_from_config",
     "trajectory",
 ]
 
-Builder = Callable[[NoiseSchedule, int], Trajectory]
+Builder = Callable[[NoiseSchedule, int, int], Trajectory]
 
 SAMPLERS: Mapping[str, Builder] = MappingProxyType(
     {
@@ -81,8 +82,14 @@ _SAMPLER_OF_SCHEDULER = {
 
 
 @lru_cache(maxsize=256)
-def trajectory(schedule: NoiseSchedule, sampler: str, steps: int) -> Trajectory:
+def trajectory(schedule: NoiseSchedule, sampler: str, steps: int, start: int = 0) -> Trajectory:
     """The table of a sampler over a number of steps. Cached: all requests with the same settings share one.
+
+    Args:
+        steps: that lead from noise to image.
+        start: the first of them that is made, 0 .. steps - 1: an image is noised to there and drawn over from there on
+            (diffusers' image-to-image has `start = steps - int(steps * strength)`). The sampler begins there as it does at
+            0, with nothing remembered: multistep samplers with a step of first order.
 
     Raises:
         InvalidRequest: there is no such sampler, or it cannot take so many steps, or it does not go with the
@@ -95,7 +102,9 @@ def trajectory(schedule: NoiseSchedule, sampler: str, steps: int) -> Trajectory:
             f"steps is {steps}; it must be 1 to {schedule.num_train_timesteps - 1}, "
             "since the model knows no more than that many levels of noise."
         )
-    return SAMPLERS[sampler](schedule, steps)
+    if not 0 <= start < steps:
+        raise InvalidRequest(f"start is {start}; it must be 0 to {steps - 1}, one less than steps.")
+    return SAMPLERS[sampler](schedule, steps, start)
 
 
 def sampler_from_config(config: Mapping[str, Any]) -> str:

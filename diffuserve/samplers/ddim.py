@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from diffuserve.samplers.latents import x0_and_eps
+from diffuserve.samplers.latents import preserving, x0_and_eps
 from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 
@@ -21,14 +21,15 @@ def ddim_step(schedule: NoiseSchedule, alpha_cumprod: float, to: float, x: Row, 
     return math.sqrt(to) * x0 + math.sqrt(1 - to) * eps
 
 
-def ddim(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def ddim(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Matches DDIMScheduler, which measures the jump in training's timesteps rather than to the next of its own."""
     timesteps = schedule.inference_timesteps(steps, default_spacing="leading").round().astype(np.int64)
     x, output, _noise = basis(1)
     evaluations = []
-    for t in timesteps.tolist():
+    for t in timesteps[start:].tolist():
         alpha_cumprod = schedule.alpha_cumprod_at(t, default_set_alpha_to_one=True)
         to = schedule.alpha_cumprod_at(t - schedule.num_train_timesteps // steps, default_set_alpha_to_one=True)
         following = ddim_step(schedule, alpha_cumprod, to, x, output)
-        evaluations.append(Evaluation(t, [following], x0_and_eps(schedule, alpha_cumprod, x, output)[0]))
+        x0, _eps = x0_and_eps(schedule, alpha_cumprod, x, output)
+        evaluations.append(Evaluation(t, [following], x0, preserving(alpha_cumprod)))
     return trajectory_from_evaluations("ddim", evaluations)

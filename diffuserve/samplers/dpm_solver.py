@@ -14,29 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.samplers.latents import alpha_at_sigma, with_final, x0_and_eps
+from diffuserve.samplers.latents import alpha_at_sigma, preserving, with_final, x0_and_eps
 from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 
-def dpmpp_2m(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def dpmpp_2m(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """DPM-Solver++(2M) at the checkpoint's timestep spacing."""
-    return _dpmpp("dpmpp_2m", schedule, *_spaced(schedule, steps))
+    return _dpmpp("dpmpp_2m", schedule, *_spaced(schedule, steps), start)
 
 
-def dpmpp_2m_karras(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def dpmpp_2m_karras(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """DPM-Solver++(2M) at Karras et al.'s sigmas: `use_karras_sigmas=True`."""
-    return _dpmpp("dpmpp_2m_karras", schedule, *_karras(schedule, steps))
+    return _dpmpp("dpmpp_2m_karras", schedule, *_karras(schedule, steps), start)
 
 
-def dpmpp_2m_sde(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def dpmpp_2m_sde(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """SDE-DPM-Solver++(2M) at the checkpoint's timestep spacing."""
-    return _dpmpp("dpmpp_2m_sde", schedule, *_spaced(schedule, steps), stochastic=True)
+    return _dpmpp("dpmpp_2m_sde", schedule, *_spaced(schedule, steps), start, stochastic=True)
 
 
-def dpmpp_2m_sde_karras(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def dpmpp_2m_sde_karras(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """SDE-DPM-Solver++(2M) at Karras et al.'s sigmas: `use_karras_sigmas=True`."""
-    return _dpmpp("dpmpp_2m_sde_karras", schedule, *_karras(schedule, steps), stochastic=True)
+    return _dpmpp("dpmpp_2m_sde_karras", schedule, *_karras(schedule, steps), start, stochastic=True)
 
 
 def _spaced(schedule: NoiseSchedule, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -59,6 +59,7 @@ def _dpmpp(
     schedule: NoiseSchedule,
     sigmas: NDArray[np.float64],
     timesteps: NDArray[Any],
+    start: int,
     *,
     stochastic: bool = False,
 ) -> Trajectory:
@@ -76,21 +77,21 @@ def _dpmpp(
     )
     x, last, output, noise = basis(2)  # last: the image predicted at the last step
     evaluations = []
-    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+    for i, (sigma, to) in enumerate(pairwise(sigmas[start:]), start):
         alpha, alpha_to = alpha_at_sigma(sigma), alpha_at_sigma(to)
         x0, _eps = x0_and_eps(schedule, alpha**2, x, output)
         estimate = x0
-        if i > 0 and not (i == steps - 1 and last_is_first_order):
+        if i > start and not (i == steps - 1 and last_is_first_order):
             estimate = x0 + 0.5 * _reach(sigmas[i - 1], sigma, to) * (x0 - last)
         decay = (to / sigma) ** (2 if stochastic else 1)
         x_to = alpha_to * (decay / alpha * x + (1 - decay) * estimate)
         if stochastic:
             x_to += alpha_to * to * math.sqrt(max(0.0, 1 - decay)) * noise  # sigmas may rise, as in euler_a
-        evaluations.append(Evaluation(timesteps[i], [x_to, x0], x0))
+        evaluations.append(Evaluation(timesteps[i], [x_to, x0], x0, preserving(alpha**2)))
     return trajectory_from_evaluations(sampler, evaluations)
 
 
-def unipc(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def unipc(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Zhao et al., arXiv:2302.04867: the predictor UniP and the corrector UniC, both of order 2, for data prediction.
 
     UniP's step is that of DPM-Solver++(2M). Once the UNet's output at its end is known, UniC makes the same step again
@@ -109,7 +110,7 @@ def unipc(schedule: NoiseSchedule, steps: int) -> Trajectory:
     x, last, before, output, _noise = basis(3)  # last, before: the images predicted at the last step and before that
     evaluations = []
     order = 0  # of the step that led here
-    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+    for i, (sigma, to) in enumerate(pairwise(sigmas[start:]), start):
         alpha, alpha_to = alpha_at_sigma(sigma), alpha_at_sigma(to)
         x0, _eps = x0_and_eps(schedule, alpha**2, x, output)
         # The corrected step has the same start as the predicted one, so what UniC changes is the extrapolation alone.
@@ -123,12 +124,12 @@ def unipc(schedule: NoiseSchedule, steps: int) -> Trajectory:
                 rho = (b_1 - b_2) / (1 + 1 / reach)  # from rho + rho_2 = b_1 and rho_2 - rho / reach = b_2
                 correction = (rho - 0.5) * reach * (last - before) + (b_1 - rho) * (x0 - last)
             corrected = x - alpha * _b(schedule, h) * correction
-        order = 1 if i == 0 or (i == steps - 1 and schedule.lower_order_final) else 2
+        order = 1 if i == start or (i == steps - 1 and schedule.lower_order_final) else 2
         x_to = alpha_to * (to / (sigma * alpha) * corrected + (1 - to / sigma) * x0)
         if order == 2:
             b_h = _b(schedule, math.log(sigma / to))
             x_to -= alpha_to * b_h * 0.5 * _reach(sigmas[i - 1], sigma, to) * (x0 - last)
-        evaluations.append(Evaluation(timesteps[i], [x_to, x0, last], x0))
+        evaluations.append(Evaluation(timesteps[i], [x_to, x0, last], x0, preserving(alpha**2)))
     return trajectory_from_evaluations("unipc", evaluations)
 
 

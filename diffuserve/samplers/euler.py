@@ -10,7 +10,7 @@ from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 
-def euler(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def euler(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Karras et al., arXiv:2206.00364, algorithm 1 without its second-order correction: follow dx/dsigma to the next.
 
     Matches EulerDiscreteScheduler: latents of variance 1 + sigma^2, scaled for the UNet, at fractional timesteps.
@@ -19,14 +19,14 @@ def euler(schedule: NoiseSchedule, steps: int) -> Trajectory:
     sigmas = with_final(schedule, schedule.sigma_at(timesteps), schedule.final_sigmas_type)
     x, output, _noise = basis(1)
     evaluations = []
-    for t, (sigma, to) in zip(timesteps, pairwise(sigmas), strict=True):
+    for t, (sigma, to) in zip(timesteps[start:], pairwise(sigmas[start:]), strict=True):
         x0 = x0_at_sigma(schedule, sigma, x, output)
         slope = (x - x0) / sigma
-        evaluations.append(Evaluation(t, [x + slope * (to - sigma)], x0, alpha_at_sigma(sigma)))
+        evaluations.append(Evaluation(t, [x + slope * (to - sigma)], x0, (1, sigma), alpha_at_sigma(sigma)))
     return trajectory_from_evaluations("euler", evaluations, initial_sigma(schedule, sigmas))
 
 
-def euler_a(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def euler_a(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Euler, but each step goes further down than the next sigma, to sigma_down, and climbs back with fresh noise.
 
     From k-diffusion's `sample_euler_ancestral`; matches EulerAncestralDiscreteScheduler. `up` is the standard deviation
@@ -36,16 +36,17 @@ def euler_a(schedule: NoiseSchedule, steps: int) -> Trajectory:
     sigmas = with_final(schedule, schedule.sigma_at(timesteps), "zero")
     x, output, noise = basis(1)
     evaluations = []
-    for t, (sigma, to) in zip(timesteps, pairwise(sigmas), strict=True):
+    for t, (sigma, to) in zip(timesteps[start:], pairwise(sigmas[start:]), strict=True):
         down = to**2 / sigma
         up = to * math.sqrt(max(0.0, 1 - (to / sigma) ** 2))  # rescaled linear betas make sigmas rise at the top
         x0 = x0_at_sigma(schedule, sigma, x, output)
         slope = (x - x0) / sigma
-        evaluations.append(Evaluation(t, [x + slope * (down - sigma) + up * noise], x0, alpha_at_sigma(sigma)))
+        following = x + slope * (down - sigma) + up * noise
+        evaluations.append(Evaluation(t, [following], x0, (1, sigma), alpha_at_sigma(sigma)))
     return trajectory_from_evaluations("euler_a", evaluations, initial_sigma(schedule, sigmas))
 
 
-def heun(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def heun(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Karras et al., arXiv:2206.00364, algorithm 1: Euler, then again with the mean of the slopes at both ends.
 
     Matches HeunDiscreteScheduler: two evaluations a step, and one for the last, since there is no slope at sigma = 0.
@@ -55,13 +56,15 @@ def heun(schedule: NoiseSchedule, steps: int) -> Trajectory:
     sigmas = with_final(schedule, schedule.sigma_at(timesteps), "zero")
     x, halfway, output, _noise = basis(2)  # halfway: where half of the first slope leads
     evaluations = []
-    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+    for i, (sigma, to) in enumerate(pairwise(sigmas[start:]), start):
         x0 = x0_at_sigma(schedule, sigma, x, output)
         step = (x - x0) / sigma * (to - sigma)
         last = i == steps - 1
-        evaluations.append(Evaluation(timesteps[i], [x + step, x + step / 2], x0, alpha_at_sigma(sigma), last))
+        state = [x + step, x + step / 2]
+        evaluations.append(Evaluation(timesteps[i], state, x0, (1, sigma), alpha_at_sigma(sigma), last))
         if not last:
             x0 = x0_at_sigma(schedule, to, x, output)
             step = (x - x0) / to * (to - sigma)
-            evaluations.append(Evaluation(timesteps[i + 1], [halfway + step / 2], x0, alpha_at_sigma(to)))
+            state = [halfway + step / 2]
+            evaluations.append(Evaluation(timesteps[i + 1], state, x0, (1, to), alpha_at_sigma(to)))
     return trajectory_from_evaluations("heun", evaluations, initial_sigma(schedule, sigmas))

@@ -39,6 +39,11 @@ def x0_and_eps(schedule: NoiseSchedule, alpha_cumprod: float, x: Row, output: Ro
     return (x - sigma * output) / alpha, output
 
 
+def preserving(alpha_cumprod: float) -> tuple[float, float]:
+    """`Evaluation.noising` of variance-preserving latents, alpha x0 + sigma eps, at alpha^2."""
+    return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
+
+
 def alpha_at_sigma(sigma: float) -> float:
     """alpha_t of the variance-preserving latents whose sigma_t / alpha_t is `sigma`."""
     return 1 / math.sqrt(sigma**2 + 1)

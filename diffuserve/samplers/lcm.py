@@ -7,14 +7,14 @@ import math
 import numpy as np
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.samplers.latents import x0_and_eps
+from diffuserve.samplers.latents import preserving, x0_and_eps
 from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 _SIGMA_DATA = 0.5  # the data's standard deviation, a constant in LCMScheduler too
 
 
-def lcm(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def lcm(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Song et al., arXiv:2303.01469, algorithm 1, on latents: predict the image, noise it to the next timestep, again.
 
     The boundary conditions (eq. 5 there) make the prediction at t = 0 the latents themselves. Matches LCMScheduler (Luo
@@ -24,7 +24,7 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Trajectory:
     timesteps = _timesteps(schedule, steps)
     x, output, noise = basis(1)
     evaluations = []
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(timesteps[start:], start):
         alpha_cumprod = float(schedule.alphas_cumprod[t])
         x0 = x0_and_eps(schedule, alpha_cumprod, x, output)[0]
         scaled = t * schedule.timestep_scaling
@@ -35,7 +35,7 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Trajectory:
         if i < steps - 1:
             to = float(schedule.alphas_cumprod[timesteps[i + 1]])
             following = math.sqrt(to) * denoised + math.sqrt(1 - to) * noise
-        evaluations.append(Evaluation(t, [following], denoised))
+        evaluations.append(Evaluation(t, [following], denoised, preserving(alpha_cumprod)))
     return trajectory_from_evaluations("lcm", evaluations)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.samplers.ddim import ddim_step
-from diffuserve.samplers.latents import refuse_zero_snr, x0_and_eps
+from diffuserve.samplers.latents import preserving, refuse_zero_snr, x0_and_eps
 from diffuserve.samplers.noise_schedule import NoiseSchedule
 from diffuserve.samplers.table import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 
@@ -24,7 +24,7 @@ _EARLIER = 3  # outputs that the state remembers, the latest first
 _RUNGE_KUTTA_STEPS = 3  # which make them
 
 
-def pndm(schedule: NoiseSchedule, steps: int) -> Trajectory:
+def pndm(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Liu et al., arXiv:2202.09778, algorithm 2: Runge-Kutta (eq. 13) to begin with, then a linear multistep method.
 
     Matches PNDMScheduler. With `skip_prk_steps`, which Stable Diffusion has, the first step is only done again, with
@@ -39,12 +39,13 @@ def pndm(schedule: NoiseSchedule, steps: int) -> Trajectory:
             "sampler is 'pndm', and this checkpoint's scheduler config has prediction_type='sample'; it may be epsilon "
             "or v_prediction. Use another sampler, such as ddim."
         )
-    if not schedule.skip_prk_steps and steps <= _RUNGE_KUTTA_STEPS:
+    if not schedule.skip_prk_steps and steps - start <= _RUNGE_KUTTA_STEPS:
+        left = f"; {steps - start} of them are left to draw over an image" if start else ""
         raise InvalidRequest(
-            f"steps is {steps}; with the sampler pndm it must be at least {_RUNGE_KUTTA_STEPS + 1}, since this "
+            f"steps is {steps}{left}; with the sampler pndm it must be at least {_RUNGE_KUTTA_STEPS + 1}, since this "
             "checkpoint's scheduler config does not have skip_prk_steps=true. Ask for more, or use another sampler."
         )
-    timesteps = schedule.inference_timesteps(steps, default_spacing="leading").round().astype(np.int64).tolist()
+    timesteps = schedule.inference_timesteps(steps, default_spacing="leading").round().astype(np.int64).tolist()[start:]
     solver = _Pndm(schedule, schedule.num_train_timesteps // steps)
     if schedule.skip_prk_steps:
         evaluations = solver.first_step_twice(timesteps[:2]) + solver.multistep(timesteps[1:], known=1)
@@ -118,8 +119,9 @@ class _Pndm:
         return ddim_step(self._schedule, self._alpha_cumprod(t), self._alpha_cumprod(to), x, output)
 
     def _evaluation(self, t: int, state: Sequence[Row], *, completes_step: bool = True) -> Evaluation:
-        x0 = x0_and_eps(self._schedule, self._alpha_cumprod(t), self._x, self._output)[0]
-        return Evaluation(t, state, x0, completes_step=completes_step)
+        alpha_cumprod = self._alpha_cumprod(t)
+        x0, _eps = x0_and_eps(self._schedule, alpha_cumprod, self._x, self._output)
+        return Evaluation(t, state, x0, preserving(alpha_cumprod), completes_step=completes_step)
 
     def _alpha_cumprod(self, t: int) -> float:
         return self._schedule.alpha_cumprod_at(t, default_set_alpha_to_one=False)

@@ -14,12 +14,14 @@ Row = NDArray[np.float64]  # weights of [S_0 .. S_{K-1}, model_output, noise]: (
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One sampler's way from noise to image in a given number of steps. Shared between requests: arrays are read-only.
+    """One sampler's way from noise, or from a noised image, to image. Shared between requests: arrays are read-only.
 
     K, the slots of its state, is as small as the sampler allows: latents alone, or latents and earlier predictions.
 
     Attributes:
-        init_noise_sigma: the initial latents are unit noise times this.
+        init_noise_sigma: what is drawn from nothing begins as unit noise times this.
+        noising: (n, 2) float32, weights of [image's latents, unit noise] in the latents that evaluation i takes: what an
+            image is noised with to begin there (diffusers' `add_noise`).
         timesteps: (n,) float32, 0 .. T-1, for the n evaluations of the UNet; may lie between training's timesteps.
         input_scale: (n,) float32, what the latents are multiplied with on their way to the UNet.
         update: (n, K, K + 2) float32, from [S_0 .. S_{K-1}, model_output, noise] to the next state.
@@ -31,6 +33,7 @@ class Trajectory:
     sampler: str
     steps: int
     init_noise_sigma: float
+    noising: Float32
     timesteps: Float32
     input_scale: Float32
     update: Float32
@@ -53,6 +56,21 @@ def initial_state(noise: Float32, trajectory: Trajectory) -> Float32:
     """One image's state before the first step, (K, C, h, w) float32. `noise`: (C, h, w) float32, unit variance."""
     state = np.zeros((trajectory.slots, *noise.shape), np.float32)
     np.multiply(noise, np.float32(trajectory.init_noise_sigma), out=state[0])
+    return state
+
+
+def noised_state(image: Float32, noise: Float32, trajectory: Trajectory) -> Float32:
+    """The state of one image that is drawn over: its latents, noised to where the trajectory begins.
+
+    Args:
+        image, noise: (C, h, w) float32, unit variance.
+
+    Returns:
+        (K, C, h, w) float32.
+    """
+    of_image, of_noise = trajectory.noising[0]
+    state = np.zeros((trajectory.slots, *image.shape), np.float32)
+    state[0] = of_image * image + of_noise * noise
     return state
 
 
@@ -93,6 +111,7 @@ class Evaluation:
         timestep: 0 .. T-1, what the UNet is told.
         state: up to K rows, what the slots hold afterwards, the latents first. Slots beyond them become 0.
         x0: the image that it predicts, of S_0 and the model output alone.
+        noising: what S_0 is made of: the weights of the image and of unit noise.
         input_scale: see `Trajectory`. 1 for variance-preserving latents, which go to the UNet as they are.
         completes_step: false where the step needs further evaluations.
     """
@@ -100,6 +119,7 @@ class Evaluation:
     timestep: float
     state: Sequence[Row]
     x0: Row
+    noising: tuple[float, float]
     input_scale: float = 1.0
     completes_step: bool = True
 
@@ -117,6 +137,7 @@ def trajectory_from_evaluations(
         sampler=sampler,
         steps=int(steps_done[-1]),
         init_noise_sigma=init_noise_sigma,
+        noising=np.array([evaluation.noising for evaluation in evaluations], np.float32),
         timesteps=np.array([evaluation.timestep for evaluation in evaluations], np.float32),
         input_scale=np.array([evaluation.input_scale for evaluation in evaluations], np.float32),
         update=update.astype(np.float32),

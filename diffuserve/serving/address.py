@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Self
 
 from diffuserve.serving.process import free_ports
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from diffuserve.bundle.manifest import Manifest
-from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
 from diffuserve.limits import Limits
 from diffuserve.serving.address import ServerAddress
@@ -59,7 +58,7 @@ class ServerLauncher(ABC, Generic[Address]):
     """What messages call the server."""
     watch_interval_s: ClassVar[float] = 0.2
 
-    def __init__(self, address: Address, *, log_level: str = "error", ready_timeout_s: float = READY_TIMEOUT_S) -> None:
+    def __init__(self, address: Address, *, log_level: str, ready_timeout_s: float) -> None:
         self.address = address
         self.failure: str | None = None
         """Why the server was ended without anybody having asked for it."""
@@ -88,7 +87,7 @@ class ServerLauncher(ABC, Generic[Address]):
 
     @abstractmethod
     def _has_failed(self, process: ServerProcess) -> str:
-        """Why a running server has to be ended, since its clients would wait forever; empty if all is well."""
+        """Why a running server is ended, since its clients would wait forever; empty if all is well."""
 
     @abstractmethod
     def _is_drained(self, asked_s: float) -> bool:
@@ -167,6 +166,6 @@ class ServerLauncher(ABC, Generic[Address]):
     def _watch(self, process: ServerProcess) -> None:
         while process.running and not self._stopping.wait(self.watch_interval_s):
             if reason := self._has_failed(process):
-                self.failure = f"{reason}, so {self.name} was ended. Start it again."
+                self.failure = reason
                 process.kill()
                 return

@@ -98,7 +98,9 @@ class ServerProcess:
             if is_ready():
                 return
             time.sleep(0.05)
-        raise LaunchError(f"{self._name} was not ready within {timeout_s:g} s. {self._reason()}")
+        raise LaunchError(
+            f"{self._name} was not ready within {timeout_s:g} s; --ready-timeout allows more. {self._reason()}"
+        )
 
     def stop(self, timeout_s: float) -> None:
         """Asks the server to end, waits `timeout_s` seconds, and kills what is left of its session."""

@@ -14,11 +14,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from diffuserve.defaults import CALL_TIMEOUT_S
 from diffuserve.errors import StageFailed
-from diffuserve.stages import Conditioning, Float32, Stages, checked, finite_rows
+from diffuserve.stages import Conditioning, Float32, StageCalls, finite_rows
 from diffuserve.stats import Stats
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_ENCODER
+from diffuserve.tensors import ENCODER_HIDDEN_STATES
 from diffuserve.text.prompting import parse_prompt
 from diffuserve.text.tokenizer import Encoded, Tokenizer
 
@@ -36,28 +35,26 @@ class TextEmbeddings:
         tokenizers: by input of the text encoder, as `diffuserve.text.tokenizer.tokenizers_of` gives them. Where two of them
             cut a text differently (Stable Diffusion XL's second takes each "!" as a token of its own), the first one's
             weights hold.
+        calls: of the text encoder.
         max_chunks: of a text; what does not fit into them is not used.
         zero_empty_negative: embed an empty negative prompt as zeros.
-        call_timeout_s: seconds after which the encoder's call counts as hung.
     """
 
     def __init__(
         self,
         tokenizers: Mapping[str, Tokenizer],
-        stages: Stages,
+        calls: StageCalls,
         stats: Stats | None = None,
         max_bytes: int = 64 << 20,
         *,
         max_chunks: int = 1,
         zero_empty_negative: bool = False,
-        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._tokenizers = tokenizers
-        self._stages = stages
+        self._calls = calls
         self._max_bytes = max_bytes
         self._max_chunks = max_chunks
         self._zero_empty_negative = zero_empty_negative
-        self._call_timeout_s = call_timeout_s
         self._bytes = 0
         self._cache: OrderedDict[str, Mapping[str, Float32]] = OrderedDict()
         self._encoding: dict[str, asyncio.Task[Conditioning]] = {}
@@ -136,7 +133,7 @@ class TextEmbeddings:
     async def _embed(self, text: str) -> Conditioning:
         encoded = self._encode(text)
         input_ids = {name: each.input_ids for name, each in encoded.items()}
-        chunks = await checked(TEXT_ENCODER, self._stages.encode_text(input_ids), self._call_timeout_s)
+        chunks = await self._calls.encode_text(input_ids)
         hidden = weighted(chunks[ENCODER_HIDDEN_STATES], next(iter(encoded.values())).weights)
         if not finite_rows({**chunks, ENCODER_HIDDEN_STATES: hidden}).all():
             raise StageFailed(

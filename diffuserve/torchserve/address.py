@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffuserve.defaults import TORCHSERVE
 from diffuserve.serving.address import ServerAddress
 
 
@@ -12,11 +13,11 @@ class TorchServeAddress(ServerAddress):
     """Loopback unless told otherwise. The two management ports answer too, but with the model API off to little."""
 
     host: str = "127.0.0.1"
-    http_port: int = 8080
-    grpc_port: int = 7070
-    metrics_port: int = 8082
-    management_port: int = 8081
-    grpc_management_port: int = 7071
+    http_port: int = TORCHSERVE.http
+    grpc_port: int = TORCHSERVE.grpc
+    metrics_port: int = TORCHSERVE.metrics
+    management_port: int = TORCHSERVE.http + 1
+    grpc_management_port: int = TORCHSERVE.grpc + 1
 
     @classmethod
     def with_next_ports_for_management(cls, host: str, **ports: int) -> TorchServeAddress:

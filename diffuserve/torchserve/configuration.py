@@ -13,7 +13,8 @@ from xml.sax.saxutils import quoteattr
 import msgspec
 
 from diffuserve.bundle.manifest import MANIFEST_NAME, Manifest, ModelSpec
-from diffuserve.errors import BundleError
+from diffuserve.defaults import ARCHIVES
+from diffuserve.errors import BundleError, LaunchError
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
@@ -86,6 +87,19 @@ def read_archive(path: Path) -> Archive:
         msgspec.DecodeError,
     ) as error:
         raise BundleError(f"{path} is no model archive of diffuserve's: {error}. {again}") from error
+
+
+def only_archive(folder: Path = ARCHIVES) -> Path:
+    """The one archive in a folder.
+
+    Raises:
+        LaunchError: there is none, or more than one.
+    """
+    found = sorted(folder.glob("*.mar"))
+    if len(found) != 1:
+        names = f"{len(found)} archives: {', '.join(path.name for path in found)}" if found else "no archive"
+        raise LaunchError(f"{folder} holds {names}. Name one with --archive, or make one: diffuserve archive BUNDLE")
+    return found[0]
 
 
 def properties(archive: Archive, address: TorchServeAddress) -> str:

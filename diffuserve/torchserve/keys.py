@@ -7,9 +7,6 @@ from pathlib import Path
 
 from diffuserve.errors import LaunchError
 
-# Where `diffuserve serve` puts a link to it, and `diffuserve generate` looks for it.
-KEY_FILE = Path("torchserve-keys.json")
-
 
 def read_inference_token(key_file: Path) -> str:
     """What requests carry, as `Authorization: Bearer TOKEN`; raises as `read_token`."""

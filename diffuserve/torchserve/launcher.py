@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffuserve.defaults import READY_TIMEOUT_S
+from diffuserve.defaults import KEY_FILE, READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
 from diffuserve.serving.launcher import Served, ServerLauncher
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign
@@ -27,7 +27,7 @@ from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.configuration import log_settings, properties, read_archive
 from diffuserve.torchserve.java import find_java
-from diffuserve.torchserve.keys import KEY_FILE, read_token
+from diffuserve.torchserve.keys import read_token
 
 _STOP_TIMEOUT_S = 10.0
 # Longer than a worker that has answered one batch needs to be given the next, besides the batch's delay.
@@ -88,8 +88,9 @@ class TorchServeServer(ServerLauncher[TorchServeAddress]):
         now_s = time.monotonic()
         if process.has_children:
             self._worker_seen_s = now_s
-        lost = now_s - self._worker_seen_s > _NO_WORKER_TIMEOUT_S
-        return "TorchServe has lost its workers and starts no other" if lost else ""
+        if now_s - self._worker_seen_s <= _NO_WORKER_TIMEOUT_S:
+            return ""
+        return "TorchServe has lost its workers and starts no other, so it was ended. Start it again."
 
     def _is_drained(self, asked_s: float) -> bool:
         """Whether no worker has had a batch for longer than a batch's delay."""

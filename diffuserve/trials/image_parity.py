@@ -20,8 +20,8 @@ from diffuserve.events import Completed
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.stages import Engine, Float32
-from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.stages import ArraysByName, Engine
+from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from diffuserve.trials.similarity import psnr_db, ssim
 from diffuserve.trials.tolerance import min_image_psnr_db
 
@@ -62,7 +62,7 @@ def _engines_of(components: Mapping[str, Component]) -> dict[str, str]:
 
 def draw_reference(bundle: Path, manifest: Manifest, components: Mapping[str, Component]) -> NDArray[np.uint8]:
     """The image that the reference image's request gives, (H, W, 3) uint8; arguments and errors as `image_parity`."""
-    concepts = components[SAFETY_CHECKER].tensors.outputs[0].dims[0] if SAFETY_CHECKER in components else 0
+    concepts = components[SAFETY_CHECKER].tensors.outputs[0].triton_dims[0] if SAFETY_CHECKER in components else 0
     drawing = {stage: components[stage] for stage in _DRAWING}
     return asyncio.run(_draw(bundle, manifest, _Unchecked(_OneEngineAtATime(bundle, drawing), concepts)))
 
@@ -90,8 +90,10 @@ class _Unchecked(EngineStages):
         super().__init__(engines)
         self._concepts = concepts
 
-    async def score_concepts(self, clip_input: Float32) -> Float32:
-        return np.full((len(clip_input), self._concepts), -1, np.float32)
+    async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
+        if stage == SAFETY_CHECKER:
+            return {CONCEPT_SCORES: np.full((len(inputs[CLIP_INPUT]), self._concepts), -1, np.float32)}
+        return await super().run(stage, inputs)
 
 
 class _OneEngineAtATime(Mapping[str, Engine]):

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from diffuserve.engines.row_pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import Profile, most_rows
 from diffuserve.errors import StageFailed, from_wire
-from diffuserve.stages import Conditioning, Float32
-from diffuserve.tensors import CLIP_INPUT, CONCEPT_SCORES, FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+from diffuserve.stages import ArraysByName
 from diffuserve.triton.model_control import ModelControl
 
 log = logging.getLogger(__name__)
@@ -64,21 +63,7 @@ class BlsStages:
         """Calls that have not returned, those of cancelled requests included."""
         return len(self._calls)
 
-    async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
-        return await self._call(TEXT_ENCODER, input_ids)
-
-    async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
-        outputs = await self._call(UNET, {"sample": sample, "timestep": timestep[:, np.newaxis], **conditioning})
-        return outputs["noise_pred"]
-
-    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        outputs = await self._call(VAE_DECODER, {"latent_sample": latent_sample})
-        return outputs["image"], outputs[FINITE][:, 0]
-
-    async def score_concepts(self, clip_input: Float32) -> Float32:
-        return (await self._call(SAFETY_CHECKER, {CLIP_INPUT: clip_input}))[CONCEPT_SCORES]
-
-    async def _call(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
         # stopped before it returns.
         call = asyncio.create_task(self._execute_in_pieces(stage, inputs))
@@ -145,7 +130,7 @@ class BlsStages:
     async def _wait_for(self, load: asyncio.Task[str | None], stage: str) -> None:
         try:
             failure = await asyncio.wait_for(asyncio.shield(load), _LOAD_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             failure = f"The process of {self._models[stage]} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
         if failure:
             raise StageFailed(failure)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from diffuserve.errors import ConfigurationError
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import from_parameters
-from diffuserve.serving_options import Serving, StageServing, limits_and_serving
+from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve.triton.placement import described_placement
 from diffuserve.triton.stage_models import split_parameters
@@ -91,7 +91,7 @@ def check_stages(
             instances = sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
             check_at_least("number of instances", instances, serving.unet_instances)
         if _CALL_TIMEOUT in config.parameters:  # only the Python backend's models have it
-            options = _from_parameters(folder, config, lambda parameters: from_parameters(StageServing(), parameters))
+            options = _from_parameters(folder, config, lambda parameters: from_parameters(Serving(), parameters))
             check_at_least(_CALL_TIMEOUT, options.call_timeout_s, serving.call_timeout_s)
 
 

@@ -57,7 +57,7 @@ def _from_wheel(package: Path, run_folder: Path) -> Installation:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
-        raise LaunchError(f"nvidia-pytriton has no Python-backend stub for Python {version}. Use Python 3.10 to 3.13.")
+        raise LaunchError(f"nvidia-pytriton has no Python-backend stub for Python {version}. Use Python 3.11 to 3.13.")
     backends = run_folder / "backends"
     shutil.copytree(root / "backends" / "python", backends / "python")
     shutil.copy2(stub, backends / "python" / stub.name)

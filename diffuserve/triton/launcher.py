@@ -90,7 +90,7 @@ class TritonServer(ServerLauncher[TritonAddress]):
 
     def _has_failed(self, process: ServerProcess) -> str:
         dead = [signs.model for signs in self._signs if signs.died]
-        return f"The process of {' and '.join(dead)} has died" if dead else ""
+        return f"The process of {' and '.join(dead)} has died, so Triton was ended. Start it again." if dead else ""
 
     def _is_drained(self, asked_s: float) -> bool:
         return self._drained

@@ -24,7 +24,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, ConfigurationError, StageFailed, to_wire
 from diffuserve.options import from_parameters
-from diffuserve.serving_options import StageServing
+from diffuserve.serving_options import Serving
 from diffuserve.triton.inherited import close_inherited_sockets
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
@@ -48,10 +48,9 @@ class StageModel:
             if placement.component is None:
                 raise BundleError(f"{version_folder} holds no component. Assemble the repository again.")
             parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-            serving = from_parameters(StageServing(), parameters)
-            self._call_timeout_s = serving.call_timeout_s
+            self._call_timeout_s = from_parameters(Serving(), parameters).call_timeout_s
             self._tensors = placement.component.tensors
-            self._engine = load_engine(version_folder / placement.files[0].name, placement.component, serving.threads)
+            self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads=0)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
             started_s = time.monotonic()
             warm(self._engine, placement.component, placement.model)

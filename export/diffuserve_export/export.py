@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def manifest_from_parts(
         bundle_sha256=sha256_of_files(
             [*files, *(file for component in components.values() for file in component.files)]
         ),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         image_processor=checkpoint.image_processor,
         safety_checker_left_out=checkpoint.safety_checker_left_out,

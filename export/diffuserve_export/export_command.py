@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffuserve.defaults import BUNDLES
+
 if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Manifest
-
-_BUNDLES = Path("model_store/bundles")
 
 
 @click.command("export")
@@ -21,7 +21,7 @@ _BUNDLES = Path("model_store/bundles")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"The bundle's folder.  [default: {_BUNDLES}/NAME, the checkpoint's name]",
+    help=f"The bundle's folder.  [default: {BUNDLES}/NAME, the checkpoint's name]",
 )
 @click.option(
     "--config",
@@ -133,7 +133,7 @@ def command(
         click.echo(
             f"Taken from {checkpoint.name} itself: " + ", ".join(f"{k}={v}" for k, v in opened.taken_from_file.items())
         )
-    output = output or _BUNDLES / opened.spec.name
+    output = output or BUNDLES / opened.spec.name
     if not force and unchanged_manifest(opened, output) is not None:
         click.echo(
             f"{output} is up to date: neither the checkpoint nor the exporter has changed. --force exports anyway."
@@ -154,7 +154,7 @@ def _write_skeleton(path: Path, output: Path | None, clip_skip: int | None) -> P
     from diffuserve_export.checkpoint.skeleton import skeleton_from_checkpoint
 
     opened = open_checkpoint(path, clip_skip=clip_skip, safety_checker=False, weights=False)
-    return skeleton_from_checkpoint(opened, output or _BUNDLES / f"{opened.spec.name}-without-weights", _timed)
+    return skeleton_from_checkpoint(opened, output or BUNDLES / f"{opened.spec.name}-without-weights", _timed)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def random_input_ids(tokenizers: Sequence[Any], tensors: StageSpec) -> Arrays:
     texts = ["".join(rng.choice(letters, rng.integers(1, 200))) for _ in range(_BATCHES[-1])]
     return {
         tensor.name: tokenizer(
-            texts, padding="max_length", truncation=True, max_length=tensor.dims[0], return_tensors="np"
+            texts, padding="max_length", truncation=True, max_length=tensor.triton_dims[0], return_tensors="np"
         ).input_ids.astype(np.int32)
         for tensor, tokenizer in zip(tensors.inputs, tokenizers, strict=True)
     }
@@ -169,7 +169,7 @@ def _inputs(stage: str, tensors: StageSpec, spec: ModelSpec, texts: Arrays) -> I
         yield from (_first_rows(texts, batch) for batch in _BATCHES)
         return
     if stage == SAFETY_CHECKER:
-        shape = tensors.inputs[0].dims
+        shape = tensors.inputs[0].triton_dims
         yield from ({CLIP_INPUT: rng.standard_normal((batch, *shape), dtype=np.float32)} for batch in _BATCHES)
         return
     factor = spec.vae_scale_factor
@@ -201,7 +201,9 @@ def _added_inputs(tensors: StageSpec, batch: int, width: int, height: int) -> Ar
             added[TIME_IDS] = np.stack([time_ids(width + row, height) for row in range(batch)])
         elif tensor.name == TIMESTEP_COND:
             scales = np.linspace(9, 1, batch)
-            added[TIMESTEP_COND] = np.stack([guidance_embedding(float(scale), tensor.dims[0]) for scale in scales])
+            added[TIMESTEP_COND] = np.stack(
+                [guidance_embedding(float(scale), tensor.triton_dims[0]) for scale in scales]
+            )
     return added
 
 

@@ -20,10 +20,10 @@ from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.local_stages import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
+from diffuserve.http_answers import Answer, answer_from_completed, answer_from_error, json_from_event
 from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.serving.lifecycle import BusySign, DrainRequest
 from diffuserve.torchserve.configuration import options_from_config
-from diffuserve_handlers.answers import Answer, answer_from_completed, answer_from_error, json_from_event
 from diffuserve_handlers.metrics import Metrics
 from diffuserve_handlers.requests import Received, received_from_data
 
@@ -129,7 +129,7 @@ def _put(events: SimpleQueue[tuple[int, Event | Exception]], index: int, event: 
 
 
 def _answer(received: Received, outcome: Outcome, context: Any, index: int) -> Answer:
-    """The answer's body; its status and headers are told to TorchServe here."""
+    """The answer; its status and headers are told to TorchServe here, which drops the status for gRPC clients."""
     answer = (
         answer_from_error(outcome)
         if isinstance(outcome, DiffuserveError)

@@ -1,1 +1,1 @@
-"""Load tests of diffuserve and of what it is compared with; its benchmarks are in `diffuserve_loadtest.bench`."""
+"""The load test: a workload is sent to a server, which is watched meanwhile, and reported on."""

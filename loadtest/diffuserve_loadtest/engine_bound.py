@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
-from diffuserve.bundle.manifest import read_manifest
-from diffuserve_loadtest.bench.stage_seconds import StageSeconds, best_request_s, measure_stages
-from diffuserve_loadtest.plan import plan
-from diffuserve_loadtest.workload import Workload
+from diffuserve.bundle.manifest import ModelSpec, read_manifest
+from diffuserve_loadtest.stage_seconds import StageSeconds, best_request_s, measure_stages
+from diffuserve_loadtest.workload.plan import PlannedRequest, plan
+from diffuserve_loadtest.workload.workload import Workload
 
 _PLANNED = 1000
 
 
 def engine_bound_per_s(workload: Workload, bundle: Path, max_rows: int) -> float:
-    """Requests a second if every row, text and image ran in the batch that is cheapest for one of them.
-
-    Times the engines in this process, half a minute or more for each image size of the workload.
+    """As `bound_per_s`; times the engines in this process, half a minute or more for each image size of the workload.
 
     Args:
         workload: whose mixture it is.
@@ -24,12 +23,30 @@ def engine_bound_per_s(workload: Workload, bundle: Path, max_rows: int) -> float
         max_rows: rows of a UNet call, at most.
     """
     model = read_manifest(bundle).model
-    seconds: dict[tuple[int, int], StageSeconds] = {}
-    each_s = []
-    for number in range(_PLANNED):
-        request = plan(workload, number)
-        size = (request.size[0] or model.width, request.size[1] or model.height)
-        if size not in seconds:
-            seconds[size] = measure_stages(bundle, size)
-        each_s.append(best_request_s(seconds[size], request.unet_rows, request.images, max_rows))
-    return 1 / statistics.fmean(each_s)
+    sizes = dict.fromkeys(_size_of(request, model) for request in _planned(workload))
+    return bound_per_s(workload, model, {size: measure_stages(bundle, size) for size in sizes}, max_rows)
+
+
+def bound_per_s(
+    workload: Workload, model: ModelSpec, seconds: Mapping[tuple[int, int], StageSeconds], max_rows: int
+) -> float:
+    """Requests a second if every row, text and image ran in the batch that is cheapest for one of them.
+
+    Args:
+        workload: whose mixture it is.
+        model: whose native size a request without one has.
+        seconds: of the engines, by (width, height) in pixels.
+        max_rows: rows of a UNet call, at most.
+    """
+    return 1 / statistics.fmean(
+        best_request_s(seconds[_size_of(request, model)], request.unet_rows, request.images, max_rows)
+        for request in _planned(workload)
+    )
+
+
+def _planned(workload: Workload) -> list[PlannedRequest]:
+    return [plan(workload, number) for number in range(_PLANNED)]
+
+
+def _size_of(request: PlannedRequest, model: ModelSpec) -> tuple[int, int]:
+    return request.size[0] or model.width, request.size[1] or model.height

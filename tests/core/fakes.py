@@ -125,6 +125,17 @@ class FakeStages:
         """Batch sizes of the stage's calls so far."""
         return [shape[0] for name, shape in self.calls if name == stage]
 
+    async def run(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if stage == "text_encoder":
+            return dict(await self.encode_text(inputs))
+        if stage == "unet":
+            conditioning = {name: array for name, array in inputs.items() if name not in ("sample", "timestep")}
+            return {"noise_pred": await self.denoise(inputs["sample"], inputs["timestep"][:, 0], conditioning)}
+        if stage == "vae_decoder":
+            image, finite = await self.decode(inputs["latent_sample"])
+            return {"image": image, "finite": finite[:, np.newaxis]}
+        return {"concept_scores": await self.score_concepts(inputs["clip_input"])}
+
     async def encode_text(self, input_ids: Mapping[str, NDArray[np.int32]]) -> Conditioning:
         ids = input_ids["input_ids"]
         await self._enter("encode_text", ids)

@@ -7,20 +7,23 @@ import random
 
 import pytest
 
-from diffuserve.batching.admission import _MARGIN, Admission, Promise
+from diffuserve.batching.admission import _MARGIN, Admission
 from diffuserve.batching.forecast import CallForecast
+from diffuserve.batching.ledger import Entry, Ledger
 
 SHAPE = (4, 8, 8)
 SIZE = math.prod(SHAPE)
 
 
-def promise(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Promise:
-    return Promise(SHAPE, rows, evaluations, priority, end_s)
+def entry(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Entry:
+    return Entry(SHAPE, rows, evaluations, priority, end_s)
 
 
-def admission_with(call_s: float, row_s: float, *, max_rows: int = 32, instances: int = 1) -> Admission:
+def admission_with(
+    call_s: float, row_s: float, *, max_rows: int = 32, instances: int = 1, ledger: Ledger | None = None
+) -> Admission:
     """One that has seen calls of 1 to 8 rows at this cost."""
-    admission = Admission(max_rows, instances)
+    admission = Admission(ledger or Ledger(), max_rows, instances)
     for rows in (1, 2, 4, 8) * 5:
         admission.calls.observe(rows * SIZE, call_s + row_s * rows)
     return admission
@@ -61,68 +64,70 @@ def test_a_server_that_has_become_faster_is_believed() -> None:
 
 
 def test_an_idle_server_takes_everything() -> None:
-    """Its forecast may be out of date, and only calls can mend it."""
-    assert admission_with(10.0, 10.0).excess_s(promise(100, end_s=0.1), 0.0) == 0
+    """Its forecast may be out of date, and only calls can correct it."""
+    assert admission_with(10.0, 10.0).excess_s(entry(100, end_s=0.1), 0.0) == 0
 
 
 def test_a_newcomer_that_would_be_late_itself() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(100, rows=4)}
+    admission._ledger.add(entry(100, rows=4))
     # Ten rounds of five rows, 0.5 s in all.
     needed_s = _MARGIN * 0.5
-    assert admission.excess_s(promise(10, end_s=needed_s + 0.01), 0.0) == 0
-    assert admission.excess_s(promise(10, end_s=needed_s - 0.1), 0.0) == pytest.approx(0.1)
-    assert admission.excess_s(promise(10), 0.0) == 0
+    assert admission.excess_s(entry(10, end_s=needed_s + 0.01), 0.0) == 0
+    assert admission.excess_s(entry(10, end_s=needed_s - 0.1), 0.0) == pytest.approx(0.1)
+    assert admission.excess_s(entry(10), 0.0) == 0
 
 
 def test_a_newcomer_that_would_make_another_late() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(10, end_s=_MARGIN * 0.15)}
-    assert admission.excess_s(promise(10), 0.0) == pytest.approx(_MARGIN * 0.05)
-    assert admission.excess_s(promise(5), 0.0) == 0  # there in half of the rounds only
+    admission._ledger.add(entry(10, end_s=_MARGIN * 0.15))
+    assert admission.excess_s(entry(10), 0.0) == pytest.approx(_MARGIN * 0.05)
+    assert admission.excess_s(entry(5), 0.0) == 0  # there in half of the rounds only
 
 
 def test_who_is_late_in_any_case_keeps_nobody_out() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(1000, end_s=0.1)}
-    assert admission.excess_s(promise(10, end_s=5.0), 0.0) == 0
+    admission._ledger.add(entry(1000, end_s=0.1))
+    assert admission.excess_s(entry(10, end_s=5.0), 0.0) == 0
 
 
 def test_who_may_be_late_only_with_the_margin_is_not_given_up() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(10, end_s=0.12)}
-    assert admission.excess_s(promise(10), 0.0) == pytest.approx(_MARGIN * 0.2 - 0.12)
-    assert admission.excess_s(promise(10, priority=6), 0.0) == 0  # which goes after it
+    admission._ledger.add(entry(10, end_s=0.12))
+    assert admission.excess_s(entry(10), 0.0) == pytest.approx(_MARGIN * 0.2 - 0.12)
+    assert admission.excess_s(entry(10, priority=6), 0.0) == 0  # which goes after it
 
 
 def test_who_goes_first_does_not_wait_for_the_others() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(1000, rows=10)}
-    assert admission.excess_s(promise(10, end_s=0.2), 0.0) > 0
-    assert admission.excess_s(promise(10, end_s=0.2, priority=4), 0.0) == 0
+    admission._ledger.add(entry(1000, rows=10))
+    assert admission.excess_s(entry(10, end_s=0.2), 0.0) > 0
+    assert admission.excess_s(entry(10, end_s=0.2, priority=4), 0.0) == 0
     # And is not made late by who goes after it.
-    admission.accepted = {promise(10, end_s=_MARGIN * 0.1, priority=4)}
-    assert admission.excess_s(promise(10, rows=10, priority=5), 0.0) == 0
-    assert admission.excess_s(promise(10, rows=10, priority=4), 0.0) > 0
+    admission = admission_with(0.0, 0.01)
+    admission._ledger.add(entry(10, end_s=_MARGIN * 0.1, priority=4))
+    assert admission.excess_s(entry(10, rows=10, priority=5), 0.0) == 0
+    assert admission.excess_s(entry(10, rows=10, priority=4), 0.0) > 0
 
 
 def test_what_does_not_fit_into_one_call_takes_several() -> None:
-    accepted = {promise(10, rows=4) for _ in range(4)}
-    one, two = admission_with(0.1, 0.0, max_rows=32), admission_with(0.1, 0.0, max_rows=8)
-    one.accepted = two.accepted = accepted
+    ledger = Ledger()
+    for _ in range(4):
+        ledger.add(entry(10, rows=4))
+    one = admission_with(0.1, 0.0, max_rows=32, ledger=ledger)
+    two = admission_with(0.1, 0.0, max_rows=8, ledger=ledger)
     # Ten rounds of 18 rows: one call each, or three.
-    assert one.excess_s(promise(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
-    assert two.excess_s(promise(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 3.0)
-    parallel = admission_with(0.1, 0.0, max_rows=8, instances=3)
-    parallel.accepted = accepted
-    assert parallel.excess_s(promise(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
+    assert one.excess_s(entry(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
+    assert two.excess_s(entry(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 3.0)
+    parallel = admission_with(0.1, 0.0, max_rows=8, instances=3, ledger=ledger)
+    assert parallel.excess_s(entry(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
 
 
 def test_what_else_a_request_takes_counts() -> None:
     admission = admission_with(0.0, 0.01)
-    admission.accepted = {promise(10)}
+    admission._ledger.add(entry(10))
     admission.observe_outside(2.0)
-    assert admission.excess_s(promise(10, end_s=0.0), 0.0) == pytest.approx(_MARGIN * (0.2 + 2.0))
+    assert admission.excess_s(entry(10, end_s=0.0), 0.0) == pytest.approx(_MARGIN * (0.2 + 2.0))
 
 
 @pytest.mark.parametrize("load", [3.0, 10.0])
@@ -135,15 +140,15 @@ def test_under_overload_nearly_all_the_work_is_for_requests_that_are_finished(lo
     rate_per_s = load / (row_s * 20)
     now_s, due_s = 0.0, 0.0
     finished_rows = expired = 0
-    rows_of: dict[Promise, int] = {}
+    rows_of: dict[Entry, int] = {}
     while now_s < 120:
         while due_s <= now_s:
-            newcomer = promise(choose.choice((8, 12, 20)), rows=choose.choice((1, 2)), end_s=now_s + timeout_s)
+            newcomer = entry(choose.choice((8, 12, 20)), rows=choose.choice((1, 2)), end_s=now_s + timeout_s)
             if admission.excess_s(newcomer, now_s) == 0:
                 rows_of[newcomer] = newcomer.rows * newcomer.evaluations_left
-                admission.accepted.add(newcomer)
+                admission._ledger.add(newcomer)
             due_s += choose.expovariate(rate_per_s)
-        batch = list(admission.accepted)
+        batch = list(admission._ledger)
         rows = sum(member.rows for member in batch)
         spent_s = call_s + row_s * rows if batch else 0.001
         now_s += spent_s
@@ -153,9 +158,9 @@ def test_under_overload_nearly_all_the_work_is_for_requests_that_are_finished(lo
             member.evaluations_left -= 1
             if member.end_s < now_s:
                 expired += 1
-                admission.accepted.discard(member)
+                admission._ledger.remove(member)
             elif member.evaluations_left == 0:
                 finished_rows += rows_of[member]
-                admission.accepted.discard(member)
+                admission._ledger.remove(member)
     assert expired == 0
     assert finished_rows * row_s / now_s > 0.8  # of the time went into rows of finished requests

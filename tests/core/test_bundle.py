@@ -29,14 +29,14 @@ def test_round_trip(manifest: Manifest, tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == manifest
     text = (tmp_path / "manifest.json").read_text()
     assert list(json.loads(text)) == [field.name for field in msgspec.structs.fields(Manifest)]
-    assert text.startswith('{\n  "format_version": 3')
+    assert text.startswith('{\n  "format_version": 4')
     assert text.endswith("}\n")
     write_manifest(tmp_path, read_manifest(tmp_path))
     assert (tmp_path / "manifest.json").read_text() == text
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"null", b"[]", b"{}", b"\xff", b'{"format_version": "1"}', b'{"format_version": 3}']
+    "data", [b"", b"{", b"null", b"[]", b"{}", b"\xff", b'{"format_version": "1"}', b'{"format_version": 4}']
 )
 def test_damaged_json(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
@@ -70,8 +70,8 @@ def test_a_manifest_from_before_a_field_with_a_default(manifest: Manifest, tmp_p
 
 
 def test_newer_format(manifest: Manifest, tmp_path: Path) -> None:
-    edit(tmp_path, lambda content: content.update(format_version=4, new_field=1))
-    with pytest.raises(BundleError, match=r"format version 4, and this diffuserve reads up to 3. Upgrade"):
+    edit(tmp_path, lambda content: content.update(format_version=5, new_field=1))
+    with pytest.raises(BundleError, match=r"format version 5, and this diffuserve reads up to 4. Upgrade"):
         read_manifest(tmp_path)
 
 

@@ -18,8 +18,10 @@ from diffuserve.batching.selection import InflightSelection
 from diffuserve.errors import StageFailed
 from diffuserve.samplers import SAMPLERS, NoiseSchedule, advance, initial_state, trajectory
 from diffuserve.samplers.noise import Generator
+from diffuserve.stages import checked
 from diffuserve.stats import Stats
-from diffuserve_loadtest.bench.virtual_time import run_in_virtual_time
+from diffuserve.tensors import UNET
+from diffuserve_bench.virtual_time import run_in_virtual_time
 
 SCHEDULE = NoiseSchedule.from_config(
     {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "skip_prk_steps": True}
@@ -103,8 +105,13 @@ def alone(job: Job) -> Any:
 
 def make_loop(unet: Any, *, max_rows: int = 8, policy: Policy = fair, **options: Any) -> InflightLoop:
     selection = options.pop("selection", None) or InflightSelection(max_rows, policy)
+    timeout_s = options.pop("call_timeout_s", 300)
     settings = {"max_active_images": 64, **options}
-    return InflightLoop(unet, selection, clock=asyncio.get_running_loop().time, **settings)
+
+    async def denoise(*inputs: Any) -> Any:
+        return await checked(UNET, unet(*inputs), timeout_s)
+
+    return InflightLoop(denoise, selection, clock=asyncio.get_running_loop().time, **settings)
 
 
 async def finish(loop: InflightLoop, *waited: Any) -> list[Any]:
@@ -231,13 +238,15 @@ def test_rows_agree_on_all_conditioning_or_do_not_share_a_call() -> None:
         pooled, wider = make_job(), make_job()
         pooled.conditioning = {**pooled.conditioning, "text_embeds": np.zeros(3, np.float32)}
         wider.conditioning = {**wider.conditioning, "text_embeds": np.zeros(4, np.float32)}
-        different = [make_job(), make_job(tokens=14), make_job(shape=SHAPES[1]), pooled, wider]
-        assert len({job.row_shapes for job in different}) == len(different)
+        other = make_job()  # an input of the same shape under another name
+        other.conditioning = {**other.conditioning, "image_embeds": np.zeros(3, np.float32)}
+        different = [make_job(), make_job(tokens=14), make_job(shape=SHAPES[1]), pooled, wider, other]
+        assert len({job.batch_key for job in different}) == len(different)
         again = make_job(seed=5, text=0.7, guidance_scale=3.0, sampler="ddim")
-        assert again.row_shapes == different[0].row_shapes
+        assert again.batch_key == different[0].batch_key
         reordered = make_job()
         reordered.conditioning = dict(reversed(pooled.conditioning.items()))
-        assert reordered.row_shapes == pooled.row_shapes
+        assert reordered.batch_key == pooled.batch_key
 
     run_in_virtual_time(main())
 
@@ -484,7 +493,7 @@ def test_whatever_arrives_is_answered_once(
             job = make_job(**fields, on_step=lambda step, _: steps_seen.append(step))
             try:
                 latents = await asyncio.wait_for(loop.denoise(job), cancel_after_s)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 assert cancel_after_s is not None
             except StageFailed as error:
                 assert failing_calls, error

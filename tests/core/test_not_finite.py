@@ -20,7 +20,7 @@ from diffuserve.engines.processor import computes_bf16
 from diffuserve.errors import StageFailed
 from diffuserve.events import Completed
 from diffuserve.images.decoding import Decoder
-from diffuserve.stages import Conditioning, Engine, finite_rows
+from diffuserve.stages import Conditioning, Engine, StageCalls, finite_rows
 from diffuserve.stats import Stats
 from diffuserve.tensors import FINITE, VAE_DECODER
 from diffuserve.text.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ def test_a_real_decoder_among_good_requests(tmp_path: Path, engine: str, precisi
                 image_processor=None,
                 components={VAE_DECODER: manifest.components[VAE_DECODER]},
             )
-            decoder = Decoder(without_checker, stages, workers, stats)
+            decoder = Decoder(without_checker, StageCalls(stages), workers, stats)
             calls = (decoder.decode(each, 64, 48) for each in (latents, spoilt, latents[:2], spoilt[3:]))
             return await asyncio.gather(*calls, return_exceptions=True)
 

@@ -85,8 +85,8 @@ def assert_free(pipeline: Pipeline) -> None:
     left = (
         unanswered(pipeline),
         pipeline.gauges()["requests_waiting"],
-        pipeline.loop.images_active,
-        pipeline.loop.rows_left,
+        pipeline._loop.images_active,
+        pipeline._loop.rows_left,
     )
     assert left == (0, 0, 0, 0)
 
@@ -139,6 +139,9 @@ def test_completed(fake_bundle: Path, format: str) -> None:
         fields = {"num_images": 3, "seed": 2**32 - 2, "format": format, "width": 96}
         async with serving(fake_bundle, FakeStages()) as pipeline:
             done = await completed(pipeline, **fields)
+            observed = dict(pipeline.stats.collect())
+        assert observed["queue_seconds"] == done.queue_s  # one span, one name
+        assert observed["queue_seconds"] <= observed["first_step_seconds"] <= done.queue_s + done.denoise_s
         assert done.seeds == (2**32 - 2, 2**32 - 1, 0)
         assert (done.pixels.dtype, done.pixels.shape) == (np.uint8, (3, 48, 96, 3))
         manifest, request = read_manifest(fake_bundle), make_request(**fields)
@@ -426,7 +429,7 @@ def test_what_could_not_be_finished_in_time_is_refused_at_once(fake_bundle: Path
             stages.held = ""
             stages.release.set()
             assert all(done.images for done in await asyncio.gather(long, *others))
-            assert not pipeline._admission.accepted
+            assert not len(pipeline._ledger)
 
     run(main)
 

@@ -25,7 +25,8 @@ from tests.core.fakes import MODEL
 TENSORS = {
     UNET: stage_specs(max_tokens=12, hidden_size=5, latent_channels=4)[UNET],
     VAE_DECODER: StageSpec(
-        (TensorSpec("latent_sample", "FP32", (4, -1, -1)),), (TensorSpec("image", "UINT8", (-1, -1, 3)),)
+        (TensorSpec("latent_sample", "FP32", (4, "latent_height", "latent_width")),),
+        (TensorSpec("image", "UINT8", ("height", "width", 3)),),
     ),
 }
 Work = list[Callable[[], None]]

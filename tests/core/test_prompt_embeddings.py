@@ -19,7 +19,7 @@ from diffuserve.engines.local_stages import LocalStages
 from diffuserve.events import Completed
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
-from diffuserve.stages import Conditioning
+from diffuserve.stages import Conditioning, StageCalls
 from diffuserve.text.embeddings import TextEmbeddings
 from diffuserve.text.prompting import BREAK
 from diffuserve.text.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def test_one_text_encoder(prompt: str) -> None:
         return model(ids).last_hidden_state
 
     stages = TorchStages(lambda ids: {"encoder_hidden_states": encode(ids["input_ids"])})
-    embeddings = TextEmbeddings({"input_ids": Tokenizer(TOKENIZER, LENGTH)}, stages, max_chunks=9)
+    embeddings = TextEmbeddings({"input_ids": Tokenizer(TOKENIZER, LENGTH)}, StageCalls(stages), max_chunks=9)
     actual = get(embeddings, prompt)["encoder_hidden_states"]
     expected = expected_hidden(encode, tokenizer, PROMPTS[prompt])
     assert actual.dtype == np.float32
@@ -136,7 +136,7 @@ def test_a_plain_prompt_is_what_diffusers_encodes(prompt: str) -> None:
     ids = CLIPTokenizer.from_pretrained(TOKENIZER)(prompt, padding="max_length", truncation=True, max_length=LENGTH)
     expected = model(torch.tensor([ids.input_ids])).last_hidden_state[0].numpy()
     stages = TorchStages(lambda ids: {"encoder_hidden_states": model(ids["input_ids"]).last_hidden_state})
-    embeddings = TextEmbeddings({"input_ids": Tokenizer(TOKENIZER, LENGTH)}, stages, max_chunks=3)
+    embeddings = TextEmbeddings({"input_ids": Tokenizer(TOKENIZER, LENGTH)}, StageCalls(stages), max_chunks=3)
     np.testing.assert_array_equal(get(embeddings, prompt)["encoder_hidden_states"], expected)
 
 
@@ -157,7 +157,7 @@ def test_two_text_encoders(prompt: str, tmp_path: Path) -> None:
 
     embeddings = TextEmbeddings(
         {"input_ids": Tokenizer(TOKENIZER, LENGTH), "input_ids_2": Tokenizer(padding_2, LENGTH)},
-        TorchStages(encode),
+        StageCalls(TorchStages(encode)),
         max_chunks=9,
     )
     actual = get(embeddings, prompt)
@@ -247,6 +247,6 @@ def test_tokenizers_that_need_different_numbers_of_chunks(tmp_path: Path) -> Non
     prompt = "red dog " * 5
     needed = [len(tokenizer.encode([(prompt, 1.0)], max_chunks=9).input_ids) for tokenizer in tokenizers.values()]
     assert needed[0] < needed[1]  # where "d" pads it is a token of its own, as is the "!" of Stable Diffusion XL's
-    embedding = get(TextEmbeddings(tokenizers, TorchStages(encode), max_chunks=9), prompt)
+    embedding = get(TextEmbeddings(tokenizers, StageCalls(TorchStages(encode)), max_chunks=9), prompt)
     assert shapes == [[(needed[1], 12)] * 2]
     assert embedding["encoder_hidden_states"].shape == (needed[1] * 12, 1)

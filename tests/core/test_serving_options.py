@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +89,10 @@ def test_a_stage_takes_as_many_rows_as_the_limits_allow() -> None:
     rows = max_batch_sizes(replace(Limits(), max_rows=4, max_prompt_chunks=6))
     assert (rows["unet"], rows["text_encoder"]) == (4, 6)
     assert max_batch_sizes(replace(Limits(), max_rows=64))["text_encoder"] == 64
+
+
+def test_the_documented_limits_are_the_real_ones() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for each in options_of(Limits).values():
+        default = each.default_words or f"{each.default:g}"
+        assert f"| `{each.name}` | {default} | {each.least} | {each.most} | {each.meaning} |\n" in page

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from diffuserve.batching.admission import _MARGIN, _MOST_DUE, _TELL_EVERY_S, Admission, Promise
+from diffuserve.batching.admission import _MARGIN, _MOST_DUE, _TELL_EVERY_S, Admission
+from diffuserve.batching.ledger import Entry, Ledger
 from diffuserve.batching.load import Due, Load, share_beside, shared_s
 
 SHAPE = (4, 8, 8)
@@ -24,7 +25,7 @@ class Room:
 
     def admission(self, name: str, row_s: float) -> Admission:
         """That of a model whose calls cost `row_s` seconds a row alone."""
-        admission = Admission(32, neighbours=_Member(self, name), clock=lambda: self.now_s)
+        admission = Admission(Ledger(), 32, neighbours=_Member(self, name), clock=lambda: self.now_s)
         for rows in (1, 2, 4, 8) * 5:
             admission.calls.observe(rows * SIZE, row_s * rows)
         return admission
@@ -41,8 +42,18 @@ class _Member:
         return [load for name, load in self._room.loads.items() if name != self._name]
 
 
-def promise(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Promise:
-    return Promise(SHAPE, rows, evaluations, priority, end_s)
+def accept(admission: Admission, entry: Entry) -> None:
+    admission._ledger.add(entry)
+    admission.tell()
+
+
+def release(admission: Admission, entry: Entry) -> None:
+    admission._ledger.remove(entry)
+    admission.tell()
+
+
+def entry(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Entry:
+    return Entry(SHAPE, rows, evaluations, priority, end_s)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +68,9 @@ def test_what_a_model_tells() -> None:
     room = Room()
     admission = room.admission("a", 0.01)
     admission.observe_outside(0.5)
-    urgent, usual, unlimited = promise(10, end_s=3.0, priority=4), promise(20, end_s=9.0), promise(30, rows=2)
+    urgent, usual, unlimited = entry(10, end_s=3.0, priority=4), entry(20, end_s=9.0), entry(30, rows=2)
     for each in (urgent, usual, unlimited):
-        admission.accept(each)
+        accept(admission, each)
     told = room.loads["a"]
     assert (told.requests, told.outside_s, told.busy_s) == (3, 0.5, 0.0)
     # Ten rounds of four rows, ten of three and ten of two; the urgent one is done after ten rounds of its own.
@@ -67,7 +78,7 @@ def test_what_a_model_tells() -> None:
     assert sorted(told.due) == [Due(pytest.approx(0.1), 3.0), Due(pytest.approx(0.7), 9.0)]
     room.now_s = 2.0
     for each in (urgent, usual, unlimited):
-        admission.release(each)
+        release(admission, each)
     assert room.loads["a"] == Load(outside_s=0.5, busy_s=2.0, told_s=2.0)
 
 
@@ -75,15 +86,15 @@ def test_what_is_told_is_bounded() -> None:
     room = Room()
     admission = room.admission("a", 0.01)
     for number in range(_MOST_DUE + 50):
-        admission.accept(promise(10, end_s=1000.0 - number))
+        accept(admission, entry(10, end_s=1000.0 - number))
     assert {due.end_s for due in room.loads["a"].due} == {1000.0 - number for number in range(50, _MOST_DUE + 50)}
 
 
 def test_others_hear_how_far_it_is_but_not_of_every_call() -> None:
     room = Room()
     admission = room.admission("a", 0.01)
-    each = promise(100)
-    admission.accept(each)
+    each = entry(100)
+    accept(admission, each)
     for left in (99, 98):
         each.evaluations_left = left
         room.now_s += 0.6 * _TELL_EVERY_S
@@ -94,18 +105,18 @@ def test_others_hear_how_far_it_is_but_not_of_every_call() -> None:
 def test_a_newcomer_that_another_models_load_makes_late() -> None:
     room = Room()
     ours, other = room.admission("ours", 0.01), room.admission("other", 0.02)
-    newcomer = promise(10, rows=4, end_s=_MARGIN * 0.5)  # 0.4 s alone
+    newcomer = entry(10, rows=4, end_s=_MARGIN * 0.5)  # 0.4 s alone
     assert ours.excess_s(newcomer, 0.0) == 0
-    other.accept(promise(3, rows=1))  # 0.06 s
+    accept(other, entry(3, rows=1))  # 0.06 s
     assert ours.excess_s(newcomer, 0.0) == 0
-    other.accept(promise(5, rows=1))  # 0.16 s with the first
+    accept(other, entry(5, rows=1))  # 0.16 s with the first
     assert ours.excess_s(newcomer, 0.0) == pytest.approx(_MARGIN * 0.06)
-    other.accept(promise(1000, rows=9))  # takes half of the device and not more
+    accept(other, entry(1000, rows=9))  # takes half of the device and not more
     assert ours.excess_s(newcomer, 0.0) == pytest.approx(_MARGIN * 0.3)
-    assert ours.excess_s(promise(10, rows=4, end_s=_MARGIN * 0.81), 0.0) == 0
+    assert ours.excess_s(entry(10, rows=4, end_s=_MARGIN * 0.81), 0.0) == 0
     assert ours.requests_elsewhere == 3
-    for each in list(other.accepted):
-        other.release(each)
+    for each in list(other._ledger):
+        release(other, each)
     assert ours.excess_s(newcomer, 0.0) == 0
 
 
@@ -113,23 +124,23 @@ def test_a_newcomer_that_would_make_another_models_request_late() -> None:
     room = Room()
     ours, other = room.admission("ours", 0.01), room.admission("other", 0.02)
     other.observe_outside(0.1)
-    other.accept(promise(10, end_s=_MARGIN * 0.35))  # 0.2 s alone, and 0.1 s outside
-    assert ours.excess_s(promise(5), 0.0) == 0  # 0.05 s
-    assert ours.excess_s(promise(10), 0.0) == pytest.approx(_MARGIN * 0.05)
-    ours.accept(promise(2))
-    assert ours.excess_s(promise(4), 0.0) == pytest.approx(_MARGIN * 0.01)
+    accept(other, entry(10, end_s=_MARGIN * 0.35))  # 0.2 s alone, and 0.1 s outside
+    assert ours.excess_s(entry(5), 0.0) == 0  # 0.05 s
+    assert ours.excess_s(entry(10), 0.0) == pytest.approx(_MARGIN * 0.05)
+    accept(ours, entry(2))
+    assert ours.excess_s(entry(4), 0.0) == pytest.approx(_MARGIN * 0.01)
     # One that is late in any case keeps nobody out.
-    ours.accept(promise(1000))
-    assert ours.excess_s(promise(1000), 0.0) == 0
+    accept(ours, entry(1000))
+    assert ours.excess_s(entry(1000), 0.0) == 0
 
 
 def test_an_idle_model_refuses_only_what_the_others_make_late() -> None:
     room = Room()
     ours, other = room.admission("ours", 0.01), room.admission("other", 0.01)
-    other.accept(promise(1000))
-    assert ours.excess_s(promise(100, end_s=_MARGIN * 1.5), 0.0) == pytest.approx(_MARGIN * 0.5)
+    accept(other, entry(1000))
+    assert ours.excess_s(entry(100, end_s=_MARGIN * 1.5), 0.0) == pytest.approx(_MARGIN * 0.5)
     # Late even alone: the forecast may be out of date, and only calls can tell.
-    assert ours.excess_s(promise(100, end_s=_MARGIN * 0.9), 0.0) == 0
+    assert ours.excess_s(entry(100, end_s=_MARGIN * 0.9), 0.0) == 0
 
 
 @pytest.mark.parametrize(("others", "expected"), [(0, 1), (1, 1 / 2), (2, 1 / 3), (0.25, 0.875), (1.5, 5 / 12)])
@@ -147,22 +158,22 @@ def test_a_call_counts_as_what_it_would_take_alone() -> None:
             room.now_s += seconds_of_a_row * rows
             ours.observe_call(rows * SIZE, seconds_of_a_row * rows)
 
-    busy = promise(1000)
-    other.accept(busy)
-    third.accept(busy)
+    busy = entry(1000)
+    accept(other, busy)
+    accept(third, busy)
     learn(3 * 0.05)
     assert ours.calls.seconds(1, SIZE) == pytest.approx(0.05, rel=0.01)
-    other.release(busy)
+    release(other, busy)
     learn(2 * 0.03)
     assert ours.calls.seconds(1, SIZE) == pytest.approx(0.03, rel=0.01)
-    third.release(busy)
+    release(third, busy)
     learn(0.04)
     assert ours.calls.seconds(1, SIZE) == pytest.approx(0.04, rel=0.01)
     for rows in (1, 2, 4, 8) * 40:
         room.now_s += 0.01 * rows
-        other.accept(busy)
+        accept(other, busy)
         room.now_s += 2 * 0.05 * rows
-        other.release(busy)
+        release(other, busy)
         ours.observe_call(rows * SIZE, 0.11 * rows)
     assert ours.calls.seconds(1, SIZE) == pytest.approx(0.06, rel=0.01)
 
@@ -180,7 +191,7 @@ def test_two_models_under_overload_finish_nearly_all_that_they_accept(loads: tup
         for number, (model, rate) in enumerate(zip(models, rates_per_s, strict=True)):
             while due_s[number] <= room.now_s:
                 model.arrive(
-                    promise(choose.choice((8, 12, 20)), rows=choose.choice((1, 2)), end_s=room.now_s + timeout_s)
+                    entry(choose.choice((8, 12, 20)), rows=choose.choice((1, 2)), end_s=room.now_s + timeout_s)
                 )
                 due_s[number] += choose.expovariate(rate)
         running = [model for model in models if model.starts()]
@@ -198,21 +209,21 @@ class _Model:
     def __init__(self, room: Room, name: str, row_s: float, call_s: float) -> None:
         self._room, self._row_s, self._call_s = room, row_s, call_s
         self._admission = room.admission(name, row_s)
-        self._batch: list[Promise] = []
-        self._evaluations: dict[Promise, int] = {}
+        self._batch: list[Entry] = []
+        self._evaluations: dict[Entry, int] = {}
         self._started_s = 0.0
         self.left_s = 0.0
         self.expired, self.finished_s = 0, 0.0
 
-    def arrive(self, newcomer: Promise) -> None:
+    def arrive(self, newcomer: Entry) -> None:
         if self._admission.excess_s(newcomer, self._room.now_s) == 0:
             self._evaluations[newcomer] = newcomer.evaluations_left
-            self._admission.accept(newcomer)
+            accept(self._admission, newcomer)
 
     def starts(self) -> bool:
         """Whether a call runs, one that begins now if there is anything to do."""
-        if not self._batch and self._admission.accepted:
-            self._batch = list(self._admission.accepted)
+        if not self._batch and len(self._admission._ledger):
+            self._batch = list(self._admission._ledger)
             self._started_s = self._room.now_s
             self.left_s = self._call_s + self._row_s * sum(each.rows for each in self._batch)
         return bool(self._batch)
@@ -228,8 +239,8 @@ class _Model:
             each.evaluations_left -= 1
             if each.end_s < self._room.now_s:
                 self.expired += 1
-                self._admission.release(each)
+                release(self._admission, each)
             elif not each.evaluations_left:
                 self.finished_s += each.rows * self._evaluations[each] * self._row_s
-                self._admission.release(each)
+                release(self._admission, each)
         self._batch = []

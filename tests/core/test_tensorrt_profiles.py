@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 from diffuserve.bundle.manifest import Manifest
-from diffuserve.engines.example_inputs import native_dims
+from diffuserve.engines.example_inputs import native_sizes
 from diffuserve.engines.tensorrt_profiles import (
     Shapes,
     check_limits,
@@ -60,7 +60,7 @@ def with_plans(manifest: Manifest, built_for: dict[str, int]) -> Manifest:
 
 def shapes_of(tensors: StageSpec, rows: int, width: int, height: int, chunks: int = 1) -> Shapes:
     size = msgspec.structs.replace(MODEL, width=width, height=height, max_tokens=chunks * MODEL.max_tokens)
-    return {spec.name: (rows, *native_dims(spec, size)) for spec in tensors.inputs}
+    return {spec.name: spec.shape(rows, native_sizes(size)) for spec in tensors.inputs}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -78,7 +78,7 @@ def test_a_graph_that_fixes_what_a_profile_leaves_free_is_noticed(tmp_path: Path
     )
     onnx.save(graph, tmp_path / "model.onnx")
     unet = stage_specs(max_tokens=12, hidden_size=5, latent_channels=4)[UNET]
-    tensors = StageSpec(unet.inputs[2:], (TensorSpec("noise_pred", "FP32", (-1, 5)),))
+    tensors = StageSpec(unet.inputs[2:], (TensorSpec("noise_pred", "FP32", ("tokens", 5)),))
     with pytest.raises(AssertionError, match="encoder_hidden_states is 12 long in the graph, and is to be 36"):
         check_profiles(tmp_path / "model.onnx", tensors, MODEL)
 
@@ -128,9 +128,9 @@ def test_no_profile_allows_more_than_the_largest_batch_of_the_native_size(manife
     tensors = manifest.components[stage].tensors
     for profile in profiles(tensors, MODEL, LIMITS):
         for spec in tensors.inputs:
-            if spec.dims[-2:] == (-1, -1) or spec.dims[-1] == 3:  # latents and images
+            if {"height", "latent_height"} & {*spec.dims}:  # latents and images
                 largest = profile[spec.name].max
-                native = (MOST_ROWS[stage], *native_dims(spec, MODEL))
+                native = spec.shape(MOST_ROWS[stage], native_sizes(MODEL))
                 volume = [1, 1]
                 for number, shape in enumerate((largest, native)):
                     for side in shape:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffuserve.errors import StageFailed
+from diffuserve.stages import StageCalls
 from diffuserve.text.embeddings import TextEmbeddings, weighted
 from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, TOKENIZER, FakeStages
@@ -47,7 +48,7 @@ def failing(stage: str, array: Any) -> None:
 def test_each_text_is_encoded_once() -> None:
     async def main() -> None:
         stages = FakeStages()
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages))
         first, other, again = [await embeddings.get(text) for text in ("a cat", "a dog", "a cat")]
         assert stages.calls == [("encode_text", (1, MODEL.max_tokens))] * 2
         assert counts(embeddings) == (1, 2)
@@ -62,7 +63,7 @@ def test_each_text_is_encoded_once() -> None:
 def test_concurrent_requests_share_a_call() -> None:
     async def main() -> None:
         stages = FakeStages(held="encode_text")
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages))
         waiters = [asyncio.create_task(embeddings.get(text)) for text in ("a cat", "a cat", "", "a cat")]
         await stages.entered.wait()
         stages.release.set()
@@ -78,7 +79,7 @@ def test_concurrent_requests_share_a_call() -> None:
 def test_cancelling_one_waiter_leaves_the_others(cancelled: int) -> None:
     async def main() -> None:
         stages = FakeStages(held="encode_text")
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages))
         waiters = [asyncio.create_task(embeddings.get("a cat")) for _ in range(3)]
         await stages.entered.wait()
         waiters[cancelled].cancel()
@@ -97,7 +98,7 @@ def test_cancelling_one_waiter_leaves_the_others(cancelled: int) -> None:
 def test_a_failure_reaches_all_waiters_and_is_not_kept() -> None:
     async def main() -> None:
         stages = FakeStages(on_call=failing)
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages))
         results = await asyncio.gather(*(embeddings.get("a cat") for _ in range(3)), return_exceptions=True)
         assert [str(result) for result in results] == ["no encoder"] * 3
         assert len(stages.calls) == 1
@@ -112,7 +113,7 @@ def test_a_failure_reaches_all_waiters_and_is_not_kept() -> None:
 def test_a_call_that_nobody_waits_for_any_more_ends_quietly(on_call: Callable[[str, Any], None]) -> None:
     async def main() -> None:
         stages = FakeStages(on_call=on_call, held="encode_text")
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages))
         waiters = [asyncio.create_task(embeddings.get("a cat")) for _ in range(2)]
         await stages.entered.wait()
         for waiter in waiters:
@@ -129,7 +130,7 @@ def test_a_call_that_nobody_waits_for_any_more_ends_quietly(on_call: Callable[[s
 def test_a_pair_has_the_same_number_of_tokens() -> None:
     async def main() -> None:
         stages = FakeStages()
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages, max_chunks=3)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages), max_chunks=3)
         short, long, empty = [(await embeddings.get(text))[HIDDEN] for text in ("a cat", LONG, "")]
         assert [len(hidden) for hidden in (short, long, empty)] == [12, 36, 12]
         padded = np.concatenate([short, empty, empty])
@@ -152,7 +153,7 @@ def test_a_pair_has_the_same_number_of_tokens() -> None:
 def test_an_empty_negative_prompt_may_be_zeros() -> None:
     async def main() -> None:
         stages = FakeStages()
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages, max_chunks=3, zero_empty_negative=True)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages), max_chunks=3, zero_empty_negative=True)
         conditional, unconditional = await embeddings.get_pair(LONG, "")
         assert unconditional is not None
         np.testing.assert_array_equal(unconditional[HIDDEN], np.zeros_like(conditional[HIDDEN]))
@@ -167,7 +168,7 @@ def test_an_empty_negative_prompt_may_be_zeros() -> None:
 
 
 def test_what_does_not_fit_is_told_without_its_brackets() -> None:
-    embeddings = TextEmbeddings({"input_ids": TOKENIZE}, FakeStages(), max_chunks=2)
+    embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(FakeStages()), max_chunks=2)
     for text in ("", "(a cat:1.3)", "a (red) dog " * 5):
         assert embeddings.dropped_text(text) == ""
     assert embeddings.dropped_text("dog " * 20 + "[a (red:1.3)] cat") == "a red cat"
@@ -191,7 +192,7 @@ def test_a_mean_that_cannot_be_restored_is_left() -> None:
 def test_the_least_recently_used_is_dropped() -> None:
     async def main() -> None:
         stages = FakeStages()
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages, max_bytes=2 * EMBEDDING_BYTES + 1)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages), max_bytes=2 * EMBEDDING_BYTES + 1)
 
         async def encodes(text: str) -> bool:
             before = len(stages.calls)
@@ -208,7 +209,7 @@ def test_the_least_recently_used_is_dropped() -> None:
 def test_an_embedding_over_the_bound_is_returned_but_not_kept() -> None:
     async def main() -> None:
         stages = FakeStages()
-        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, stages, max_bytes=EMBEDDING_BYTES - 1)
+        embeddings = TextEmbeddings({"input_ids": TOKENIZE}, StageCalls(stages), max_bytes=EMBEDDING_BYTES - 1)
         for _ in range(2):
             assert await embeddings.get("a cat")
         assert len(stages.calls) == 2

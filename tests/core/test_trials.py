@@ -88,7 +88,7 @@ def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) 
             noise = await stages.denoise(sample, np.array([1, 500, 999], np.float32), text)
             return [noise, *await stages.decode(noise)]
 
-        stages = LocalStages(tmp_path, threads=1)
+        stages = LocalStages(tmp_path)
         try:
             return asyncio.run(main())
         finally:

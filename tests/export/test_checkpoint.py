@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from diffuserve.errors import CheckpointError
-from diffuserve_export.checkpoint.checkpoint import open_checkpoint, sha256_of_checkpoint
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
 from diffuserve_export.checkpoint.load import model_from_checkpoint
 from diffuserve_export.checkpoint.weights import choose_weights
 from diffuserve_export.export import bundle_from_checkpoint
@@ -251,11 +251,11 @@ def test_defaults_come_from_the_checkpoint_or_the_caller(checkpoint: Path) -> No
 
 
 def test_sha256_follows_what_is_read(checkpoint: Path) -> None:
-    before = sha256_of_checkpoint(checkpoint)
+    before = open_checkpoint(checkpoint).sha256
     (checkpoint / "README.md").write_text("not read")
-    assert sha256_of_checkpoint(checkpoint) == before
+    assert open_checkpoint(checkpoint).sha256 == before
     edit(checkpoint / "vae/config.json", scaling_factor=0.25)
-    assert sha256_of_checkpoint(checkpoint) != before
+    assert open_checkpoint(checkpoint).sha256 != before
 
 
 def test_sdxl_components_must_fit(tmp_path: Path) -> None:

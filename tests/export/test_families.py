@@ -66,7 +66,7 @@ def test_every_component_agrees_with_pytorch(family: Family) -> None:
 
 def test_tensors_and_settings(family: Family) -> None:
     manifest = family.manifest
-    unet = {tensor.name: tensor.dims for tensor in manifest.components[UNET].tensors.inputs}
+    unet = {tensor.name: tensor.triton_dims for tensor in manifest.components[UNET].tensors.inputs}
     settings = (
         manifest.model.family,
         manifest.model.hidden_size,

@@ -54,7 +54,7 @@ def test_graph_has_the_tensors_of_the_table(stage: str, tiny_bundle: Path, manif
             assert dtype == NUMPY_DTYPE[tensor.dtype]
             batch, *dims = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
             assert batch == -1
-            assert tuple(dims) == tensor.dims
+            assert tuple(dims) == tensor.triton_dims
 
 
 def test_graphs_carry_no_paths_of_this_machine(tiny_bundle: Path) -> None:

@@ -13,11 +13,11 @@ import yaml
 from click.testing import CliRunner
 
 from diffuserve.bundle.manifest import read_manifest
-from diffuserve.errors import BundleError, ConfigurationError
+from diffuserve.errors import BundleError, ConfigurationError, LaunchError
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve.torchserve.address import TorchServeAddress
-from diffuserve.torchserve.configuration import properties, read_archive
+from diffuserve.torchserve.configuration import only_archive, properties, read_archive
 from diffuserve_export.repository.archive import archive_from_bundle
 from diffuserve_export.repository.archive_command import command
 from diffuserve_export.repository.torchserve_options import TorchServing
@@ -134,3 +134,13 @@ def test_a_required_safety_checker_that_is_not_there(bundle: Path, tmp_path: Pat
     assert isinstance(result.exception, BundleError)
     assert "safety checker" in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_only_archive_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"holds no archive\. Name one with --archive, or make one"):
+        only_archive(tmp_path / "missing")
+    (tmp_path / "a.mar").touch()
+    assert only_archive(tmp_path) == tmp_path / "a.mar"
+    (tmp_path / "b.mar").touch()
+    with pytest.raises(LaunchError, match=r"holds 2 archives: a\.mar, b\.mar\. Name one"):
+        only_archive(tmp_path)

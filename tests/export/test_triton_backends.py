@@ -13,7 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from diffuserve.bundle.checksums import describe_file
 from diffuserve.bundle.manifest import Manifest, read_manifest, write_manifest
-from diffuserve.engines.example_inputs import native_dims
+from diffuserve.engines.example_inputs import native_sizes
 from diffuserve.engines.tensorrt_profiles import profiles_of
 from diffuserve.errors import BundleError
 from diffuserve.serving_options import Serving
@@ -77,7 +77,7 @@ def test_repository(bundle: Path, tmp_path: Path, backend: str) -> None:
         assert (folder / "model.py").exists() == (backend == "python")
         assert read_placement(folder).component == manifest.components[stage]
         inputs = [(tensor.name, list(tensor.dims)) for tensor in config.input]
-        assert inputs == [(spec.name, list(spec.dims)) for spec in manifest.components[stage].tensors.inputs]
+        assert inputs == [(spec.name, list(spec.triton_dims)) for spec in manifest.components[stage].tensors.inputs]
         if backend != "python":
             assert (folder / config.default_model_filename).is_file()
             assert "threads" not in config.parameters  # the Python backend's own
@@ -125,7 +125,8 @@ def test_tensorrt_has_a_cuda_graph_for_each_small_batch(bundle: Path, tmp_path: 
             assert spec.batch_size <= config.max_batch_size
             shapes = {name: tuple(shape.dim) for name, shape in spec.input.items()}
             assert shapes == {
-                tensor.name: native_dims(tensor, manifest.model) for tensor in manifest.components[stage].tensors.inputs
+                tensor.name: tensor.shape(1, native_sizes(manifest.model))[1:]
+                for tensor in manifest.components[stage].tensors.inputs
             }
         # Where a profile allows fewer rows than Triton's batches may have, Triton makes none.
         has_few = any(each.max[0] < config.max_batch_size for each in ranges[-1].values())

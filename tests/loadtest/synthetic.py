@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffuserve_loadtest.machine import describe_machine
-from diffuserve_loadtest.measures import measure, values_for
-from diffuserve_loadtest.records import OK, Record, Recording
-from diffuserve_loadtest.run import FORMAT_VERSION, Run
-from diffuserve_loadtest.slo import slo_from_text
-from diffuserve_loadtest.watch import Process, Sample
-from diffuserve_loadtest.workload import Poisson, Requests, Workload
+from diffuserve_loadtest.report.machine import describe_machine
+from diffuserve_loadtest.report.measures import measure, values_for
+from diffuserve_loadtest.report.run import FORMAT_VERSION, Run
+from diffuserve_loadtest.report.slo import slo_from_text
+from diffuserve_loadtest.sending.records import OK, Record, Recording
+from diffuserve_loadtest.server.watch import Process, Sample
+from diffuserve_loadtest.workload.arrivals import Poisson
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 STARTED_AT = 1_700_000_000.0
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffuserve_loadtest.find_max import Found, Try, find_max
+from diffuserve_loadtest.find_max import find_max
+from diffuserve_loadtest.report.found import Found, Try
 
 
 def _search(knee_per_s: float, guess_per_s: float) -> Found:

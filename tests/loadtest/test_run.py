@@ -12,13 +12,16 @@ import psutil
 import pytest
 
 from diffuserve.triton.launcher import TritonServer
-from diffuserve_loadtest.find_max import Found
-from diffuserve_loadtest.page import html
-from diffuserve_loadtest.run import read_run, run_workload
-from diffuserve_loadtest.servers import UnderTest
-from diffuserve_loadtest.slo import slo_from_text
-from diffuserve_loadtest.target import Target
-from diffuserve_loadtest.workload import Constant, Requests, Workload, to_yaml
+from diffuserve_loadtest.report.found import Found
+from diffuserve_loadtest.report.page import html
+from diffuserve_loadtest.report.run import read_run
+from diffuserve_loadtest.report.slo import slo_from_text
+from diffuserve_loadtest.run_workload import run_workload
+from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.server.under_test import UnderTest
+from diffuserve_loadtest.workload.arrivals import Constant
+from diffuserve_loadtest.workload.files import to_yaml
+from diffuserve_loadtest.workload.workload import Requests, Workload
 
 _MARK = "DIFFUSERVE_TEST_FOLDER"
 FEW = Workload(

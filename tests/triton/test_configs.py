@@ -219,8 +219,8 @@ def test_a_name_of_several_lines_stays_a_comment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("max_row=3", "'max_row=3' is not a limit and its value. The limits are: max_steps, "),
-        ("max_rows", "'max_rows' is not a limit and its value."),
+        ("max_row=3", "There is no limit 'max_row'. There are: max_steps, "),
+        ("max_rows", "max_rows has no value. Write max_rows=VALUE; it must be a whole number from 1 to 1024."),
         ("max_rows=many", "max_rows is 'many'; it must be a whole number from 1 to 1024."),
         ("max_rows=0", "max_rows is 0; it must be a whole number from 1 to 1024."),
     ],

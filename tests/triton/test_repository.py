@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -58,14 +59,36 @@ def test_a_model_that_was_not_finished_is_named(assembled: Path) -> None:
             check(assembled)
 
 
+def lower_the_unets_batch(repository: Path) -> None:
+    path = repository / UNET / "config.pbtxt"
+    path.write_text(path.read_text().replace("max_batch_size: 32", "max_batch_size: 16"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda repository: give_another_bundle(repository, VAE_DECODER),
+            r"are of different bundles: .*vae_decoder of 5e5e5e5e5e",
+        ),
+        (
+            lower_the_unets_batch,
+            "unet/config.pbtxt: the max_batch_size is 16, and stable_diffusion is configured for 32",
+        ),
+    ],
+)
 def test_a_triton_that_the_launcher_did_not_check_refuses_them_too(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+    message: str,
 ) -> None:
     shutil.copytree(repository, tmp_path / "repository")
-    give_another_bundle(tmp_path / "repository", VAE_DECODER)
+    spoil(tmp_path / "repository")
     monkeypatch.setattr(launcher, "check_repository", lambda repository: (STABLE_DIFFUSION,))
     with (
-        pytest.raises(LaunchError, match=r"are of different bundles: .*vae_decoder of 5e5e5e5e5e"),
+        pytest.raises(LaunchError, match=message),
         TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()),
     ):
         pass

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffuserve.defaults import TRAINING_RUNS
+
 if TYPE_CHECKING:
     from diffuserve_training.config import Training
     from diffuserve_training.dataset import Icons
@@ -19,7 +21,7 @@ _config = click.option("--config", type=_PATH, default=_CONFIG, show_default=Tru
 _output = click.option(
     "--output",
     type=_PATH,
-    default=Path("training-runs/tiny-emoji"),
+    default=TRAINING_RUNS / "tiny-emoji",
     show_default=True,
     help="Folder for what comes out.",
 )
@@ -90,7 +92,7 @@ def ldm(config: Path, output: Path, cache: Path, devices: str, start: Path | Non
 @command.command("icons")
 @_config
 @click.option("--style", type=_STYLES, default="noto", show_default=True)
-@click.option("--output", type=_PATH, default=Path("training-runs/noto"), show_default=True)
+@click.option("--output", type=_PATH, default=TRAINING_RUNS / "noto", show_default=True)
 @_cache
 def icons(config: Path, style: str, output: Path, cache: Path) -> None:
     """The icons of one style as a folder of pictures with captions, for a LoRA."""
@@ -108,7 +110,7 @@ def icons(config: Path, style: str, output: Path, cache: Path) -> None:
 
 @command.command("lora")
 @click.option("--config", type=_PATH, default=Path("training/configs/noto-style.yaml"), show_default=True)
-@click.option("--output", type=_PATH, default=Path("training-runs/lora"), show_default=True)
+@click.option("--output", type=_PATH, default=TRAINING_RUNS / "lora", show_default=True)
 @_devices
 def lora(config: Path, output: Path, devices: str) -> None:
     """A LoRA for a checkpoint in diffusers' format, from a folder of pictures with captions."""
@@ -130,7 +132,7 @@ def lora(config: Path, output: Path, devices: str) -> None:
 @click.argument("checkpoints", type=_PATH, nargs=-1, required=True)
 @_config
 @_cache
-@click.option("--output", type=_PATH, default=Path("training-runs/evaluation"), show_default=True)
+@click.option("--output", type=_PATH, default=TRAINING_RUNS / "evaluation", show_default=True)
 @click.option("--count", type=click.IntRange(5), default=500, show_default=True, help="Pictures of each checkpoint.")
 @click.option("--style", type=_STYLES, help="Ask for this style  [default: those of the configuration]")
 @click.option(

@@ -136,11 +136,6 @@ class Checkpoint:
         return sha256_of_files(files)
 
 
-def sha256_of_checkpoint(path: Path) -> str:
-    """`Checkpoint.sha256` of the folder `path`."""
-    return open_checkpoint(path).sha256
-
-
 def open_checkpoint(
     path: Path,
     *,

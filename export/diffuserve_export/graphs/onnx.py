@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuserve.bundle.manifest import ModelSpec
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, NUMPY_DTYPE, UNET, VAE_ENCODER, StageSpec
+from diffuserve.tensors import (
+    HEIGHT,
+    LATENT_HEIGHT,
+    LATENT_WIDTH,
+    NUMPY_DTYPE,
+    TOKENS,
+    UNET,
+    VAE_ENCODER,
+    WIDTH,
+    StageSpec,
+)
 from diffuserve_export.quiet import quiet
 
 if TYPE_CHECKING:
@@ -72,20 +82,15 @@ def _example(stage: str, tensors: StageSpec, spec: ModelSpec) -> tuple[dict[str,
     batch, height, width, tokens = Dim("batch", max=_TRACED_BATCH_MAX), Dim("height"), Dim("width"), Dim("tokens")
     # The UNet halves its latents, the VAE's encoder its image, as often as they do.
     multiple = {UNET: spec.size_multiple // spec.vae_scale_factor, VAE_ENCODER: spec.vae_scale_factor}.get(stage, 1)
+    tall, wide = (_HEIGHT * multiple, _times(multiple, height)), (_WIDTH * multiple, _times(multiple, width))
+    free = {TOKENS: (spec.max_tokens, tokens), LATENT_HEIGHT: tall, LATENT_WIDTH: wide, HEIGHT: tall, WIDTH: wide}
     example: dict[str, Tensor] = {}
     dynamic_shapes: dict[str, dict[int, Any]] = {}
     for tensor in tensors.inputs:
-        shape, dynamic = [_BATCH, *tensor.dims], {0: batch}
-        if tensor.name == ENCODER_HIDDEN_STATES:
-            shape[1], dynamic[1] = spec.max_tokens, tokens
-        else:
-            sides = iter(((_HEIGHT, height), (_WIDTH, width)))
-            for axis, dim in enumerate(tensor.dims, 1):
-                if dim == -1:
-                    side, symbol = next(sides)
-                    shape[axis], dynamic[axis] = side * multiple, _times(multiple, symbol)
+        shape = tensor.shape(_BATCH, {name: length for name, (length, _) in free.items()})
+        symbols = {axis: free[dim][1] for axis, dim in enumerate(tensor.dims, 1) if isinstance(dim, str)}
         example[tensor.name] = torch.zeros(shape, dtype=getattr(torch, NUMPY_DTYPE[tensor.dtype]))
-        dynamic_shapes[tensor.name] = dynamic
+        dynamic_shapes[tensor.name] = {0: batch, **symbols}
     return example, dynamic_shapes
 
 

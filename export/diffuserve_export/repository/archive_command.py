@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffuserve.defaults import BATCH_TIMEOUT_S
+from diffuserve.defaults import ARCHIVES, BATCH_TIMEOUT_S
 from diffuserve.errors import DiffuserveError
 from diffuserve.limit_argument import CommandWithLimits, limits_argument
 from diffuserve.limits import Limits
@@ -24,8 +24,6 @@ from diffuserve_export.repository.torchserve_options import TorchServing
 if TYPE_CHECKING:
     from diffuserve.bundle.manifest import ModelSpec
 
-_ARCHIVES = Path("model_store/mar")
-
 
 @click.command("archive", cls=CommandWithLimits, short_help="Bundle -> model archive for TorchServe.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -33,7 +31,7 @@ _ARCHIVES = Path("model_store/mar")
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help=f"The archive.  [default: {_ARCHIVES}/NAME.mar, the model's name]",
+    help=f"The archive.  [default: {ARCHIVES}/NAME.mar, the model's name]",
 )
 @arguments_of(TorchServing)
 @limits_argument()
@@ -74,7 +72,7 @@ def command(
             name = f"{bundle.resolve().name}-eager"
             bundle = stack.enter_context(bundle_of_checkpoint(bundle))
         model = read_manifest(bundle).model
-        output = output or _ARCHIVES / f"{name or model.name}.mar"
+        output = output or ARCHIVES / f"{name or model.name}.mar"
         accepted = Limits.from_parameters(model, dict(limits))
         before = _given_before(output)
         manifest = archive_from_bundle(

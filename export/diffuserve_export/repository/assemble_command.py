@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from diffuserve.defaults import REPOSITORY
 from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.limit_argument import CommandWithLimits, limits_argument
 from diffuserve.limits import Limits
@@ -26,7 +27,7 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("triton_repo"),
+    default=REPOSITORY,
     show_default=True,
     help="The model repository.",
 )

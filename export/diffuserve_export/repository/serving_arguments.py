@@ -57,7 +57,7 @@ def tell_what_is_lost(before: Mapping[str, str], now: Iterable[str]) -> None:
     """Says which arguments an earlier call of the command had and this one has not."""
     lost = {argument: value for argument, value in before.items() if argument not in now}
     if lost:
-        click.echo(f"Not kept from before: {words(lost)}. Give the command that, too, to keep it.", err=True)
+        click.echo(f"Not kept from before: {words(lost)}. To keep it, run the command again with it.", err=True)
 
 
 def _typed(argument: str, value: str) -> str:

@@ -88,12 +88,12 @@ def _use_profiles(config: Any, component: Component, model: ModelSpec) -> None:
 
 def _warm(config: Any, component: Component, model: ModelSpec) -> None:
     """Calls at the native size that Triton makes before it calls the model ready."""
-    from diffuserve.engines.example_inputs import WARM_BATCHES, native_dims
+    from diffuserve.engines.example_inputs import WARM_BATCHES, native_sizes
 
     for batch in WARM_BATCHES:
         warmup = config.model_warmup.add(name=f"rows_{batch}", batch_size=batch)
         for spec, tensor in zip(component.tensors.inputs, config.input, strict=True):
             example = warmup.inputs[spec.name]
             example.data_type = tensor.data_type
-            example.dims.extend(native_dims(spec, model))
+            example.dims.extend(spec.shape(1, native_sizes(model))[1:])
             example.zero_data = True

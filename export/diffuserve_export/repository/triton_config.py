@@ -9,7 +9,7 @@ from diffuserve import __version__
 from diffuserve.bundle.manifest import Manifest, ModelSpec
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
-from diffuserve.serving_options import Serving, StageServing
+from diffuserve.serving_options import Serving
 from diffuserve.tensors import REQUEST_INPUTS, RESPONSE, STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
 from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
 from diffuserve_export.repository.serving_arguments import given, words
@@ -50,8 +50,7 @@ def configs_from_manifest(
         instances = serving.unet_instances if stage == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
-            # Each may use every core: the UNet runs nearly all the time, and the others only between a request's ends.
-            _set_parameters(config, to_parameters(StageServing(call_timeout_s=serving.call_timeout_s)))
+            config.parameters["call_timeout_s"].string_value = to_parameters(serving)["call_timeout_s"]
         else:
             set_backend(config, backend, component, manifest.model, instances)
     configs[name] = _inflight_config(name, limits, serving, stage_models)
@@ -104,13 +103,10 @@ def _stage_config(stage: str, name: str, tensors: StageSpec, max_batch_size: int
 def _inflight_config(name: str, limits: Limits, serving: Serving, stage_models: Mapping[str, str]) -> Any:
     config = _config(name, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    _set_parameters(config, {**to_parameters(limits, serving), **parameters_from_stage_models(stage_models)})
+    parameters = {**to_parameters(limits, serving), **parameters_from_stage_models(stage_models)}
+    for parameter, text in parameters.items():
+        config.parameters[parameter].string_value = text
     return config
-
-
-def _set_parameters(config: Any, parameters: Mapping[str, str]) -> None:
-    for name, text in parameters.items():
-        config.parameters[name].string_value = text
 
 
 def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int) -> Any:
@@ -124,10 +120,10 @@ def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec
         backend=PYTHON,
         max_batch_size=max_batch_size,
         input=[
-            ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.dims, optional=spec.optional)
+            ModelInput(name=spec.name, data_type=data_type(spec), dims=spec.triton_dims, optional=spec.optional)
             for spec in inputs
         ],
-        output=[ModelOutput(name=spec.name, data_type=data_type(spec), dims=spec.dims) for spec in outputs],
+        output=[ModelOutput(name=spec.name, data_type=data_type(spec), dims=spec.triton_dims) for spec in outputs],
         # Written out, since on a machine with GPUs Triton's default is an instance, so an in-flight loop, for each.
         instance_group=[ModelInstanceGroup(count=1, kind=ModelInstanceGroup.KIND_CPU)],
     )

@@ -1,0 +1,1 @@
+"""What a run comes to, and how it is shown."""

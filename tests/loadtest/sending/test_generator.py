@@ -1,0 +1,338 @@
+"""The generator as a program, against the stub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from diffuserve.serving.process import free_ports
+from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate, generating
+from diffuserve_loadtest.sending.lateness import shortfall
+from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, RequestsFailed, read_recording
+from diffuserve_loadtest.sending.target import Protocol, Target
+from diffuserve_loadtest.server.stub import noise_png, stub
+from diffuserve_loadtest.workload.arrivals import Arrivals, Bursts, Closed, Constant, Replay
+from diffuserve_loadtest.workload.due_times import due_times
+from diffuserve_loadtest.workload.files import to_yaml
+from diffuserve_loadtest.workload.plan import plan
+from diffuserve_loadtest.workload.workload import Requests, Workload
+from tests.loadtest.sending.test_http_transport import server
+
+LOCUSTFILE = Path(__file__).parents[3] / "loadtest" / "locustfile.py"
+
+
+def workload(arrivals: Arrivals, **fields: object) -> Workload:
+    fields = {"duration_s": 1.0, "warm_up_s": 0.0, "patience_s": 10.0, **fields}
+    return msgspec.convert({"description": "A test.", "arrivals": msgspec.to_builtins(arrivals), **fields}, Workload)
+
+
+def outcomes(recording: Recording) -> Counter[str]:
+    return Counter(record.outcome for record in recording.records)
+
+
+@pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
+def test_an_open_loop_sends_each_request_when_it_is_due(protocol: Protocol) -> None:
+    load = workload(Constant(rate_per_s=20))
+    with stub() as (grpc, http):
+        recording, _ = generate(load, Target(protocol, grpc if protocol == "triton-grpc" else http))
+    assert outcomes(recording) == {OK: 20}
+    records = sorted(recording.records, key=lambda record: record.due_s)
+    assert [record.due_s for record in records] == pytest.approx([number / 20 for number in range(20)])
+    assert all(record.due_s <= record.sent_s <= record.done_s for record in records)
+    assert all(record.images == 1 and record.size_bytes > 40_000 for record in records)
+    assert recording.workload == load
+
+
+def test_latency_counts_from_the_due_time_and_an_answer_is_not_waited_for() -> None:
+    with stub("--delay-s", "0.5") as (grpc, _):
+        recording, _ = generate(workload(Constant(rate_per_s=20)), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {OK: 20}
+    assert min(record.latency_s for record in recording.records) >= 0.5
+    # One after the other they would have taken 10 s.
+    assert max(record.done_s for record in recording.records) < 8
+
+
+def test_an_answer_waits_for_no_other() -> None:
+    with stub("--stall", "30") as (grpc, _):
+        recording, _ = generate(workload(Bursts(rate_per_s=40, size=40), patience_s=3), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"timeout": 30, OK: 10}
+
+
+def test_a_closed_loop_has_as_many_in_flight_as_it_has_users() -> None:
+    with stub("--delay-s", "0.2") as (grpc, _):
+        recording, kept_up = generate(workload(Closed(3)), Target("triton-grpc", grpc))
+    assert kept_up
+    assert outcomes(recording).keys() == {OK}
+    assert 3 <= len(recording.records) <= 3 * (1 / 0.2 + 1)
+    for record in recording.records:
+        at_once = [other for other in recording.records if other.sent_s <= record.sent_s < other.done_s]
+        assert len(at_once) <= 3
+
+
+def test_a_closed_loop_ends_when_all_has_been_sent() -> None:
+    load = workload(Closed(3, requests=10), duration_s=3600)
+    with stub() as (grpc, _):
+        recording, _ = generate(load, Target("triton-grpc", grpc))
+    assert outcomes(recording) == {OK: 10}
+    assert recording.workload.duration_s < 3600
+
+
+def test_several_processes_share_the_users_of_a_closed_loop() -> None:
+    all_are_there = threading.Barrier(4, timeout=30)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with contextlib.suppress(threading.BrokenBarrierError):
+                all_are_there.wait()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(noise_png())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    load = workload(Closed(4, requests=8), duration_s=3600, patience_s=60)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http, ThreadPoolExecutor() as pool:
+        pool.submit(http.serve_forever)
+        try:
+            recording, _ = generate(load, Target("image-http", f"http://127.0.0.1:{http.server_port}"), workers=2)
+        finally:
+            http.shutdown()
+    assert outcomes(recording) == {OK: 8}
+
+
+def test_users_begin_one_after_another() -> None:
+    load = workload(Closed(4, requests=4, ramp_s=4), duration_s=3600, patience_s=8)
+    with stub("--stall", "4") as (grpc, _):
+        recording, _ = generate(load, Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"timeout": 4}
+    assert max(record.sent_s for record in recording.records) > 2
+
+
+def test_what_is_sent_beside_a_block_ends_with_it() -> None:
+    load = workload(Closed(2), duration_s=3600)
+    with server(200, "image/png", noise_png()) as (url, came):
+        with generating(load, Target("image-http", url)):
+            _wait_for(lambda: len(came) > 4)
+        assert not _locusts()
+
+
+def test_a_block_may_end_before_anything_was_sent() -> None:
+    with generating(workload(Closed(1)), Target("triton-grpc", "localhost:1")):
+        [locust] = _locusts()
+    assert not locust.is_running()
+
+
+def test_a_failure_beside_a_block_is_told() -> None:
+    load = workload(Closed(1, requests=1), duration_s=3600)
+    with (
+        stub("--error", "[queue_full] full") as (grpc, _),
+        pytest.raises(
+            RequestsFailed, match=r"Of 1 requests 1 failed and 0 were not sent. The first one: queue_full: full"
+        ),
+        generating(load, Target("triton-grpc", grpc)),
+    ):
+        [locust] = _locusts()
+        _wait_for(lambda: not locust.is_running() or locust.status() == psutil.STATUS_ZOMBIE)
+
+
+def _locusts() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "locust" in " ".join(child.cmdline())]
+
+
+def test_the_servers_error_is_told_by_its_code() -> None:
+    message = "[queue_full retry_after_s=2] 256 requests are waiting"
+    with stub("--error", message) as (grpc, _):
+        recording, _ = generate(workload(Constant(rate_per_s=10)), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"queue_full": 10}
+    assert recording.records[0].message == "256 requests are waiting"
+
+
+def test_a_server_that_is_not_there() -> None:
+    with stub() as (grpc, _):
+        pass
+    recording, _ = generate(workload(Constant(rate_per_s=5)), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {"server_unavailable": 5}
+
+
+def test_what_is_cancelled_is_neither_answered_nor_an_error() -> None:
+    requests = [msgspec.to_builtins(Requests(cancel_share=1, cancel_after_s=(0.1, 0.3)))]
+    with stub("--stall", "100") as (grpc, _):
+        recording, _ = generate(workload(Constant(rate_per_s=10), requests=requests), Target("triton-grpc", grpc))
+    assert outcomes(recording) == {CANCELLED: 10}
+    assert all(0.1 <= record.done_s - record.sent_s < 5 for record in recording.records)
+
+
+def test_what_could_not_be_sent_is_counted_and_fails_the_run() -> None:
+    with stub("--stall", "100") as (grpc, _):
+        recording, kept_up = generate(
+            workload(Bursts(rate_per_s=20, size=20), patience_s=1, max_in_flight=8),
+            Target("triton-grpc", grpc),
+        )
+    assert not kept_up
+    assert recording.unsent == 12
+    assert outcomes(recording) == {"timeout": 8}
+
+
+def test_more_than_a_hundredth_of_late_requests_fails_a_run() -> None:
+    load = workload(Constant(rate_per_s=1))
+    on_time = [Record(float(n), n + 0.01, n + 1.0, "x", OK, 1) for n in range(100)]
+    assert shortfall(Recording(0.0, load, on_time)) == ""
+    late = [Record(float(n), n + 0.2, n + 1.0, "x", OK, 1) for n in range(2)]
+    assert "2 of 102 requests were sent more than 50 ms after they were due" in shortfall(
+        Recording(0.0, load, [*on_time, *late])
+    )
+
+
+def test_several_processes_share_one_load() -> None:
+    load = workload(Constant(rate_per_s=20), requests=[{"steps": [4, 8, 12]}])
+    with stub() as (grpc, _):
+        recording, _ = generate(load, Target("triton-grpc", grpc), workers=2)
+    records = sorted(recording.records, key=lambda record: record.due_s)
+    assert [record.due_s for record in records] == pytest.approx(list(due_times(load)))
+    assert [record.kind for record in records] == [plan(load, number).kind for number in range(20)]
+    assert outcomes(recording) == {OK: 20}
+
+
+def test_no_process_is_left_and_a_failure_says_why() -> None:
+    load = workload(Constant(load=0.5))
+    with pytest.raises(GeneratorFailed, match="--capacity-per-s"):
+        generate(load, Target("triton-grpc", "localhost:1"))
+    assert not _locusts()
+
+
+def locust(folder: Path, load: Workload, *options: str) -> list[str]:
+    """The command line that runs a load as people do, with its recording in a folder."""
+    (folder / "w.yaml").write_text(to_yaml(load))
+    ours = ["--workload", str(folder / "w.yaml"), "--recording", str(folder / "r.json")]
+    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *ours, *options]
+
+
+@pytest.mark.parametrize(
+    "options", [["-u", "2", "-r", "2"], pytest.param(["--processes", "2"], marks=pytest.mark.slow)]
+)
+def test_locust_runs_it_as_people_know_it(tmp_path: Path, options: list[str]) -> None:
+    with stub("--delay-s", "0.1") as (grpc, _):
+        options = [*options, "--headless", "--csv", str(tmp_path / "out"), "--host", grpc]
+        done = subprocess.run(
+            locust(tmp_path, workload(Closed(2)), *options), capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode in (0, CANNOT_KEEP_UP), done.stderr
+    recording = read_recording(tmp_path / "r.json")
+    assert len(recording.records) > 4
+    [header, *lines] = (tmp_path / "out_stats.csv").read_text().splitlines()
+    total = dict(zip(header.split(","), lines[-1].split(","), strict=True))
+    assert int(total["Request Count"]) == len(recording.records)
+    assert total["Failure Count"] == "0"
+    assert "triton-grpc" in lines[0]
+
+
+def test_a_run_that_is_stopped_is_recorded_as_far_as_it_went(tmp_path: Path) -> None:
+    load = workload(Constant(rate_per_s=10), duration_s=60)
+    with stub("--stall", "3") as (grpc, _):
+        options = ["--headless", "--host", grpc, "--run-time", "2"]
+        done = subprocess.run(locust(tmp_path, load, *options), capture_output=True, text=True, timeout=60)
+    recording = read_recording(tmp_path / "r.json")
+    assert done.returncode in (0, CANNOT_KEEP_UP), done.stderr
+    assert 0 < recording.workload.duration_s < 20
+    # What it hung up on is neither answered nor an error.
+    assert outcomes(recording).keys() == {OK}
+    assert all(record.due_s < recording.workload.duration_s for record in recording.records)
+
+
+def test_a_mistake_is_told_before_the_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        locust(tmp_path, workload(Closed(1)), "--headless", "--host", "example.com:8001"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "'example.com:8001' is not this machine" in done.stderr
+    with pytest.raises(GeneratorFailed, match=r"nowhere\.csv cannot be replayed"):
+        generate(workload(Replay("/nowhere.csv")), Target("triton-grpc", "localhost:1"))
+
+
+@pytest.mark.slow
+def test_the_web_page_stops_a_run_and_starts_another(tmp_path: Path) -> None:
+    [port] = free_ports("127.0.0.1", 1)
+    page = f"http://127.0.0.1:{port}"
+    load = workload(Constant(rate_per_s=10), duration_s=4)
+    with stub() as (grpc, _):
+        options = ["--host", grpc, "--web-host", "127.0.0.1", "--web-port", str(port)]
+        with subprocess.Popen(locust(tmp_path, load, *options), stderr=subprocess.DEVNULL) as process:
+            try:
+                _swarm(page)
+                time.sleep(1.5)
+                urllib.request.urlopen(f"{page}/stop", data=b"", timeout=10).close()
+                stopped = read_recording(tmp_path / "r.json")
+                (tmp_path / "r.json").unlink()
+                _swarm(page)
+                _wait_for((tmp_path / "r.json").exists)
+                whole = read_recording(tmp_path / "r.json")
+            finally:
+                process.terminate()
+                process.wait(20)
+    assert stopped.workload.duration_s < 4
+    assert len(stopped.records) < 40
+    assert whole.workload == load
+    assert outcomes(whole) == {OK: 40}
+
+
+def _swarm(page: str) -> None:
+    request = urllib.request.Request(f"{page}/swarm", data=b"user_count=1&spawn_rate=1", method="POST")
+
+    def started() -> bool:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return bool(json.load(answer)["success"])
+        except urllib.error.URLError:
+            return False
+
+    _wait_for(started)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_fails_the_run_and_the_others_records_are_kept() -> None:
+    def kill_a_worker() -> None:
+        me = psutil.Process()
+        _wait_for(lambda: len(_workers(me)) == 2)
+        time.sleep(4)
+        _workers(me)[0].kill()
+
+    with stub() as (grpc, _), ThreadPoolExecutor() as pool:
+        killed = pool.submit(kill_a_worker)
+        recording, kept_up = generate(
+            workload(Constant(rate_per_s=10), duration_s=12), Target("triton-grpc", grpc), workers=2
+        )
+        killed.result()
+    assert not kept_up
+    assert outcomes(recording).keys() == {OK}
+    assert 60 <= len(recording.records) < 120
+
+
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children() if "--worker" in child.cmdline()]
