@@ -50,6 +50,13 @@ def check_repository(repository: Path) -> tuple[str, ...]:
     return _check_models(repository, [folder.name for folder in folders])
 
 
+def check_serves(repository: Path, model: str) -> None:
+    """Raises LaunchError if no in-flight model of the repository has this name, and as `check_repository`."""
+    models = check_repository(repository)
+    if model not in models:
+        raise LaunchError(f"{repository} does not serve the model {model!r}. It serves: {', '.join(models)}.")
+
+
 def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
     unused = set(names)
     inflight = {name: models for name in sorted(unused) if (models := read_stage_models(repository, name))}
