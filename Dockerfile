@@ -19,6 +19,7 @@ COPY export export
 COPY handlers handlers
 COPY client client
 COPY loadtest loadtest
+COPY training training
 RUN python3 -m venv /opt/diffuserve \
     && /opt/diffuserve/bin/pip install --no-cache-dir --constraint constraints.txt ".[serve,openvino]"
 
@@ -43,6 +44,7 @@ COPY export export
 COPY handlers handlers
 COPY client client
 COPY loadtest loadtest
+COPY training training
 RUN python3 -m venv --without-pip /opt/diffuserve \
     && python3 -m pip --python /opt/diffuserve/bin/python3 install --no-cache-dir --constraint constraints.txt .
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 
 class DiffuserveError(Exception):
-    """Base of the tree. The message says what came, what is allowed and how to mend it.
+    """Base of the tree. The message says what came, what is allowed and how to fix it.
 
     `tries`: how often a client sent the request before it gave up.
     """

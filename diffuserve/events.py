@@ -1,5 +1,5 @@
 """What a request's coroutine says on its way, and the same as named values, whatever carries them: the names and kinds of
-`diffuserve.tensors.RESPONSE`."""
+`diffuserve.response_tensors.RESPONSE`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Accepted:
 @dataclass(frozen=True)
 class Progressed:
     """All images of the request have done `step` of `steps`; `eta_s`: seconds that the remaining steps will take at the
-    speed of those done; `previews` are small PNG files, one an image, or none, as always where there is a safety checker."""
+    speed of those done; `previews` are small PNG files, one per image, or none, as always where there is a safety checker."""
 
     step: int
     steps: int
@@ -37,7 +37,7 @@ class Progressed:
 class Completed:
     """The finished request.
 
-    `images`: one file an image in the request's format (raw: H x W x 3 bytes, row by row); `pixels`: (n, H, W, 3) uint8;
+    `images`: one file per image in the request's format (raw: H x W x 3 bytes, row by row); `pixels`: (n, H, W, 3) uint8;
     `flagged`: whether the safety checker withheld an image, which then is black; `parameters`: what drew each image, as
     text; `queue_s`: from arrival to admission to the batch; `denoise_s`: from there to the last step; `total_s`: from arrival to
     this event.
@@ -58,7 +58,7 @@ Event = Accepted | Progressed | Completed
 
 
 def values_from_event(event: Event, request: TextToImageRequest) -> dict[str, list[Any]]:
-    """Lists by name of `diffuserve.tensors.RESPONSE`, those that an event does not have left out; text and files are
+    """Lists by name of `diffuserve.response_tensors.RESPONSE`, those that an event does not have left out; text and files are
     bytes."""
     if isinstance(event, Accepted):
         return {"event": [b"accepted"], "step": [0], "steps": [event.steps], "position": [event.position]}

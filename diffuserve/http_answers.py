@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffuserve.description import Description, values_from_description
 from diffuserve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -22,7 +23,7 @@ from diffuserve.errors import (
 )
 from diffuserve.events import Completed, Event, values_from_event
 from diffuserve.request import TextToImageRequest
-from diffuserve.tensors import FILES, RESPONSE
+from diffuserve.response_tensors import FILES, RESPONSE
 
 MEDIA_TYPES = {
     "png": "image/png",
@@ -62,10 +63,14 @@ class Answer:
 
 def answer_from_completed(completed: Completed, request: TextToImageRequest) -> Answer:
     """The image's file, if there is one and the encoding is binary; else JSON with the fields of
-    `diffuserve.tensors.RESPONSE`, images as base64."""
+    `diffuserve.response_tensors.RESPONSE`, images as base64."""
     if len(completed.images) == 1 and request.encoding == "binary":
         return Answer(completed.images[0], MEDIA_TYPES[request.format])
     return Answer(json_from_event(completed, request), "application/json")
+
+
+def answer_from_description(description: Description) -> Answer:
+    return Answer(_json(values_from_description(description)), "application/json")
 
 
 def answer_from_error(error: DiffuserveError) -> Answer:
@@ -79,10 +84,12 @@ def answer_from_error(error: DiffuserveError) -> Answer:
 
 def json_from_event(event: Event, request: TextToImageRequest) -> bytes:
     """The event's values by name: a list for those of which there may be several, files as base64."""
-    values = {
-        name: [_for_json(name, item) for item in items] for name, items in values_from_event(event, request).items()
-    }
-    return json.dumps({name: items if name in _LISTS else items[0] for name, items in values.items()}).encode()
+    return _json(values_from_event(event, request))
+
+
+def _json(values: Mapping[str, list[Any]]) -> bytes:
+    items = {name: [_for_json(name, item) for item in value] for name, value in values.items()}
+    return json.dumps({name: value if name in _LISTS else value[0] for name, value in items.items()}).encode()
 
 
 def _for_json(name: str, item: Any) -> Any:

@@ -28,8 +28,10 @@ class Metric:
 METRICS = (
     Metric("requests_waiting", GAUGE, "Requests accepted whose first step is not done yet."),
     Metric("requests_running", GAUGE, "Requests accepted, past their first step and not yet answered."),
-    Metric("rows_waiting", GAUGE, "UNet rows a step that the waiting requests will take: images, twice with guidance."),
-    Metric("rows_running", GAUGE, "UNet rows a step that the running requests take."),
+    Metric(
+        "rows_waiting", GAUGE, "UNet rows per step that the waiting requests will take: images, twice with guidance."
+    ),
+    Metric("rows_running", GAUGE, "UNet rows per step that the running requests take."),
     Metric("requests_completed", COUNTER, "Requests answered with their images."),
     Metric("requests_failed", COUNTER, "Requests that an engine or the server failed."),
     Metric("requests_cancelled", COUNTER, "Requests whose client cancelled or went away."),

@@ -1,7 +1,7 @@
-"""Name, dtype and dims of every tensor on the wire and between the stages.
+"""Name, dtype and dims of every tensor between the stages; those on the wire are in `diffuserve.wire`.
 
-The exported graphs, the Triton configurations and the client are all made from this table. Dtypes are Triton's names;
-dims leave out the batch dimension. Those of any length have a name, by which whoever makes an input knows what to fill in.
+The exported graphs and the Triton configurations are made from this table. Dtypes are Triton's names; dims leave out the
+batch dimension. Those of any length have a name, by which whoever makes an input knows what to fill in.
 """
 
 from __future__ import annotations
@@ -135,62 +135,3 @@ def stage_specs(
 
 
 STABLE_DIFFUSION = "stable_diffusion"
-
-
-class RequestField(msgspec.Struct, frozen=True):
-    """One field of a request to the text-to-image model.
-
-    `dtype`: BYTES for text, INT64 for whole numbers, FP64 for others, BOOL. `tensor`: whether Triton carries it as an input
-    of one value; the others are parameters of the request.
-    """
-
-    name: str
-    dtype: str
-    tensor: bool = False
-
-
-# A parameter of Triton's request reaches the model as it was sent: a whole number of 64 bits, a double, text, or true or
-# false, so that every value is checked and refused in one place. An input would be cut to its dtype by Triton's HTTP front
-# end without a word (2^32 + 2 to 2), and what does not fit refused in Triton's words. Prompts are inputs nevertheless, since a
-# parameter's text ends at its first NUL; and the priority, since Triton keeps a parameter of that name for itself.
-REQUEST = (
-    RequestField("prompt", "BYTES", tensor=True),
-    RequestField("negative_prompt", "BYTES", tensor=True),
-    RequestField("steps", "INT64"),
-    RequestField("guidance_scale", "FP64"),
-    RequestField("seed", "INT64"),
-    RequestField("width", "INT64"),
-    RequestField("height", "INT64"),
-    RequestField("sampler", "BYTES"),
-    RequestField("num_images", "INT64"),
-    RequestField("priority", "INT64", tensor=True),
-    RequestField("client_id", "BYTES"),
-    RequestField("timeout_ms", "INT64"),
-    RequestField("format", "BYTES"),
-    RequestField("encoding", "BYTES"),
-    RequestField("progress", "BOOL"),
-    RequestField("preview", "INT64"),
-)
-# Every dim is 1: requests are not batched by Triton, the in-flight loop does that. All are optional to Triton, so that a
-# missing one is told in our words.
-REQUEST_INPUTS = tuple(TensorSpec(field.name, field.dtype, (1,), optional=True) for field in REQUEST if field.tensor)
-RESPONSE = (
-    TensorSpec("event", "BYTES", (1,)),
-    TensorSpec("step", "INT32", (1,)),
-    TensorSpec("steps", "INT32", (1,)),
-    TensorSpec("position", "INT32", (1,)),
-    TensorSpec("eta_s", "FP32", (1,)),
-    TensorSpec("preview", "BYTES", (-1,)),
-    TensorSpec("image", "BYTES", (-1,)),
-    TensorSpec("flagged", "BOOL", (-1,)),
-    TensorSpec("seed", "INT64", (-1,)),
-    TensorSpec("width", "INT32", (1,)),
-    TensorSpec("height", "INT32", (1,)),
-    TensorSpec("parameters", "BYTES", (-1,)),
-    TensorSpec("warnings", "BYTES", (-1,)),
-    TensorSpec("queue_s", "FP32", (1,)),
-    TensorSpec("denoise_s", "FP32", (1,)),
-    TensorSpec("total_s", "FP32", (1,)),
-)
-# Those of RESPONSE that are image files: bytes, which JSON cannot carry as they are.
-FILES = frozenset({"preview", "image"})

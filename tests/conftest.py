@@ -2,34 +2,112 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
+import diffuserve.serving.address
+import diffuserve_loadtest.sending.generator
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
-from diffuserve_client import Client
+from diffuserve_client import AsyncClient, Client
 from tests.families import FAMILIES, Family, make_family
+from tests.gate import Gate
+from tests.metrics import waiting_and_running
+from tests.ports import reserved_ports
+from tests.waiting import LONG_S, wait_for
 
-MODEL_STORE = Path(__file__).parents[1] / "model_store"
+# PyTorch in one thread, here and in what is started: the cores are for the other worker and for servers. Set before its import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
+MODEL_STORE = TESTS.parent / "model_store"
 CHECKPOINT = MODEL_STORE / "checkpoints" / "tiny-emoji"
+
+
+# Folders of tests whose files take long. Workers are given a file at a time, so short ones have to come last for all of them to
+# be busy to the end.
+LONG_FIRST = ("training", "triton", "torchserve", "loadtest", "bench", "faults", "export")
 
 
 def pytest_configure() -> None:
     """Ctrl-C works in the programs under test even where a shell started the tests in the background, whose children
-    inherit that it is ignored."""
+    inherit that it is ignored. No property test is judged by its time."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any speed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first."""
+    folders = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: folders.get(item.path.relative_to(TESTS).parts[0], len(folders)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_ports() -> Iterator[None]:
+    """Servers that are started on free ports find them free when they have loaded."""
+    with (
+        mock.patch.object(diffuserve.serving.address, "free_ports", reserved_ports),
+        mock.patch.object(diffuserve_loadtest.sending.generator, "free_ports", reserved_ports),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """PyTorch would leave a folder among the temporary ones."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_clients() -> Iterator[None]:
+    """On a busy machine a server may take longer than a second to take a connection."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (Client, AsyncClient):
+            patch.setitem(kind.__init__.__kwdefaults__, "connect_timeout_s", LONG_S)  # type: ignore[misc]
+        yield
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def bundle() -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder that all workers share: `once(name, make)` gives a folder in which `make` has made what it makes, called
+    by whichever worker asks first. No test may change what is in it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = shared / f"shared-{name}", shared / f"shared-{name}.made"
+        with FileLock(shared / f"shared-{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def bundle(once: Once) -> Path:
     """The bundled checkpoint's bundle; exported first if it is missing or out of date, which takes a minute or two."""
     from diffuserve_export.export import bundle_from_checkpoint
 
-    return bundle_from_checkpoint(CHECKPOINT, MODEL_STORE / "bundles" / "tiny-emoji")
+    path = MODEL_STORE / "bundles" / "tiny-emoji"
+    once("bundle", lambda _: bundle_from_checkpoint(CHECKPOINT, path))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +121,24 @@ def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path) -> Iterator[TritonServer]:
+def servers_gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    return Gate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, servers_gate: Gate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A real Triton on the bundled model, one for the whole session."""
-    with TritonServer(repository, TritonAddress.on_free_ports()) as server:
+    guarded = Path(shutil.copytree(repository, tmp_path_factory.mktemp("server") / "repository"))
+    servers_gate.guard(guarded)
+    with TritonServer(guarded, TritonAddress.on_free_ports()) as server:
         yield server
+
+
+@pytest.fixture
+def gate(server: TritonServer, servers_gate: Gate) -> Gate:
+    """The gate before the UNet of `server`, which has nothing left to do."""
+    wait_for([0, 0], lambda: waiting_and_running(server.address))
+    return servers_gate
 
 
 @pytest.fixture(scope="session")

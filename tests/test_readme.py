@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.triton.launcher import TritonServer
+from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +25,7 @@ def run(command: str, folder: Path, server: TritonServer) -> None:
         command += f" --url {server.address.grpc}"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["/bin/bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        ["/bin/bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=LONG_S
     )
     assert done.returncode == 0, done.stderr
 

@@ -16,32 +16,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffuserve.description import Description
+    from diffuserve.request import RequestFields
     from diffuserve_client.aio import AsyncClient
     from diffuserve_client.client import Client
-    from diffuserve_client.fields import RequestFields
     from diffuserve_client.local import LocalClient
     from diffuserve_client.result import Progress, Result
     from diffuserve_client.torchserve import TorchServe
     from diffuserve_client.triton import Triton
 
-__all__ = ["AsyncClient", "Client", "LocalClient", "Progress", "RequestFields", "Result", "TorchServe", "Triton"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Description",
+    "LocalClient",
+    "Progress",
+    "RequestFields",
+    "Result",
+    "TorchServe",
+    "Triton",
+]
 
 _MODULE = {
-    "AsyncClient": "aio",
-    "Client": "client",
-    "LocalClient": "local",
-    "Progress": "result",
-    "RequestFields": "fields",
-    "Result": "result",
-    "TorchServe": "torchserve",
-    "Triton": "triton",
+    "AsyncClient": "diffuserve_client.aio",
+    "Client": "diffuserve_client.client",
+    "Description": "diffuserve.description",
+    "LocalClient": "diffuserve_client.local",
+    "Progress": "diffuserve_client.result",
+    "RequestFields": "diffuserve.request",
+    "Result": "diffuserve_client.result",
+    "TorchServe": "diffuserve_client.torchserve",
+    "Triton": "diffuserve_client.triton",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+    return getattr(import_module(_MODULE[name]), name)
 
 
 def __dir__() -> list[str]:

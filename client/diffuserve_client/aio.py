@@ -14,7 +14,7 @@ import grpc.aio
 from diffuserve.errors import Cancelled, StageFailed
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.exchange import Exchange
+from diffuserve_client.exchange import Event, Exchange, describing, drawing
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.retries import DEFAULT_RETRIES, check_retries, retrying
 from diffuserve_client.triton import Triton
@@ -22,7 +22,8 @@ from diffuserve_client.triton import Triton
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.description import Description
+    from diffuserve.request import RequestFields
     from diffuserve_client.server import Server
 
 
@@ -80,6 +81,11 @@ class AsyncClient:
             return False
         return self._server.is_ready(answer)
 
+    async def describe(self) -> Description:
+        """As `Client.describe`."""
+        [description] = [event async for event in self._events(describing(self._server, self._endpoint))]
+        return description
+
     async def generate(
         self,
         prompt: str,
@@ -90,7 +96,7 @@ class AsyncClient:
     ) -> Result:
         """As `Client.generate`."""
         progress = on_progress is not None
-        exchange = Exchange(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        exchange = drawing(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
         result: Result | None = None
         async with aclosing(self._events(exchange)) as events:
             async for event in events:
@@ -111,7 +117,7 @@ class AsyncClient:
         **fields: Unpack[RequestFields],
     ) -> AsyncGenerator[Progress | Result, None]:
         """As `Client.stream`. To leave early, close it: `async with contextlib.aclosing(client.stream(...))`."""
-        exchange = Exchange(
+        exchange = drawing(
             self._server, self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id
         )
         return self._events(exchange)
@@ -125,8 +131,8 @@ class AsyncClient:
             return ()
         return self._server.models(answer)
 
-    async def _events(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
-        """Sends the request, again if need be; a result is always among the events unless an error is raised."""
+    async def _events(self, exchange: Exchange[Event]) -> AsyncGenerator[Event, None]:
+        """Sends the request, again if need be; the last event is always among them unless an error is raised."""
         from tenacity import AsyncRetrying
 
         attempts = AsyncRetrying(**retrying(self._retries, exchange.timeout_s))
@@ -136,12 +142,12 @@ class AsyncClient:
             async for event in events:
                 yield event
 
-    async def _begin(self, exchange: Exchange) -> tuple[Progress | Result, AsyncGenerator[Progress | Result, None]]:
+    async def _begin(self, exchange: Exchange[Event]) -> tuple[Event, AsyncGenerator[Event, None]]:
         """Sends the request once and waits for its first event, after which it is never sent again."""
         events = self._send(exchange)
         return await anext(events), events
 
-    async def _send(self, exchange: Exchange) -> AsyncGenerator[Progress | Result, None]:
+    async def _send(self, exchange: Exchange[Event]) -> AsyncGenerator[Event, None]:
         call = self._server.call(self._open_channel(), exchange.begin())
         try:
             while True:

@@ -12,7 +12,8 @@ from diffuserve.errors import DiffuserveError
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.description import Description
+    from diffuserve.request import RequestFields
     from diffuserve_client.result import Progress, Result
 
 # Enough to fill a server's batch, and far from its queue's limit.
@@ -29,6 +30,8 @@ class TextToImage(Protocol):
         on_progress: Callable[[Progress], object] | None = None,
         **fields: Unpack[RequestFields],
     ) -> Result: ...
+
+    def describe(self) -> Description: ...
 
     def close(self) -> None: ...
 

@@ -12,7 +12,7 @@ import grpc
 from diffuserve.errors import Cancelled
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.exchange import Exchange
+from diffuserve_client.exchange import Event, Exchange, describing, drawing
 from diffuserve_client.result import Progress, Result, result_from_events
 from diffuserve_client.retries import DEFAULT_RETRIES, check_retries, retrying
 from diffuserve_client.triton import Triton
@@ -21,7 +21,8 @@ from diffuserve_client.watchdog import Watchdog
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.description import Description
+    from diffuserve.request import RequestFields
     from diffuserve_client.server import Server
 
 
@@ -36,7 +37,7 @@ class Client:
         model: name of the text-to-image model.
         connect_timeout_s: seconds after which an address that does not answer counts as dead.
         idle_timeout_s: seconds of silence after which a request is cancelled; None waits forever. The server sends
-            something at every step, so this is no limit on how long a request may take.
+            something at every step, so this is not a limit on how long a request may take.
         retries: how often a request is sent again that the server refused (`QueueFull`, `Draining`) or that found no
             server, with growing pauses and within its own timeout; see `diffuserve_client.retries`. 0 means never. What
             a server may have begun is not sent again.
@@ -80,6 +81,15 @@ class Client:
         except grpc.RpcError:
             return False
 
+    def describe(self) -> Description:
+        """What the server offers: its model, the fields of a request with their bounds and defaults, limits, versions.
+
+        Raises:
+            DiffuserveError: as `generate`.
+        """
+        [description] = self._events(describing(self._server, self._endpoint))
+        return description
+
     def generate(
         self,
         prompt: str,
@@ -102,7 +112,7 @@ class Client:
                 `StageFailed`, `ServerUnavailable`, and `Cancelled` if the client was closed meanwhile.
         """
         progress = on_progress is not None
-        exchange = Exchange(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
+        exchange = drawing(self._server, self._endpoint, prompt, fields, progress=progress, request_id=request_id)
         return result_from_events(self._events(exchange), on_progress)
 
     def stream(
@@ -126,7 +136,7 @@ class Client:
         Raises:
             DiffuserveError: as `generate`.
         """
-        exchange = Exchange(
+        exchange = drawing(
             self._server, self._endpoint, prompt, fields, progress=True, preview=preview, request_id=request_id
         )
         return self._events(exchange)
@@ -139,8 +149,8 @@ class Client:
             return ()
         return self._server.models(answer)
 
-    def _events(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
-        """Sends the request, again if need be; a result is always among the events unless an error is raised."""
+    def _events(self, exchange: Exchange[Event]) -> Generator[Event, None, None]:
+        """Sends the request, again if need be; the last event is always among them unless an error is raised."""
         from tenacity import Retrying
 
         first, events = Retrying(**retrying(self._retries, exchange.timeout_s))(self._begin, exchange)
@@ -148,12 +158,12 @@ class Client:
             yield first
             yield from events
 
-    def _begin(self, exchange: Exchange) -> tuple[Progress | Result, Generator[Progress | Result, None, None]]:
+    def _begin(self, exchange: Exchange[Event]) -> tuple[Event, Generator[Event, None, None]]:
         """Sends the request once and waits for its first event, after which it is never sent again."""
         events = self._send(exchange)
         return next(events), events
 
-    def _send(self, exchange: Exchange) -> Generator[Progress | Result, None, None]:
+    def _send(self, exchange: Exchange[Event]) -> Generator[Event, None, None]:
         try:
             call = self._server.call(self._channel, exchange.begin())
         except ValueError:  # what gRPC raises for a closed channel

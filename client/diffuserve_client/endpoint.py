@@ -31,7 +31,7 @@ class Endpoint:
         host, _, port = self.url.rpartition(":")
         if not host or not port.isdecimal() or "/" in host:
             raise InvalidRequest(
-                f"{self.url!r} is no address of a gRPC server; it must be HOST:PORT, such as {DEFAULT_URL}."
+                f"{self.url!r} is not an address of a gRPC server; it must be HOST:PORT, such as {DEFAULT_URL}."
             )
 
     def channel_options(self) -> list[tuple[str, int]]:

@@ -6,39 +6,40 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, ServerUnavailable
+from diffuserve.wire import WIRE_VERSION
 from diffuserve_client.endpoint import Endpoint
 from diffuserve_client.failures import error_from_status, unknown_model
 from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.server import Server
 
+Event = TypeVar("Event")
 
-class Exchange:
+
+class Exchange(Generic[Event]):
     """The state of one request. `begin` gives what to send; `take` turns each answer into an event.
+
+    Args:
+        server, endpoint: whom it is sent to.
+        fields: values by name of `diffuserve.wire.REQUEST`.
+        request_id: what the server's log calls the request; a random one unless given.
 
     Attributes:
         timeout_s: what the request allows itself, or None.
-        finished: whether the result has come; what happens to the call afterwards does not matter.
+        finished: whether the last event has come; what happens to the call afterwards does not matter.
+
+    Raises:
+        InvalidRequest: a field's type does not fit.
     """
 
     def __init__(
-        self,
-        server: Server,
-        endpoint: Endpoint,
-        prompt: str,
-        fields: Mapping[str, Any],
-        *,
-        progress: bool,
-        preview: int = 0,
-        request_id: str | None = None,
+        self, server: Server, endpoint: Endpoint, fields: Mapping[str, Any], request_id: str | None = None
     ) -> None:
-        """Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
-        # Without progress there would be no sign of life to measure the silence by.
-        progress = progress or endpoint.idle_timeout_s is not None
-        self._fields = wire_fields(prompt, fields, progress=progress, preview=preview)
+        self._fields = {**fields, "wire_version": WIRE_VERSION}
         self._request_id = request_id or uuid.uuid4().hex
         self._request = server.request(endpoint.model, self._request_id, self._fields)
         timeout_ms: int | None = self._fields.get("timeout_ms")
@@ -64,7 +65,7 @@ class Exchange:
             return self._server.request(self._endpoint.model, self._request_id, fields)
         return self._request
 
-    def take(self, message: Any) -> Progress | Result | None:
+    def take(self, message: Any) -> Event | None:
         """The event in a message, or None.
 
         An error is kept for `check_finished`, so that the call is read to its end: a Triton whose client hangs up on it
@@ -81,8 +82,8 @@ class Exchange:
         if isinstance(event, DiffuserveError):
             self._error = event
             return None
-        self.finished = self.finished or isinstance(event, Result)
-        return event
+        self.finished = self.finished or isinstance(event, (Result, Description))
+        return cast("Event | None", event)
 
     def broken(self, code: str, details: str | None) -> DiffuserveError:
         """The error for a call that ended with a gRPC status other than OK."""
@@ -113,5 +114,26 @@ class Exchange:
             raise self._error
         if not self.finished:
             raise ServerUnavailable(
-                f"The server at {self._endpoint.url} ended the request {self._request_id} without an image. See its log."
+                f"The server at {self._endpoint.url} ended the request {self._request_id} without an answer. See its log."
             )
+
+
+def drawing(
+    server: Server,
+    endpoint: Endpoint,
+    prompt: str,
+    fields: Mapping[str, Any],
+    *,
+    progress: bool,
+    preview: int = 0,
+    request_id: str | None = None,
+) -> Exchange[Progress | Result]:
+    """A request for images. Raises `InvalidRequest` if a field's type does not fit, `TypeError` for an unknown one."""
+    # Without progress there would be no sign of life to measure the silence by.
+    progress = progress or endpoint.idle_timeout_s is not None
+    return Exchange(server, endpoint, wire_fields(prompt, fields, progress=progress, preview=preview), request_id)
+
+
+def describing(server: Server, endpoint: Endpoint) -> Exchange[Description]:
+    """A request for the server's description."""
+    return Exchange(server, endpoint, {"describe": True})

@@ -1,44 +1,13 @@
-"""What a caller may ask for, and how it is named on the wire."""
+"""What a caller asks for, by its names on the wire."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from diffuserve.errors import InvalidRequest
-
-
-class RequestFields(TypedDict, total=False):
-    """Keywords of every `generate` and `stream`. A missing one, or None, means the served model's default.
-
-    The server checks the values and says what it allows.
-    """
-
-    negative_prompt: str | None
-    """What the image should not show."""
-    steps: int | None
-    """Denoising steps."""
-    guidance_scale: float | None
-    """How strongly the prompt is followed; 1 or less switches guidance off and halves the work."""
-    seed: int | None
-    """0 .. 2^32-1, of the first image; image i uses seed + i. None draws one."""
-    width: int | None
-    """Pixels, a multiple of what the model needs."""
-    height: int | None
-    """Pixels, a multiple of what the model needs."""
-    sampler: str | None
-    """Name of a sampler."""
-    num_images: int | None
-    """Images drawn from the prompt; None means one."""
-    priority: int | None
-    """0 (first) .. 9 (last)."""
-    client_id: str | None
-    """Whose request it is, for a fair share of the server among clients."""
-    timeout_s: float | None
-    """Seconds after which the server gives the request up; None means never."""
-    format: str | None
-    """png, jpeg, webp, or raw (uncompressed RGB); None means png."""
+from diffuserve.request import RequestFields
 
 
 def wire_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, preview: int) -> dict[str, Any]:
@@ -46,13 +15,13 @@ def wire_fields(prompt: str, fields: Mapping[str, Any], *, progress: bool, previ
 
     Args:
         prompt: any text.
-        fields: as in `RequestFields`.
+        fields: as in `diffuserve.request.RequestFields`.
         progress: whether the server sends an event for every step.
         preview: k for a small image with every k-th step; 0 or False means none, True every step.
 
     Raises:
         TypeError: a keyword is unknown.
-        InvalidRequest: `timeout_s` is no positive number.
+        InvalidRequest: `timeout_s` is not a positive number.
     """
     known = RequestFields.__annotations__
     unknown = [name for name in fields if name not in known]

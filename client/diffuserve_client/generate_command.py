@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,11 @@ import click
 from diffuserve.defaults import BUNDLES, KEY_FILE, TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
 from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve_client.request_options import request_options
 
 if TYPE_CHECKING:
+    from diffuserve.request import RequestFields
     from diffuserve_client.batch import TextToImage
-    from diffuserve_client.fields import RequestFields
 
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -27,15 +30,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="More prompts: UTF-8, one a line, # for comments.",
 )
-@click.option("--negative-prompt", metavar="TEXT", help="What the images should not show.")
-@click.option("--steps", type=int, help="Denoising steps.")
-@click.option("--guidance-scale", type=float, help="How closely to follow the prompt; 1 switches guidance off.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="Of the first image; repeat it for several. [random]")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--height", type=int, help="Pixels.")
-@click.option("--sampler", metavar="NAME", help="Such as euler or dpmpp_2m.")
-@click.option("-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images a prompt and seed. [1]")
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="[the output's extension, or png]")
+@request_options
 @click.option(
     "-o",
     "--output",
@@ -43,7 +38,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(path_type=Path),
     help="Several images become NAME-1.png, NAME-2.png ... [named after prompt and seed]",
 )
-@click.option("--grid", is_flag=True, help="One contact sheet instead of a file an image.")
+@click.option("--grid", is_flag=True, help="One contact sheet instead of a file per image.")
 @click.option("--force", is_flag=True, help="Overwrite files. [a number is added to the new one's name]")
 @click.option("--server", "kind", type=click.Choice(["triton", "torchserve"]), help="What kind of server. [triton]")
 @click.option(
@@ -57,7 +52,6 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     type=click.Path(path_type=Path),
     help=f"TorchServe's keys, as `diffuserve serve` says. [{KEY_FILE}]",
 )
-@click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long.")
 @click.option(
     "--retries",
     type=click.IntRange(0),
@@ -65,7 +59,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     show_default=True,
     help="How often to ask again where the server is full, stopping or not there.",
 )
-@click.option("--priority", type=int, help="0 (first) to 9 (last). [5]")
+@click.option("--describe", is_flag=True, help="Print as JSON what the server offers, and draw nothing.")
 @click.option("--quiet", is_flag=True, help="Print the files' names only, and no progress bar.")
 @click.option("--local", is_flag=True, help="Draw in this process, without a server.")
 @click.option(
@@ -88,6 +82,7 @@ def command(
     model: str | None,
     key_file: Path | None,
     retries: int,
+    describe: bool,
     quiet: bool,
     local: bool,
     bundle: Path | None,
@@ -101,7 +96,7 @@ def command(
     diffuserve generate "a slice of pizza" -o pizza.png
     diffuserve generate "a cat" "a dog" --seed 1 --seed 2 --grid -o pets.png
     """
-    if not prompts and prompt_file is None:
+    if not (prompts or prompt_file or describe):
         raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
     if local and (url is not None or kind is not None or model is not None):
         raise click.UsageError(
@@ -111,6 +106,16 @@ def command(
         raise click.UsageError("--key-file is TorchServe's. Add --server torchserve or drop --key-file.")
     if bundle is not None and not local:
         raise click.UsageError("--bundle is for --local; a server has its own. Add --local or drop --bundle.")
+
+    def open_client() -> TextToImage:
+        return _local_client(bundle) if local else _client(kind, url, model or STABLE_DIFFUSION, key_file, retries)
+
+    if describe:
+        if prompts or prompt_file:
+            raise click.UsageError("--describe draws nothing. Drop it, or the prompts.")
+        with _reported():
+            _print_description(open_client())
+        return
 
     from diffuserve_client.batch import Job
     from diffuserve_client.output import check_writable, format_for, path_for
@@ -137,19 +142,29 @@ def command(
     from diffuserve_client.run import Run
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
+    with _reported(), closing(open_client()) as client:
+        failed = work.draw(client)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors and Ctrl-C become messages and exit codes."""
     try:
-        client = _local_client(bundle) if local else _client(kind, url, model or STABLE_DIFFUSION, key_file, retries)
-        try:
-            failed = work.draw(client)
-        finally:
-            client.close()
+        yield
     except KeyboardInterrupt:
         click.echo("Cancelled.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
     except DiffuserveError as error:
         raise click.ClickException(str(error)) from None
-    if failed:
-        raise click.exceptions.Exit(1)
+
+
+def _print_description(client: TextToImage) -> None:
+    import msgspec
+
+    with closing(client):
+        click.echo(msgspec.json.format(msgspec.json.encode(client.describe()), indent=2))
 
 
 def _client(kind: str | None, url: str | None, model: str, key_file: Path | None, retries: int) -> TextToImage:

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from diffuserve.description import Description, describe
 from diffuserve.events import Event, values_from_event
 from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.request import TextToImageRequest, request_from_fields
@@ -18,7 +19,7 @@ from diffuserve_client.result import Progress, Result, event_from_values, result
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
 
 
 class LocalClient:
@@ -45,6 +46,11 @@ class LocalClient:
     def close(self) -> None:
         """Stops the engines; requests still running in other threads are cancelled and raise `Cancelled`."""
         self._local.close()
+
+    def describe(self) -> Description:
+        """As `Client.describe`."""
+        pipeline = self._local.pipeline
+        return describe(pipeline.manifest, pipeline.limits)
 
     def generate(
         self,
@@ -80,7 +86,7 @@ class LocalClient:
                 if isinstance(event, Exception):
                     raise event
                 answer = event_from_values(values_from_event(event, request), request.format, request_id)
-                if answer is not None:
+                if isinstance(answer, (Progress, Result)):
                     yield answer
                 if isinstance(answer, Result):
                     return

@@ -70,7 +70,7 @@ def check_writable(path: Path) -> None:
     """Makes sure that a file can be written at `path`, by creating and removing one beside it.
 
     Raises:
-        InvalidRequest: says what is in the way and how to mend it.
+        InvalidRequest: says what is in the way and how to fix it.
     """
     folder = path.parent
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffuserve.description import Description, description_from_json
 from diffuserve.errors import StageFailed
 
 
@@ -46,11 +47,11 @@ class Result:
     Attributes:
         encoded: each image as the server sent it: a file in `format`, or height * width * 3 bytes of RGB for "raw".
         format: png, jpeg, webp or raw.
-        flagged: one an image, whether the safety checker withheld it: it is black then. False for all images of a model
+        flagged: one per image, whether the safety checker withheld it: it is black then. False for all images of a model
             that has none.
-        seeds: one an image; the same seed and settings give the same image.
+        seeds: one per image; the same seed and settings give the same image.
         width, height: pixels.
-        parameters: one text an image, in the form that AUTOMATIC1111's web UI reads; PNG, JPEG and WebP carry it too.
+        parameters: one text per image, in the form that AUTOMATIC1111's web UI reads; PNG, JPEG and WebP carry it too.
         warnings: what the server did otherwise than asked, in words.
         queue_s, denoise_s, total_s: seconds from arrival to admission to the batch, from there to the last step, and from
             arrival to the last image.
@@ -78,16 +79,18 @@ class Result:
         return [_decode(data) for data in self.encoded]
 
 
-def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: str) -> Progress | Result | None:
+def event_from_values(
+    values: Mapping[str, list[Any]], format: str, request_id: str
+) -> Progress | Result | Description | None:
     """One event of a request, or None for those that only a newer server knows.
 
     Args:
-        values: lists by name of `diffuserve.tensors.RESPONSE`; text and files are bytes.
+        values: lists by name of `diffuserve.response_tensors.RESPONSE`; text and files are bytes.
         format: what the images were asked for in.
         request_id: the request's.
 
     Raises:
-        KeyError, IndexError, ValueError: the values are no event of diffuserve's.
+        KeyError, IndexError, ValueError: the values are not an event of diffuserve's.
     """
     event = values["event"][0].decode()
     if event == "accepted":
@@ -114,6 +117,8 @@ def event_from_values(values: Mapping[str, list[Any]], format: str, request_id: 
             total_s=values["total_s"][0],
             request_id=request_id,
         )
+    if event == "description":
+        return description_from_json(values["description"][0])
     return None
 
 

@@ -37,7 +37,7 @@ class Retrying(TypedDict):
 
 
 def check_retries(retries: int) -> int:
-    """Raises InvalidRequest if it is no number of retries."""
+    """Raises InvalidRequest if it is not a number of retries."""
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise InvalidRequest(f"retries is {retries!r}; it must be a whole number from 0, which means none.")
     return retries

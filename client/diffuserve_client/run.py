@@ -13,7 +13,7 @@ from diffuserve_client.output import path_for, save
 from diffuserve_client.result import Result
 
 if TYPE_CHECKING:
-    from diffuserve_client.fields import RequestFields
+    from diffuserve.request import RequestFields
 
 
 class Run:
@@ -24,7 +24,7 @@ class Run:
         fields: the settings that they share.
         output: what -o gave, or None.
         format: png, jpeg or webp.
-        grid: one contact sheet instead of a file an image.
+        grid: one contact sheet instead of a file per image.
         overwrite: replace files that are there.
         quiet: no bar, and names of files only.
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError
 from diffuserve_client.result import Progress, Result
 
@@ -29,7 +30,7 @@ class Server(Protocol):
         Args:
             model: the model's name.
             request_id: what the server's log will call the request, if it can.
-            fields: values by name of `diffuserve.tensors.REQUEST`, in Python's types; only those to be sent.
+            fields: values by name of `diffuserve.wire.REQUEST`, in Python's types; only those to be sent.
         """
         ...
 
@@ -39,8 +40,8 @@ class Server(Protocol):
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
-    ) -> Progress | Result | DiffuserveError | None:
-        """What one message says, or None if only that the server is alive; raises StageFailed if it is no answer of
+    ) -> Progress | Result | Description | DiffuserveError | None:
+        """What one message says, or None if only that the server is alive; raises StageFailed if it is not an answer of
         diffuserve's."""
         ...
 

@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any
 
 from diffuserve.defaults import TORCHSERVE
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, InvalidRequest, StageFailed, from_wire
-from diffuserve.tensors import FILES
+from diffuserve.response_tensors import FILES
 from diffuserve_client.result import Progress, Result, event_from_values
 
 _PACKAGE = "org.pytorch.serve.grpc.inference"
@@ -54,7 +55,7 @@ class TorchServe:
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
-    ) -> Progress | Result | DiffuserveError | None:
+    ) -> Progress | Result | Description | DiffuserveError | None:
         try:
             answer = json.loads(message.prediction)
             if "code" in answer:

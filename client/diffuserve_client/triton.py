@@ -8,6 +8,7 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError
 from diffuserve.triton.stage_models import inflight_models
 from diffuserve_client.endpoint import DEFAULT_URL
@@ -38,7 +39,7 @@ class Triton:
 
     def event(
         self, message: Any, *, address: str, model: str, format: str, request_id: str
-    ) -> Progress | Result | DiffuserveError | None:
+    ) -> Progress | Result | Description | DiffuserveError | None:
         if message.error_message:
             return error_from_text(message.error_message, address=address, model=model)
         return event_from_response(message.infer_response, format=format)

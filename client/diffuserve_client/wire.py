@@ -1,4 +1,4 @@
-"""Requests to Triton's protobuf and responses from it, by the tables in `diffuserve.tensors`."""
+"""Requests to Triton's protobuf and responses from it, by the tables in `diffuserve.wire`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
+from diffuserve.description import Description
 from diffuserve.errors import InvalidRequest, StageFailed
-from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE, RequestField
+from diffuserve.request_fields import Field
+from diffuserve.response_tensors import RESPONSE
+from diffuserve.tensors import NUMPY_DTYPE
+from diffuserve.wire import REQUEST
 from diffuserve_client.result import Progress, Result, event_from_values
 
 # How a number is packed, and what it has to be.
@@ -31,42 +35,40 @@ def infer_request_from_fields(model: str, request_id: str, fields: Mapping[str, 
     Args:
         model: the Triton model's name.
         request_id: what the server's log will call the request.
-        fields: values by name of `tensors.REQUEST`, in Python's types; only those to be sent.
+        fields: values by name of `wire.REQUEST`, in Python's types; only those to be sent.
 
     Raises:
         InvalidRequest: a value does not fit its field's dtype.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-    for field in REQUEST:
-        if field.name not in fields:
+    for name, field in REQUEST.items():
+        if name not in fields:
             continue
-        value = (_text if field.dtype == "BYTES" else _number)(field, fields[field.name])
+        value = (_text if field.dtype == "BYTES" else _number)(name, field, fields[name])
         if field.tensor:
-            request.inputs.add(name=field.name, datatype=field.dtype, shape=[1])
+            request.inputs.add(name=name, datatype=field.dtype, shape=[1])
             request.raw_input_contents.append(_element(field, value))
         else:
-            setattr(request.parameters[field.name], _PARAMETER[field.dtype], value)
+            setattr(request.parameters[name], _PARAMETER[field.dtype], value)
     return request
 
 
-def _text(field: RequestField, value: Any) -> str:
+def _text(name: str, field: Field, value: Any) -> str:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{field.name} is of type {type(value).__name__}; it must be text.")
+        raise InvalidRequest(f"{name} is of type {type(value).__name__}; it must be text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"{field.name} has a lone surrogate at position {error.start}; it must be valid Unicode."
+            f"{name} has a lone surrogate at position {error.start}; it must be valid Unicode."
         ) from None
     if not field.tensor and "\0" in value:
         at = value.index("\0")
-        raise InvalidRequest(
-            f"{field.name} has a NUL at position {at}, where Triton would take it to end. Leave it out."
-        )
+        raise InvalidRequest(f"{name} has a NUL at position {at}, where Triton would take it to end. Leave it out.")
     return value
 
 
-def _number(field: RequestField, value: Any) -> float:
+def _number(name: str, field: Field, value: Any) -> float:
     code, expected = _PACKED[field.dtype]
     if isinstance(value, (bool, np.bool_)) == (field.dtype == "BOOL"):
         try:
@@ -76,10 +78,10 @@ def _number(field: RequestField, value: Any) -> float:
             pass
         else:
             return number  # type: ignore[no-any-return]
-    raise InvalidRequest(f"{field.name} is {value!r}; it must be {expected}.")
+    raise InvalidRequest(f"{name} is {value!r}; it must be {expected}.")
 
 
-def _element(field: RequestField, value: Any) -> bytes:
+def _element(field: Field, value: Any) -> bytes:
     """A tensor of one value."""
     if field.dtype == "BYTES":
         text: bytes = serialize_byte_tensor(np.array([value.encode()], dtype=object)).item()
@@ -87,7 +89,9 @@ def _element(field: RequestField, value: Any) -> bytes:
     return struct.pack(_PACKED[field.dtype][0], value)
 
 
-def event_from_response(response: service_pb2.ModelInferResponse, *, format: str) -> Progress | Result | None:
+def event_from_response(
+    response: service_pb2.ModelInferResponse, *, format: str
+) -> Progress | Result | Description | None:
     """The event in one response, or None for those that only show that the server is alive.
 
     Args:
@@ -95,7 +99,7 @@ def event_from_response(response: service_pb2.ModelInferResponse, *, format: str
         format: what the images were asked for in.
 
     Raises:
-        StageFailed: the response does not follow `tensors.RESPONSE`.
+        StageFailed: the response does not follow `wire.RESPONSE`.
     """
     if not response.outputs:
         return None
@@ -104,13 +108,13 @@ def event_from_response(response: service_pb2.ModelInferResponse, *, format: str
     except (KeyError, IndexError, ValueError, struct.error) as error:
         outputs = ", ".join(output.name for output in response.outputs)
         raise StageFailed(
-            f"The model {response.model_name!r} answered with {outputs}, which is no answer of diffuserve's "
+            f"The model {response.model_name!r} answered with {outputs}, which is not an answer of diffuserve's "
             f"({type(error).__name__}: {error}). Check the model's name and that client and server are of one version."
         ) from error
 
 
 def _values(response: service_pb2.ModelInferResponse) -> dict[str, list[Any]]:
-    """The outputs that `tensors.RESPONSE` knows, as lists of Python's types."""
+    """The outputs that `wire.RESPONSE` knows, as lists of Python's types."""
     values: dict[str, list[Any]] = {}
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         dtype = _RESPONSE_DTYPE.get(output.name)

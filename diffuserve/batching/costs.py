@@ -29,9 +29,9 @@ class CallCosts:
         return float(np.interp(rows, self._rows, self._seconds))
 
     def best(self, candidates: Sequence[int]) -> int:
-        """The number of rows that gives most rows a second; the larger of two that give the same.
+        """The number of rows that gives most rows per second; the larger of two that give the same.
 
-        Throughput within a twentieth of the best counts as the same: so much is noise, and more rows a call means that
+        Throughput within a twentieth of the best counts as the same: so much is noise, and more rows per call means that
         more requests advance, and that what a call costs besides the engine is paid less often.
         """
         rates = [rows / self.seconds(rows) for rows in candidates]

@@ -63,7 +63,7 @@ class Job:
     Attributes:
         trajectory: the sampler's coefficients for every UNet evaluation.
         shape: (C, h, w) of each latent.
-        seeds: one an image, for a noise generator of its own.
+        seeds: one per image, for a noise generator of its own.
         conditioning: the prompt's embedding, arrays without a batch dimension by UNet input name.
         unconditional: the same for the negative prompt, of the same shapes, or None for no guidance; with it an image
             takes two rows.

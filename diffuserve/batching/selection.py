@@ -49,8 +49,8 @@ class InflightSelection:
     Args:
         max_rows: rows of one call, at least 2.
         policy: the order within a priority and client; see `diffuserve.batching.policies`.
-        costs: measured cost of a call by rows. The row budget is the number up to `max_rows` with most rows a second,
-            and of what is ready within it the batch with most rows a second is taken.
+        costs: measured cost of a call by rows. The row budget is the number up to `max_rows` with most rows per second,
+            and of what is ready within it the batch with most rows per second is taken.
     """
 
     def __init__(self, max_rows: int, policy: Policy, costs: CallCosts | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components;
     `image_processor` belongs to the component safety_checker, None where there is none;
     `safety_checker_left_out`: the checkpoint has one, and whoever exported it chose to go without;
-    `loras` are fused into the weights, in this order."""
+    `loras` are fused into the weights, in this order;
+    `exported_with`: arguments of `diffuserve export` that make it again, local files by their names without folders."""
 
     format_version: int
     model: ModelSpec
@@ -200,6 +202,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     safety_checker_left_out: bool = False
     loras: tuple[FusedLora, ...] = ()
     checkpoint_sha256: str = ""
+    exported_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.has_safety_checker != (self.image_processor is not None):
@@ -225,31 +228,46 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
+class _Origin(msgspec.Struct):
+    """What a manifest of any version may say of how it was made."""
+
+    source: str = "the checkpoint"
+    exported_with: tuple[str, ...] = ()
+
+
 def read_manifest(bundle: Path) -> Manifest:
     """Reads a bundle's manifest.
 
     Raises:
-        BundleError: there is none, it is damaged, or another format's.
+        BundleError: there is none, it is damaged, or of another format; the message has the command that makes it again.
     """
     path = bundle / MANIFEST_NAME
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{bundle} is no bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
+            f"{bundle} is not a bundle: it has no {MANIFEST_NAME}. Make one: diffuserve export CHECKPOINT"
         ) from None
     try:
         version = msgspec.json.decode(data, type=_Version).format_version
-        if version > FORMAT_VERSION:
-            raise BundleError(
-                f"{path} has format version {version}, and this diffuserve reads up to {FORMAT_VERSION}. "
-                "Upgrade diffuserve, or export the checkpoint again."
-            )
-        if version < FORMAT_VERSION:
-            raise BundleError(f"{path} has the older format version {version}. Export the checkpoint again.")
+        if version != FORMAT_VERSION:
+            raise _other_version(path, data, version)
         return msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as error:
         raise BundleError(f"{path} is damaged: {error}. Export the checkpoint again.") from error
+
+
+def _other_version(path: Path, data: bytes, version: int) -> BundleError:
+    try:
+        origin = msgspec.json.decode(data, type=_Origin)
+    except msgspec.DecodeError:
+        origin = _Origin()
+    command = shlex.join(["diffuserve", "export", *(origin.exported_with or ["CHECKPOINT"])])
+    return BundleError(
+        f"{path} has format version {version}, and this diffuserve reads version {FORMAT_VERSION}. "
+        f"{'Upgrade diffuserve, or export' if version > FORMAT_VERSION else 'Export'} {origin.source} again from where its "
+        f"files lie, then assemble or archive it: {command}"
+    )
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

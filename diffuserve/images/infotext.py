@@ -25,26 +25,15 @@ import numpy as np
 
 from diffuserve import __version__
 from diffuserve.bundle.manifest import FusedLora, Manifest
-from diffuserve.request import TextToImageRequest
+from diffuserve.request import FIELDS, TextToImageRequest
+from diffuserve.samplers import SAMPLERS
 from diffuserve.tensors import UNET
 
-# The names under which other tools know the samplers; the schedule stands beside them.
-_SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2m_sde_karras": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "heun": "Heun",
-    "lcm": "LCM",
-}
-# The web UI's samplers that have timesteps of their own, whatever the schedule type.
-_WITHOUT_SCHEDULE = ("ddim", "unipc", "pndm", "lcm")
-# Its names for Lin et al.'s spacings, arXiv:2305.08891, table 2.
+# The web UI's names for Lin et al.'s spacings, arXiv:2305.08891, table 2.
 _SCHEDULE_TYPES = {"linspace": "Uniform", "leading": "DDIM", "trailing": "SGM Uniform"}
+
+# Fields that have a place of their own among the settings.
+_TOLD = ("steps", "guidance_scale", "seed")
 
 _NEGATIVE_PROMPT = "Negative prompt:"
 # JSON leaves these as they are, and some readers end a line at them.
@@ -71,10 +60,10 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int, *, padd
     # Without guidance there was no negative prompt.
     prompt, negative_prompt = request.prompt, request.negative_prompt if request.guided else ""
     settings = {
-        "Steps": request.steps,
+        FIELDS["steps"].infotext: request.steps,
         **_sampler_settings(request.sampler, manifest.scheduler),
-        "CFG scale": _number(request.guidance_scale),
-        "Seed": seed,
+        FIELDS["guidance_scale"].infotext: _number(request.guidance_scale),
+        FIELDS["seed"].infotext: seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": manifest.checkpoint_sha256[:10] or None,
         "Model": _quoted(model.name),
@@ -83,6 +72,7 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int, *, padd
         "Pad conds": True if padded else None,
         "Noise Schedule": "Zero Terminal SNR" if manifest.scheduler.get("rescale_betas_zero_snr") else None,
         **_lora_settings(manifest.loras),
+        **_other_settings(request),
         "Engine": f"{unet.engine} {unet.precision}",
         "Source hash": manifest.source_sha256[:10],
         "Bundle hash": manifest.bundle_sha256[:10],
@@ -96,20 +86,28 @@ def infotext(request: TextToImageRequest, manifest: Manifest, seed: int, *, padd
     return "\n".join(lines)
 
 
-def _sampler_settings(sampler: str, scheduler: Mapping[str, Any]) -> dict[str, str]:
+def _sampler_settings(name: str, scheduler: Mapping[str, Any]) -> dict[str, str]:
     """The sampler and its schedule, in two settings as the web UI has had them since 1.9. It still reads "DPM++ 2M Karras",
     but takes a plain "DPM++ 2M" for that too, so the schedule has to be told."""
-    if sampler == "pndm":
-        return {"Sampler": "PLMS" if scheduler.get("skip_prk_steps") else "PNDM"}
-    name = {"Sampler": _SAMPLER_NAMES[sampler]}
-    if sampler in _WITHOUT_SCHEDULE:
-        return name
-    if sampler.endswith("_karras"):
-        return {**name, "Schedule type": "Karras"}
+    sampler = SAMPLERS[name]
+    if name == "pndm" and scheduler.get("skip_prk_steps"):
+        return {"Sampler": "PLMS"}
+    if not sampler.spaced:
+        return {"Sampler": sampler.infotext}
     spacing = scheduler.get("timestep_spacing") or "linspace"
-    if spacing == "linspace" and sampler.startswith("dpmpp"):
+    if spacing == "linspace" and name.startswith("dpmpp"):
         spacing = "trailing"  # which begins at the same timesteps and leaves out the last too
-    return {**name, "Schedule type": _SCHEDULE_TYPES[spacing]}
+    schedule_type = "Karras" if sampler.settings.get("use_karras_sigmas") else _SCHEDULE_TYPES[spacing]
+    return {"Sampler": sampler.infotext, "Schedule type": schedule_type}
+
+
+def _other_settings(request: TextToImageRequest) -> dict[str, str]:
+    """Those beside steps, guidance and seed, if they are not at a default that is the same for all models."""
+    return {
+        field.infotext: _number(value) if isinstance(value, float) else _quoted(str(value))
+        for name, field in FIELDS.items()
+        if field.infotext and name not in _TOLD and (value := getattr(request, name)) != field.default
+    }
 
 
 def _clip_skip(clip_skip: int, family: str) -> int | None:

@@ -6,7 +6,7 @@ more than 1 MiB, or texts of more than 64 MiB together.
 
 Not read: TIFF, which is many formats in one (a dozen codings, 32-bit floats of any range), which neither browsers nor the usual
 training scripts read, and of whose tags Pillow warns through the whole process; AVIF and HEIC, many of which are HDR or
-wide-gamut in ways that Pillow ignores, and which not every Pillow decodes; SVG, which is no picture until it is drawn.
+wide-gamut in ways that Pillow ignores, and which not every Pillow decodes; SVG, which is not a picture until it is drawn.
 """
 
 from __future__ import annotations

@@ -53,18 +53,18 @@ def flagged_from_scores(scores: Float32) -> NDArray[np.bool_]:
 
 def refuse_without_safety_checker(manifest: Manifest) -> None:
     """Raises:
-    BundleError: the bundle has no safety checker; why, and what mends it.
+    BundleError: the bundle has no safety checker; why, and what fixes it.
     """
     if manifest.has_safety_checker:
         return
     name = manifest.model.name
     if manifest.safety_checker_left_out:
-        mend = "It was left out on purpose: export the checkpoint again without --no-safety-checker"
+        fix = "It was left out on purpose: export the checkpoint again without --no-safety-checker"
     else:
-        mend = (
+        fix = (
             "Its checkpoint carried none: export one that does, or save one with the safety_checker and the "
             "feature_extractor of another"
         )
     raise BundleError(
-        f"{name} has no safety checker, and one is required. {mend}; or assemble without --require-safety-checker."
+        f"{name} has no safety checker, and one is required. {fix}; or assemble without --require-safety-checker."
     )

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from diffuserve.samplers.latents import preserving, x0_and_eps
+from diffuserve.samplers.matrices import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 
 
 def ddim_step(schedule: NoiseSchedule, alpha_cumprod: float, to: float, x: Row, output: Row) -> Row:

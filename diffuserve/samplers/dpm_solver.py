@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.samplers.latents import alpha_at_sigma, preserving, with_final, x0_and_eps
+from diffuserve.samplers.matrices import Evaluation, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 
 def dpmpp_2m(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:

@@ -6,8 +6,8 @@ import math
 from itertools import pairwise
 
 from diffuserve.samplers.latents import alpha_at_sigma, initial_sigma, refuse_zero_snr, with_final, x0_at_sigma
+from diffuserve.samplers.matrices import Evaluation, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 
 def euler(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
@@ -49,7 +49,7 @@ def euler_a(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
 def heun(schedule: NoiseSchedule, steps: int, start: int) -> Trajectory:
     """Karras et al., arXiv:2206.00364, algorithm 1: Euler, then again with the mean of the slopes at both ends.
 
-    Matches HeunDiscreteScheduler: two evaluations a step, and one for the last, since there is no slope at sigma = 0.
+    Matches HeunDiscreteScheduler: two evaluations per step, and one for the last, since there is no slope at sigma = 0.
     """
     refuse_zero_snr("heun", schedule)
     timesteps = schedule.inference_timesteps(steps, default_spacing="linspace")

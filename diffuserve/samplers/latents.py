@@ -1,6 +1,6 @@
 """What latents are made of, and what the UNet's output says about it: the formulas that the samplers share.
 
-`x`, `output` and all results are rows of weights (`diffuserve.samplers.table.basis`); the same code computes with them.
+`x`, `output` and all results are rows of weights (`diffuserve.samplers.matrices.basis`); the same code computes with them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
+from diffuserve.samplers.matrices import Row
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Row
 
 
 def x0_and_eps(schedule: NoiseSchedule, alpha_cumprod: float, x: Row, output: Row) -> tuple[Row, Row]:

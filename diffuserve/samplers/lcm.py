@@ -8,8 +8,8 @@ import numpy as np
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.samplers.latents import preserving, x0_and_eps
+from diffuserve.samplers.matrices import Evaluation, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Trajectory, basis, trajectory_from_evaluations
 
 _SIGMA_DATA = 0.5  # the data's standard deviation, a constant in LCMScheduler too
 
@@ -45,7 +45,7 @@ def _timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     if original > total:
         raise InvalidRequest(
             f"sampler is 'lcm', and this checkpoint's scheduler config has original_inference_steps={original} of "
-            f"num_train_timesteps={total}. Use another sampler, or mend the config and export the checkpoint again."
+            f"num_train_timesteps={total}. Use another sampler, or fix the config and export the checkpoint again."
         )
     if steps > original:
         raise InvalidRequest(

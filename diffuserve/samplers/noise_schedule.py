@@ -32,7 +32,7 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 _MOST_TIMESTEPS = 100_000  # published models have 1000
-_MEND = "Mend it and export the checkpoint again."
+_FIX = "Fix it and export the checkpoint again."
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class NoiseSchedule:
         elif len(self.trained_betas) != self.num_train_timesteps:
             raise BundleError(
                 f"scheduler_config.json has {len(self.trained_betas)} trained_betas for num_train_timesteps="
-                f"{self.num_train_timesteps}; there must be one for each. {_MEND}"
+                f"{self.num_train_timesteps}; there must be one for each. {_FIX}"
             )
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
@@ -105,17 +105,17 @@ class NoiseSchedule:
         ):
             raise BundleError(
                 f"scheduler_config.json has num_train_timesteps={self.num_train_timesteps} and steps_offset="
-                f"{self.steps_offset}; from 2 to {_MOST_TIMESTEPS}, and from 0 to less than that, are allowed. {_MEND}"
+                f"{self.steps_offset}; from 2 to {_MOST_TIMESTEPS}, and from 0 to less than that, are allowed. {_FIX}"
             )
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 <= beta < 1 for beta in betas):
             raise BundleError(
-                f"scheduler_config.json has betas from {min(betas)} to {max(betas)}; they must be from 0 to less than 1. {_MEND}"
+                f"scheduler_config.json has betas from {min(betas)} to {max(betas)}; they must be from 0 to less than 1. {_FIX}"
             )
         if self.original_inference_steps < 1 or self.timestep_scaling <= 0:
             raise BundleError(
                 f"scheduler_config.json has original_inference_steps={self.original_inference_steps} and "
-                f"timestep_scaling={self.timestep_scaling}; at least 1 and more than 0 are needed. {_MEND}"
+                f"timestep_scaling={self.timestep_scaling}; at least 1 and more than 0 are needed. {_FIX}"
             )
 
     @cached_property
@@ -234,7 +234,7 @@ def _number(config: Mapping[str, Any], name: str, default: Any, kind: type) -> A
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or kind(value) != value:
         expected = "a whole number" if kind is int else "a number"
-        raise BundleError(f"scheduler_config.json has {name}={value!r}; it must be {expected}. {_MEND}")
+        raise BundleError(f"scheduler_config.json has {name}={value!r}; it must be {expected}. {_FIX}")
     return kind(value)
 
 
@@ -247,12 +247,12 @@ def _betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
     except (TypeError, ValueError):
         betas = (math.nan,)
     if not all(map(math.isfinite, betas)):
-        raise BundleError(f"scheduler_config.json has trained_betas that are no list of numbers. {_MEND}")
+        raise BundleError(f"scheduler_config.json has trained_betas that are not a list of numbers. {_FIX}")
     return betas
 
 
 def _flag(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name, default)
     if value is not default and not isinstance(value, bool):
-        raise BundleError(f"scheduler_config.json has {name}={value!r}; it must be true or false. {_MEND}")
+        raise BundleError(f"scheduler_config.json has {name}={value!r}; it must be true or false. {_FIX}")
     return value

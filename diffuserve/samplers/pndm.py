@@ -10,8 +10,8 @@ import numpy as np
 from diffuserve.errors import InvalidRequest
 from diffuserve.samplers.ddim import ddim_step
 from diffuserve.samplers.latents import preserving, refuse_zero_snr, x0_and_eps
+from diffuserve.samplers.matrices import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 from diffuserve.samplers.noise_schedule import NoiseSchedule
-from diffuserve.samplers.table import Evaluation, Row, Trajectory, basis, trajectory_from_evaluations
 
 # Adams and Bashforth's weights of this output and the ones before it, by how many are known (eq. 12 for four).
 _ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (

@@ -1,17 +1,16 @@
 """CLIP's byte-pair encoding: a prompt to the token ids that the text encoder takes.
 
-A text encoder takes L tokens at a time (77 in Stable Diffusion), so a longer prompt is cut into chunks, each with start,
-end and padding of its own. One chunk of one text is equal to transformers' CLIPTokenizer with padding="max_length" and
-truncation=True, without transformers. Which tokens start, end and pad a prompt is the tokenizer's own business (Stable
-Diffusion 1 pads with the end token, 2 with "!"), so it is read from the files that transformers saves: tokenizer.json
-and tokenizer_config.json.
+A longer prompt is cut into chunks (`diffuserve.text.chunks`), each with start, end and padding of its own. One chunk of one
+text is equal to transformers' CLIPTokenizer with padding="max_length" and truncation=True, without transformers. Which
+tokens start, end and pad a prompt is the tokenizer's own business (Stable Diffusion 1 pads with the end token, 2 with "!"),
+so it is read from the files that transformers saves: tokenizer.json and tokenizer_config.json.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 from diffuserve.bundle.manifest import Manifest
 from diffuserve.errors import BundleError
 from diffuserve.tensors import TEXT_ENCODER
-from diffuserve.text.prompting import BREAK, WeightedText
+from diffuserve.text.chunks import Chunk, chunks_from_texts
+from diffuserve.text.prompting import WeightedText
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,6 @@ class Encoded:
     input_ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     dropped_text: str
-
-
-@dataclass
-class _Chunk:
-    """The tokens of a chunk and their weights, without start, end and padding."""
-
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
 
 
 class Tokenizer:
@@ -68,16 +60,12 @@ class Tokenizer:
         )
 
     def encode(self, texts: Sequence[WeightedText], max_chunks: int = 1, min_chunks: int = 1) -> Encoded:
-        """Encodes texts with their weights, one after the other, in as many chunks as they need within the bounds.
-
-        Each text is encoded for itself, so no token reaches over a change of weight. Chunks are filled to the last
-        place, wherever that cuts the text, or to a BREAK; those that `min_chunks` asks for beyond are empty. A BREAK
-        ends an empty chunk too, so several of them make empty ones; after the last text it begins none.
-        """
-        chunks, dropped_text = self._chunked(texts, max_chunks)
+        """Encodes texts with their weights, one after the other, in as many chunks as they need within the bounds
+        (`chunks_from_texts`); those that `min_chunks` asks for beyond are empty."""
+        chunks, dropped_text = chunks_from_texts(texts, self._bpe, self.max_tokens - 2, max_chunks)
         shape = (max(min_chunks, len(chunks)), self.max_tokens)
         encoded = Encoded(np.full(shape, self._pad_id, np.int32), np.ones(shape, np.float32), dropped_text)
-        chunks += [_Chunk() for _ in range(shape[0] - len(chunks))]
+        chunks += [Chunk() for _ in range(shape[0] - len(chunks))]
         for row, chunk in enumerate(chunks):
             end = len(chunk.ids) + 1
             encoded.input_ids[row, 0] = self._bos_id
@@ -87,34 +75,6 @@ class Tokenizer:
         for array in (encoded.input_ids, encoded.weights):
             array.flags.writeable = False
         return encoded
-
-    def _chunked(self, texts: Sequence[WeightedText], max_chunks: int) -> tuple[list[_Chunk], str]:
-        """The chunks that are used, at least one, and the text that did not fit into them."""
-        room = self.max_tokens - 2
-        chunks = [_Chunk()]
-        for index, (text, weight) in enumerate(texts):
-            following = texts[index + 1 :]
-            if (text, weight) == BREAK:
-                if len(chunks) == max_chunks:
-                    dropped = _joined(following)
-                    return chunks, dropped if dropped.strip() else ""
-                chunks.append(_Chunk())
-                continue
-            encoding = self._bpe.encode(text, add_special_tokens=False)
-            done = 0
-            while done < len(encoding.ids):
-                if len(chunks[-1].ids) == room:
-                    if len(chunks) == max_chunks:
-                        # Offsets count the characters of the text as it was given, before it was normalised.
-                        return chunks, text[encoding.offsets[done][0] :] + _joined(following)
-                    chunks.append(_Chunk())
-                part = encoding.ids[done : done + room - len(chunks[-1].ids)]
-                chunks[-1].ids += part
-                chunks[-1].weights += [weight] * len(part)
-                done += len(part)
-        if len(chunks) > 1 and not chunks[-1].ids:
-            chunks.pop()
-        return chunks, ""
 
     def _token_id(self, path: Path, config: dict[str, Any], name: str) -> int:
         token = config.get(name)
@@ -143,10 +103,6 @@ def tokenizers_of(bundle: Path, manifest: Manifest) -> dict[str, Tokenizer]:
     return {
         name: Tokenizer(bundle / name.replace("input_ids", "tokenizer"), manifest.model.max_tokens) for name in inputs
     }
-
-
-def _joined(texts: Sequence[WeightedText]) -> str:
-    return "".join(" BREAK " if each == BREAK else each[0] for each in texts)
 
 
 def _read_bpe(path: Path) -> tokenizers.Tokenizer:

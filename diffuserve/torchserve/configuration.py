@@ -86,7 +86,7 @@ def read_archive(path: Path) -> Archive:
         yaml.YAMLError,
         msgspec.DecodeError,
     ) as error:
-        raise BundleError(f"{path} is no model archive of diffuserve's: {error}. {again}") from error
+        raise BundleError(f"{path} is not a model archive of diffuserve's: {error}. {again}") from error
 
 
 def only_archive(folder: Path = ARCHIVES) -> Path:

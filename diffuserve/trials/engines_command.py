@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def command(
     bundle: Path | None, select: str | None, precision: str | None, limits: tuple[tuple[str, str], ...]
 ) -> None:
-    """Lists the engines, which of them this machine can run, and what mends the others.
+    """Lists the engines, which of them this machine can run, and what fixes the others.
 
     With BUNDLE, what each of its components runs on, and how the engines compared when they were tried. Assemble a
     repository again after selecting.

@@ -190,7 +190,7 @@ def ways_to_try(engine: str, precision: str | None) -> list[Way]:
     run here, in the order of preference.
 
     Raises:
-        BundleError: there is no such engine, or this machine cannot run it; why, and what mends it.
+        BundleError: there is no such engine, or this machine cannot run it; why, and what fixes it.
     """
     known = {(way.engine, way.precision): way for way in availability()}
     if engine == AUTO:

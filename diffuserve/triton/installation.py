@@ -38,7 +38,7 @@ def find_installation(run_folder: Path) -> Installation:
     named = os.environ.get("TRITONSERVER")
     if named:
         if not os.access(named, os.X_OK):
-            raise LaunchError(f"$TRITONSERVER is {named!r}, which is no executable file. Correct or unset it.")
+            raise LaunchError(f"$TRITONSERVER is {named!r}, which is not an executable file. Correct or unset it.")
         return Installation(Path(named))
     found = shutil.which("tritonserver")
     if found:

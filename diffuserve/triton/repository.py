@@ -43,7 +43,7 @@ def check_repository(repository: Path) -> tuple[str, ...]:
     for folder in folders:
         if not (folder / CONFIG_NAME).is_file():
             raise LaunchError(
-                f"{folder} is no model: it has no {CONFIG_NAME}. Triton takes every folder of a repository for a model, so "
+                f"{folder} is not a model: it has no {CONFIG_NAME}. Triton takes every folder of a repository for a model, so "
                 "move it elsewhere."
             )
         read_placement(folder / _VERSION)

@@ -10,21 +10,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
+from diffuserve.description import describe, values_from_description
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
-from diffuserve.events import Completed, Event
+from diffuserve.events import Completed
 from diffuserve.pipeline import Pipeline
-from diffuserve.request import TextToImageRequest, request_from_fields
+from diffuserve.request import TextToImageRequest
 from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
-from diffuserve.tensors import REQUEST_INPUTS
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
@@ -32,8 +34,9 @@ from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
-from diffuserve.triton.responses import tensors_from_event
+from diffuserve.triton.responses import tensors_from_event, tensors_from_values
 from diffuserve.triton.stage_models import check_all_named, split_parameters
+from diffuserve.wire import REQUEST_INPUTS, request_from_wire
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +146,9 @@ class StableDiffusionModel:
     async def _serve(self, triton_request: Any, sender: Any) -> Any:
         """Sends the events in between; returns the final response."""
         request = self._parse(triton_request)
+        if request is None:
+            description = describe(self._pipeline.manifest, self._pipeline.limits)
+            return _response(tensors_from_values(values_from_description(description)))
         events = self._pipeline.generate(request)
         watched = False
         try:
@@ -150,7 +156,7 @@ class StableDiffusionModel:
                 if not watched:  # before it is accepted there is nothing to take back, and a refusal is quicker
                     self._housekeeping.watch(sender, cast("asyncio.Task[Any]", asyncio.current_task()))
                     watched = True
-                response = pb_utils.InferenceResponse(_to_triton(event, request))
+                response = _response(tensors_from_event(event, request))
                 if isinstance(event, Completed):
                     log.info(
                         "%s done: %d x %dx%d, %d steps of %s, queued %.3f s, total %.3f s",
@@ -170,7 +176,7 @@ class StableDiffusionModel:
             await events.aclose()
         raise StageFailed("The pipeline ended without a result.")
 
-    def _parse(self, triton_request: Any) -> TextToImageRequest:
+    def _parse(self, triton_request: Any) -> TextToImageRequest | None:
         try:
             parameters = json.loads(triton_request.parameters() or "{}")
         except UnicodeDecodeError as error:
@@ -183,11 +189,11 @@ class StableDiffusionModel:
         for tensor in triton_request.inputs():
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
-        return request_from_fields(fields, self._pipeline.manifest.model, self._pipeline.limits)
+        return request_from_wire(fields, self._pipeline.manifest.model, self._pipeline.limits)
 
 
-def _to_triton(event: Event, request: TextToImageRequest) -> list[Any]:
-    return [pb_utils.Tensor(name, array) for name, array in tensors_from_event(event, request).items()]
+def _response(tensors: Mapping[str, NDArray[Any]]) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 
 def _error_response(error: DiffuserveError) -> Any:

@@ -219,6 +219,7 @@ def manifest_from_parts(
         safety_checker_left_out=checkpoint.safety_checker_left_out,
         loras=checkpoint.fused_loras,
         checkpoint_sha256=checkpoint.file_sha256,
+        exported_with=checkpoint.exported_with,
     )
 
 

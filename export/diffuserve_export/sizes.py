@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffuserve.bundle.manifest import ModelSpec
 
 # In latent pixels: the largest native side that is compared as it is, and what stands for larger ones. On a CPU, an SDXL
-# image of 1024 px takes minutes a step, and tells no more about a graph than one of 192 px.
+# image of 1024 px takes minutes per step, and tells no more about a graph than one of 192 px.
 _MAX_LATENT_SIDE = 32
 _REDUCED_LATENT_SIDE = 24
 

@@ -17,10 +17,17 @@ from queue import SimpleQueue
 from typing import Any
 
 from diffuserve.bundle.manifest import read_manifest
+from diffuserve.description import Description, describe
 from diffuserve.engines.local_stages import LoadEngines
 from diffuserve.errors import BundleError, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed, Event
-from diffuserve.http_answers import Answer, answer_from_completed, answer_from_error, json_from_event
+from diffuserve.http_answers import (
+    Answer,
+    answer_from_completed,
+    answer_from_description,
+    answer_from_error,
+    json_from_event,
+)
 from diffuserve.local_pipeline import LocalPipeline
 from diffuserve.serving.lifecycle import BusySign, DrainRequest
 from diffuserve.torchserve.configuration import options_from_config
@@ -29,7 +36,7 @@ from diffuserve_handlers.requests import Received, received_from_data
 
 log = logging.getLogger(__name__)
 
-Outcome = Completed | DiffuserveError
+Outcome = Completed | Description | DiffuserveError
 
 
 class TextToImageHandler:
@@ -99,6 +106,9 @@ class TextToImageHandler:
         events: SimpleQueue[tuple[int, Event | Exception]] = SimpleQueue()
         outcomes: dict[int, Outcome] = {}
         for index, each in enumerate(received):
+            if each.request is None:
+                outcomes[index] = describe(self._pipeline.manifest, self._pipeline.limits)
+                continue
             try:
                 self._local.submit(each.checked(), partial(_put, events, index))
             except InvalidRequest as error:
@@ -130,11 +140,12 @@ def _put(events: SimpleQueue[tuple[int, Event | Exception]], index: int, event: 
 
 def _answer(received: Received, outcome: Outcome, context: Any, index: int) -> Answer:
     """The answer; its status and headers are told to TorchServe here, which drops the status for gRPC clients."""
-    answer = (
-        answer_from_error(outcome)
-        if isinstance(outcome, DiffuserveError)
-        else answer_from_completed(outcome, received.checked())
-    )
+    if isinstance(outcome, Description):
+        answer = answer_from_description(outcome)
+    elif isinstance(outcome, DiffuserveError):
+        answer = answer_from_error(outcome)
+    else:
+        answer = answer_from_completed(outcome, received.checked())
     context.set_response_status(answer.status, answer.reason, index)
     context.set_response_content_type(index, answer.media_type)
     for name, value in answer.headers.items():

@@ -1,6 +1,6 @@
 """What TorchServe hands over for one request, to a checked request of ours.
 
-The fields are those of the Triton model (`diffuserve.tensors.REQUEST`), as
+The fields are those of the Triton model (`diffuserve.wire.REQUEST`), as
 
 - a JSON object: the body of an HTTP request, or the gRPC input `data`, or `stream` for StreamPredictions;
 - or one form field, query parameter or gRPC input each, as text.
@@ -19,8 +19,8 @@ from typing import Any
 from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.errors import InvalidRequest
 from diffuserve.limits import Limits
-from diffuserve.request import TextToImageRequest, request_from_fields
-from diffuserve.tensors import REQUEST
+from diffuserve.request import TextToImageRequest
+from diffuserve.wire import REQUEST, request_from_wire
 
 # A worker is not told by which call a gRPC request came. Progress sent to a Predictions call, which takes one answer, would
 # make TorchServe end the worker, so a client says by this input's name that its call is StreamPredictions.
@@ -32,16 +32,17 @@ _SEQUENCE_HEADERS = "ts_request_sequence"
 
 @dataclass(frozen=True)
 class Received:
-    """`request`: what is to be drawn, or why not; `http`: whether it came by HTTP, else by gRPC."""
+    """`request`: what is to be drawn, or why not, or None where the server's description is asked for; `http`: whether it
+    came by HTTP, else by gRPC."""
 
-    request: TextToImageRequest | InvalidRequest
+    request: TextToImageRequest | InvalidRequest | None
     http: bool
 
     def checked(self) -> TextToImageRequest:
-        """Raises InvalidRequest if it cannot be drawn."""
-        if isinstance(self.request, InvalidRequest):
-            raise self.request
-        return self.request
+        """Raises InvalidRequest if there is nothing that can be drawn."""
+        if isinstance(self.request, TextToImageRequest):
+            return self.request
+        raise self.request or InvalidRequest("The request asks for a description, which is not drawn.")
 
     @property
     def streamed(self) -> bool:
@@ -62,8 +63,8 @@ def received_from_data(
     http = any(isinstance(value, str) and not name.startswith(_SEQUENCE_HEADERS) for name, value in headers.items())
     try:
         fields = {"encoding": "binary", **_fields_from_inputs(inputs)}
-        request = request_from_fields(fields, model, limits)
-        if request.progress and (http or STREAM_INPUT not in inputs):
+        request = request_from_wire(fields, model, limits)
+        if request is not None and request.progress and (http or STREAM_INPUT not in inputs):
             raise InvalidRequest(
                 "progress is true, which only a StreamPredictions call of gRPC can carry. Send the request there, as the "
                 f"input {STREAM_INPUT!r}, or leave progress out."
@@ -94,7 +95,9 @@ def _fields_from_json(body: Any) -> dict[str, Any]:
         try:
             body = json.loads(body)
         except (ValueError, RecursionError):
-            raise InvalidRequest('The request is no valid JSON. Send an object, such as {"prompt": "a cat"}.') from None
+            raise InvalidRequest(
+                'The request is not valid JSON. Send an object, such as {"prompt": "a cat"}.'
+            ) from None
     if not isinstance(body, dict):
         raise InvalidRequest(
             f'The request is JSON of type {type(body).__name__}; it must be an object, such as {{"prompt": "a cat"}}.'
@@ -122,7 +125,6 @@ def _float(text: str) -> float:
 _DIGITS = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {"BOOL": _bool, "INT64": _int, "FP64": _float}
-_DTYPE = {field.name: field.dtype for field in REQUEST}
 
 
 def _value_from_text(name: str, value: Any) -> Any:
@@ -132,7 +134,7 @@ def _value_from_text(name: str, value: Any) -> Any:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"{name} is not UTF-8 (at byte {error.start}). Encode it as UTF-8.") from None
-    convert = _FROM_TEXT.get(_DTYPE.get(name, ""))
+    convert = _FROM_TEXT.get(REQUEST[name].dtype) if name in REQUEST else None
     if convert is None or not isinstance(value, str):
         return value
     try:

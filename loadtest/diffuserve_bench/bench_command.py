@@ -209,9 +209,9 @@ def cancel(bundle: Path, repository: Path, output: Path, cancels: int, requests:
 @_repository
 @_output
 @_count("--requests", 200, "Random ones.")
-@_count("--in-flight", 32, "Requests in company.", least=2)
+@_count("--in-flight", 32, "Requests in a batch.", least=2)
 def same(bundle: Path, repository: Path, output: Path, requests: int, in_flight: int) -> None:
-    """Images drawn in company, against the same drawn alone."""
+    """Images drawn in a batch, against the same drawn alone."""
     from diffuserve_bench.same import measure_same
     from diffuserve_loadtest.report.report import publish
 

@@ -1,4 +1,4 @@
-"""Serving efficiency: images a second of a full server, against the best that its engines do in this process."""
+"""Serving efficiency: images per second of a full server, against the best that its engines do in this process."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _plot(seconds: StageSeconds) -> Plot:
     lines = {
         name: [(size, size / call_s * costs[1]) for size, call_s in costs.items()] for name, costs in named.items()
     }
-    return Plot(lines, "rows of a call", "rows a second, against calls of one row")
+    return Plot(lines, "rows of a call", "rows per second, against calls of one row")
 
 
 def _tables(seconds: StageSeconds) -> list[Table]:

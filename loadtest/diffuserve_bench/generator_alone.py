@@ -26,7 +26,7 @@ def measure_generator(*, rate_per_s: float, seconds: float, workers: int) -> Rep
     """Constant arrivals of requests that are answered with a picture of noise of about 49 KB, which is decoded.
 
     Args:
-        rate_per_s: requests a second.
+        rate_per_s: requests per second.
         seconds: after the warm-up, of each protocol and delay.
         workers: processes that send.
     """

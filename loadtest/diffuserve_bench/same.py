@@ -27,7 +27,7 @@ _IDENTICAL_DB = 100.0
 
 
 def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: int) -> Report:
-    """Draws every request in company of `in_flight` - 1 others, and again with the server to itself."""
+    """Draws every request together with `in_flight` - 1 others, and again with the server to itself."""
     fields = random_requests(read_manifest(bundle).model, requests, seed=0)
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         together = asyncio.run(_draw(server, fields, in_flight))
@@ -62,7 +62,7 @@ def measure_same(bundle: Path, repository: Path, *, requests: int, in_flight: in
 def _plot(figures_db: Sequence[float]) -> Plot:
     ranked = [(rank, min(figure, _IDENTICAL_DB)) for rank, figure in enumerate(sorted(figures_db), 1)]
     label = f"PSNR, dB; identical to the byte is drawn at {_IDENTICAL_DB:g}"
-    return Plot({"in company against alone": ranked}, "images, the worst first", label)
+    return Plot({"in a batch against alone": ranked}, "images, the worst first", label)
 
 
 def random_requests(model: ModelSpec, count: int, seed: int) -> list[dict[str, Any]]:

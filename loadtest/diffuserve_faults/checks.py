@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuserve.serving.process import SHARED_MEMORY
+from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
 from diffuserve_faults.case import Trial
@@ -20,7 +21,7 @@ from diffuserve_faults.tally import Tally
 from diffuserve_loadtest.server.processes import family_of, model_of
 
 _GAUGES = ("requests_waiting", "requests_running", "rows_waiting", "rows_running")
-_SETTLE_S = 20.0
+_SETTLE_S = 60.0
 # Triton opens some of its own when it first needs them.
 _FILES_SLACK = 2
 _MEMORY_GROWTH = 1.1
@@ -57,18 +58,18 @@ def take_snapshot(server: TritonServer) -> Snapshot:
     return Snapshot(
         {name: process.num_fds() for name, process in processes.items()},
         {name: _resident_bytes(process.pid) for name, process in processes.items()},
-        pools_bytes(),
+        pools_bytes(server.address),
     )
 
 
-def shared_memory_left() -> list[Path]:
-    """Files in shared memory of servers that this process has started."""
-    return list(SHARED_MEMORY.glob(f"diffuserve_{os.getpid()}_*"))
+def shared_memory_left(address: TritonAddress) -> list[Path]:
+    """Files in shared memory of servers that this process has started at an address."""
+    return list(SHARED_MEMORY.glob(f"diffuserve_{os.getpid()}_{address.grpc_port}_*"))
 
 
-def pools_bytes() -> int:
+def pools_bytes(address: TritonAddress) -> int:
     """What those take."""
-    return sum(path.stat().st_blocks * 512 for path in shared_memory_left())
+    return sum(path.stat().st_blocks * 512 for path in shared_memory_left(address))
 
 
 def _resident_bytes(pid: int) -> int:
@@ -79,7 +80,7 @@ def _resident_bytes(pid: int) -> int:
 
 def differences(trial: Trial, before: Snapshot) -> list[str]:
     """What is not as it was: nothing runs, the files and memory are back, and a known image is drawn right. Waits for
-    up to 20 s until that is so."""
+    up to a minute until that is so."""
     server = trial.server
     if not server.running:
         return ["the server is not running"]
@@ -98,7 +99,7 @@ def _known_image_wrong(trial: Trial) -> list[str]:
     async def draw() -> None:
         async with AsyncClient(trial.address.grpc, model=trial.model) as client:
             for known in trial.answers[:3]:
-                await ask(client, known, tally, 30.0)
+                await ask(client, known, tally, 60.0)
 
     asyncio.run(draw())
     return [*tally.lost, *(f"a known image: {code}" for code in tally.refused)]

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from diffuserve.tensors import REQUEST
+from diffuserve.request import FIELDS
 from diffuserve_faults.case import Cases, Trial
 
 _REQUESTS = 10_000
 _THREADS = 8
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 _VALID: dict[str, Any] = {"prompt": "x", "steps": 1, "width": 32, "height": 32, "guidance_scale": 1.0}
-_NUMBERS = ("steps", "guidance_scale", "seed", "width", "height", "num_images", "priority", "timeout_ms")
-_NAMES = (*(field.name for field in REQUEST if field.name != "prompt"), "colour", "")
+_NUMBERS = (*(name for name, field in FIELDS.items() if field.dtype == "INT64"), "guidance_scale")
+_NAMES = (*(name for name in FIELDS if name != "prompt"), "colour", "")
 _PARAMETERS = (
     ("bool_param", True),
     ("int64_param", 2**32 + 2),
@@ -48,10 +48,11 @@ def send_garbage(trial: Trial) -> None:
             trial.tally.lose(f"number {number}, {chosen.__name__}: {error!r}")
 
     with (
-        trial.background(users=2),
+        trial.background(users=2) as background,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="garbage") as pool,
     ):
         list(pool.map(attack, range(trial.times(_REQUESTS))))
+        background.wait_for_answers(1)
 
 
 def _bytes_to_http(trial: Trial, choose: random.Random) -> None:

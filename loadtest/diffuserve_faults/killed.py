@@ -14,7 +14,7 @@ from diffuserve_faults.checks import processes_by_name
 _KILLS = 3
 _ANSWERS_BETWEEN = 12
 _DRAIN_S = 60.0
-_NOTICE_S = 10.0
+_NOTICE_S = 60.0
 
 
 def kill_server(trial: Trial) -> None:

@@ -35,7 +35,6 @@ def run_cases(names: Sequence[str], repository: Path, *, model: str = STABLE_DIF
         scale: share of the usual number of requests and seconds.
     """
     results: list[dict[str, Any]] = []
-    others = set(shared_memory_left())  # of servers that this process runs besides
     check_serves(repository, model)
     with Trial(repository, TritonAddress.on_free_ports(), model, scale) as trial:
         with trial.client() as client:
@@ -43,7 +42,7 @@ def run_cases(names: Sequence[str], repository: Path, *, model: str = STABLE_DIF
         for name in names:
             click.echo(f"{name}: {CASES[name][0]} ...", err=True)
             results.append(_run_case(name, trial))
-    left = [path.name for path in shared_memory_left() if path not in others]
+    left = [path.name for path in shared_memory_left(trial.address)]
     return _report(results, left, {"repository": str(repository), "model": model, "scale": scale})
 
 
@@ -60,7 +59,7 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
     if trial.server.running:  # a new one has yet to become as warm as the last one was
         _warm_up(trial)
     problems = trial.problems + differences(trial, before)
-    pools_grew_bytes = pools_bytes() - before.pools_bytes
+    pools_grew_bytes = pools_bytes(trial.address) - before.pools_bytes
     if not trial.server.running:
         trial.succeed()
     tally = trial.tally

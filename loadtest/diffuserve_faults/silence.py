@@ -48,6 +48,7 @@ def never_read(trial: Trial) -> None:
                 calls.append(stub.ModelStreamInfer(iter([request])))
             answered = trial.tally.answered
             time.sleep(trial.seconds(_HOLD_S))
+            background.wait_for_answers(1)
             held = take_snapshot(trial.server)
             if trial.tally.answered == answered:
                 trial.problems.append("nobody else was served meanwhile")

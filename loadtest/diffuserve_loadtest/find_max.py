@@ -14,7 +14,7 @@ def find_max(attempt: Callable[[float], Try], guess_per_s: float, precision: flo
     """Doubles or halves from the guess until the answer lies between two rates, then halves their ratio.
 
     Args:
-        attempt: tries one rate, in requests a second.
+        attempt: tries one rate, in requests per second.
         guess_per_s: where to begin.
         precision: the ratio of the two last rates is at most 1 + this.
     """

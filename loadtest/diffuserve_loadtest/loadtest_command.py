@@ -33,7 +33,7 @@ _SUBCOMMANDS = {
 
 
 class _WorkloadOrCommand(click.Group):
-    """A first word that is no command is a workload, which `run` takes."""
+    """A first word that is not a command is a workload, which `run` takes."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -211,7 +211,7 @@ def _started(
     from diffuserve_loadtest.server.under_test import started_torchserve, started_triton
 
     if protocol is not None and not protocol.startswith(server):
-        raise click.UsageError(f"{protocol} is no protocol of --server {server}.")
+        raise click.UsageError(f"{protocol} is not a protocol of --server {server}.")
     if server == "torchserve" and model != STABLE_DIFFUSION:
         raise click.UsageError(f"An archive's model is called {STABLE_DIFFUSION}. Drop --model {model}.")
     click.echo(f"Starting {server} ...", err=True)

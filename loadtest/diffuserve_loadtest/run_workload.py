@@ -23,7 +23,7 @@ from diffuserve_loadtest.workload.plan import plan
 from diffuserve_loadtest.workload.workload import Workload
 
 _CAPACITY_S, _CAPACITY_WARM_UP_S = 30.0, 10.0
-_USERS = 32  # where the server does not say how many rows a call may have
+_USERS = 32  # where the server does not say how many rows per call may have
 _SETTLE_S = 1.0
 _PLANNED = 1000
 
@@ -64,7 +64,7 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
     """Requests of a workload's mixture that the server answers in a second when there is always one more.
 
     As many users as a UNet call has rows, each of whom sends a request when the last one has been answered. Where the server
-    has metrics, its UNet rows a second are divided by those of a mean request, since requests that are answered in bunches
+    has metrics, its UNet rows per second are divided by those of a mean request, since requests that are answered in bunches
     say little about half a minute; elsewhere answers are counted.
     """
     users = server.max_rows or _USERS
@@ -87,7 +87,7 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
 
 
 def rows_per_s(samples: Sequence[Sample], recording: Recording) -> float | None:
-    """UNet rows a second between the warm-up and the end of sending, from one change of the counter to another, since
+    """UNet rows per second between the warm-up and the end of sending, from one change of the counter to another, since
     TorchServe brings it up to date batch by batch; None if that is not known."""
     begin = recording.started_at + recording.workload.warm_up_s
     end = recording.started_at + recording.workload.duration_s

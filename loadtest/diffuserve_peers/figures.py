@@ -27,7 +27,7 @@ class Figures:
         setup_lines: as of `Contender`.
         image: a file, of the request that all contenders draw.
         first_image_s: from each start to the first image.
-        saturations_per_s: images a second of each backlog.
+        saturations_per_s: images per second of each backlog.
         latencies_s: of the requests that were answered, from when they were due, by load, of all rounds.
         errors: requests that got no image.
         peak_bytes: proportional memory of all its processes.

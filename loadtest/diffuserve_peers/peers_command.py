@@ -39,7 +39,7 @@ def command(
     only: tuple[str, ...],
     output: Path,
 ) -> None:
-    """The same checkpoint on FastAPI, LitServe, TorchServe with a plain handler, and on diffuserve: images a second at
+    """The same checkpoint on FastAPI, LitServe, TorchServe with a plain handler, and on diffuserve: images per second at
     saturation, latencies at half and at four fifths of the slowest one's, peak memory, lines of setup. About 25 minutes."""
     from diffuserve_loadtest.report.report import publish
     from diffuserve_peers.comparison import compare_peers, uniform

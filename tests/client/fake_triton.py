@@ -13,6 +13,7 @@ Run as a program, it prints its port and serves until it is killed.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -25,10 +26,28 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from diffuserve.images.encoding import encode_image
-from diffuserve.tensors import NUMPY_DTYPE, REQUEST, RESPONSE
+from diffuserve.response_tensors import RESPONSE
+from diffuserve.tensors import NUMPY_DTYPE
+from diffuserve.wire import REQUEST
 
 SIDE_PX = 8
-_REQUEST = {field.name: field for field in REQUEST}
+# As a server of this version says it, and something that a later one might add.
+DESCRIPTION: dict[str, Any] = {
+    "model": "fake",
+    "family": "stable-diffusion",
+    "bundle_sha256": "ab" * 32,
+    "safety_checker": False,
+    "server_version": "0.1.0",
+    "wire_version": 1,
+    "fields": {
+        "prompt": {"type": "string", "description": "What to draw.", "maxBytes": 8192},
+        "steps": {"type": "integer", "description": "Steps.", "default": 3, "minimum": 1, "maximum": 9, "added": 1},
+        "width": {"type": "integer", "description": "Pixels.", "default": 8, "multipleOf": 8},
+        "sampler": {"type": "string", "description": "How.", "default": "euler", "enum": ["ddim", "euler"]},
+    },
+    "limits": {"max_rows": 32, "max_guidance_scale": 50.0},
+    "added": {"later": True},
+}
 _KIND = {"BYTES": "string_param", "INT64": "int64_param", "FP64": "double_param", "BOOL": "bool_param"}
 _RESPONSE_DTYPE = {spec.name: spec.dtype for spec in RESPONSE}
 
@@ -52,13 +71,13 @@ def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any
     """Inputs and parameters by name, in Python's types; fails on one that is not as the table says."""
     fields: dict[str, Any] = {}
     for name, parameter in request.parameters.items():
-        assert not _REQUEST[name].tensor
+        assert not REQUEST[name].tensor
         kind = parameter.WhichOneof("parameter_choice")
-        assert kind == _KIND[_REQUEST[name].dtype]
+        assert kind == _KIND[REQUEST[name].dtype]
         fields[name] = getattr(parameter, kind)
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        assert _REQUEST[tensor.name].tensor
-        assert tensor.datatype == _REQUEST[tensor.name].dtype
+        assert REQUEST[tensor.name].tensor
+        assert tensor.datatype == REQUEST[tensor.name].dtype
         assert list(tensor.shape) == [1]
         if tensor.datatype == "BYTES":
             [value] = deserialize_bytes_tensor(raw)
@@ -69,13 +88,14 @@ def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A context manager; `address` is where it listens, `requests` what came, `cancelled` set when one was cancelled, `models`
-    what it says that it has, None for one that says nothing."""
+    """A context manager; `address` is where it listens, `requests` what came but for the `wire_versions`, `cancelled` set
+    when one was cancelled, `models` what it says that it has, None for one that says nothing."""
 
     def __init__(self, port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
         self.request_ids: list[str] = []
         self.models: list[str] | None = ["stable_diffusion"]
+        self.wire_versions: list[int | None] = []
         self.cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(64)
         self._server = grpc.server(self._pool)
@@ -107,6 +127,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield service_pb2.ModelStreamInferResponse(error_message=text)
                 continue
             fields = fields_from_request(request)
+            self.wire_versions.append(fields.pop("wire_version", None))
             self.requests.append(fields)
             self.request_ids.append(request.id)
             for answer in self._answers(fields, request.id, context):
@@ -116,6 +137,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                     yield service_pb2.ModelStreamInferResponse(infer_response=answer)
 
     def _answers(self, fields: dict[str, Any], request_id: str, context: Any) -> Iterator[Any]:
+        if fields.get("describe"):
+            yield response(request_id, event=[b"description"], description=[json.dumps(DESCRIPTION).encode()])
+            return
         prompt, steps, images = fields["prompt"], fields.get("steps", 3), fields.get("num_images", 1)
         progress, preview = fields.get("progress", False), fields.get("preview", 0)
         ended = threading.Event()
@@ -125,7 +149,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             if prompt in ("silent", "endless"):  # which end in no other way; gRPC does not resume this generator then
                 self.cancelled.set()
 
-        context.add_callback(on_end)
+        if not context.add_callback(on_end):  # it has ended
+            on_end()
         if prompt.startswith("error "):
             yield prompt.removeprefix("error ")
             return

@@ -31,6 +31,7 @@ def test_public_names() -> None:
     assert diffuserve_client.__all__ == [
         "AsyncClient",
         "Client",
+        "Description",
         "LocalClient",
         "Progress",
         "RequestFields",

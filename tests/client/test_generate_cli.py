@@ -1,5 +1,6 @@
 """`diffuserve generate`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from PIL import Image
 
 from diffuserve_client.generate_command import command
 from diffuserve_client.retries import DEFAULT_RETRIES
-from tests.client.fake_triton import SIDE_PX, FakeTriton
+from tests.client.fake_triton import DESCRIPTION, SIDE_PX, FakeTriton
+from tests.waiting import LONG_S
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def names(folder: Path) -> list[str]:
         (["a", "--local", "--model", "photos"], "--local needs no server"),
         (["a", "--local"], "holds no bundle"),
         (["a", "-n", "0"], "num-images"),
+        (["a", "--describe"], "--describe draws nothing"),
     ],
 )
 def test_usage_errors(args: list[str], message: str) -> None:
@@ -95,6 +98,16 @@ def test_one_image(triton: FakeTriton, folder: Path) -> None:
         }
     ]
     assert opened(folder / "a-cat-4k-100.png").info["parameters"] == "A cat, 4k\nSeed: 100"
+
+
+def test_describe(triton: FakeTriton, folder: Path) -> None:
+    result = draw(triton, "--describe")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["fields"]["sampler"] == DESCRIPTION["fields"]["sampler"]
+    assert names(folder) == []
+    failed = invoke("--describe", "--url", "127.0.0.1:1", "--retries", "0")
+    assert failed.exit_code == 1
+    assert "No server answers at 127.0.0.1:1" in failed.stderr
 
 
 def test_names_follow_the_order_of_prompts_and_seeds(triton: FakeTriton, folder: Path) -> None:
@@ -149,8 +162,8 @@ def test_interrupt_cancels_the_request(triton: FakeTriton) -> None:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("a-cat-100.png")  # saved before the other one has ended
         os.kill(process.pid, signal.SIGINT)
-        assert triton.cancelled.wait(10)
-        assert process.wait(10) == 130
+        assert triton.cancelled.wait(LONG_S)
+        assert process.wait(LONG_S) == 130
         assert process.stderr.read() == "Cancelled.\n"
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,21 +24,19 @@ def mute_port() -> Iterator[int]:
 
 
 def test_closed_port(closed_port: int) -> None:
-    started_s = time.monotonic()
-    with Client(f"127.0.0.1:{closed_port}", retries=0) as client:
+    """What is refused is not waited for."""
+    with Client(f"127.0.0.1:{closed_port}", retries=0, connect_timeout_s=3600) as client:
         assert not client.is_ready()
         with pytest.raises(ServerUnavailable, match=f"127.0.0.1:{closed_port} .Connection refused.*diffuserve serve"):
             client.generate("a cat")
-    assert time.monotonic() - started_s < 2.0
 
 
 def test_mute_port(mute_port: int) -> None:
-    started_s = time.monotonic()
-    with Client(f"127.0.0.1:{mute_port}", retries=0) as client:
+    """What does not answer is waited for as long as it may take to connect."""
+    with Client(f"127.0.0.1:{mute_port}", retries=0, connect_timeout_s=0.5, idle_timeout_s=None) as client:
         with pytest.raises(ServerUnavailable, match="diffuserve serve"):
             client.generate("a cat")
         assert not client.is_ready()
-    assert time.monotonic() - started_s < 4.0
 
 
 def test_asynchronously(closed_port: int) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tenacity
 
 from diffuserve.errors import (
     Cancelled,
@@ -22,20 +24,26 @@ from diffuserve.errors import (
     ServerUnavailable,
     StageFailed,
 )
-from diffuserve.serving.process import free_ports
 from diffuserve_client import AsyncClient, Client, Result, TorchServe, Triton
 from diffuserve_client.retries import is_safe, retrying
 from tests.client.fake_triton import FakeTriton
+from tests.clocks import Clock, run_by
+from tests.ports import reserved_port
+from tests.waiting import LONG_S, wait_until
 
 Events = Callable[..., list[Any]]
 
 
-def events_of_client(address: str, prompt: str, *, settings: Any = None, **fields: Any) -> list[Any]:
+def events_of_client(
+    address: str, prompt: str, *, settings: Any = None, clock: Clock | None = None, **fields: Any
+) -> list[Any]:
     with Client(address, **(settings or {})) as client:
         return list(client.stream(prompt, **fields))
 
 
-def events_of_async_client(address: str, prompt: str, *, settings: Any = None, **fields: Any) -> list[Any]:
+def events_of_async_client(
+    address: str, prompt: str, *, settings: Any = None, clock: Clock | None = None, **fields: Any
+) -> list[Any]:
     async def main() -> list[Any]:
         async with (
             AsyncClient(address, **(settings or {})) as client,
@@ -43,7 +51,7 @@ def events_of_async_client(address: str, prompt: str, *, settings: Any = None, *
         ):
             return [event async for event in events]
 
-    return asyncio.run(main())
+    return asyncio.run(main()) if clock is None else run_by(clock, main())
 
 
 both = pytest.mark.parametrize("stream", [events_of_client, events_of_async_client])
@@ -74,7 +82,7 @@ def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[tuple[str, l
             except OSError:
                 return
             with connection:
-                connection.settimeout(5)
+                connection.settimeout(LONG_S)
                 answer(Recording(connection))  # type: ignore[arg-type]
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -85,13 +93,6 @@ def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[tuple[str, l
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def read_a_request_and_die(connection: socket.socket) -> None:
@@ -154,9 +155,16 @@ def test_what_may_have_been_begun_is_sent_once(
 
 
 @both
-def test_a_silent_server_is_asked_once(triton: FakeTriton, stream: Events) -> None:
-    with pytest.raises(ServerUnavailable, match="has sent nothing for"):
-        stream(triton.address, "silent", settings={"idle_timeout_s": 0.3})
+def test_a_silent_server_is_asked_once(triton: FakeTriton, stream: Events, clock: Clock) -> None:
+    def run_once_asked() -> None:
+        wait_until(lambda: bool(triton.requests))
+        clock.run()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(run_once_asked)
+        with pytest.raises(ServerUnavailable, match="has sent nothing for"):
+            stream(triton.address, "silent", settings={"idle_timeout_s": 0.3}, clock=clock)
+        asked.result()
     assert len(triton.requests) == 1
 
 
@@ -196,7 +204,7 @@ def test_who_hangs_up_before_a_connection_stands_has_seen_no_request(stream: Eve
 @both
 @pytest.mark.parametrize("server", [Triton(), TorchServe()], ids=["triton", "torchserve"])
 def test_nothing_listens(stream: Events, server: Any) -> None:
-    [port] = free_ports("127.0.0.1", 1)
+    port = reserved_port()
     with pytest.raises(
         ServerUnavailable, match=r"No server answers.*diffuserve serve\. It was tried 2 times"
     ) as caught:
@@ -226,8 +234,7 @@ def test_a_listener_that_says_nothing_has_seen_no_request(stream: Events) -> Non
 
 @both
 def test_a_server_that_comes_up_meanwhile_draws(stream: Events) -> None:
-    [port] = free_ports("127.0.0.1", 1)
-    server = FakeTriton(port)  # bound, but it takes no connections before it is started
+    server = FakeTriton(port := reserved_port())  # bound, but it takes no connections before it is started
     server_of = threading.Timer(0.4, server.__enter__)
     server_of.start()
     try:
@@ -239,8 +246,7 @@ def test_a_server_that_comes_up_meanwhile_draws(stream: Events) -> None:
 
 
 def test_after_the_first_event_nothing_is_sent_again() -> None:
-    [port] = free_ports("127.0.0.1", 1)
-    with FakeTriton(port) as first, Client(first.address, retries=20) as client:
+    with FakeTriton(port := reserved_port()) as first, Client(first.address, retries=20) as client:
         events = client.stream("endless")
         assert next(events).step == 0  # type: ignore[union-attr]
         first.__exit__()
@@ -254,10 +260,10 @@ def test_after_the_first_event_nothing_is_sent_again() -> None:
 
 @both
 def test_a_later_try_has_what_is_left_of_the_timeout(triton: FakeTriton, stream: Events) -> None:
-    stream(triton.address, "first 2 [queue_full retry_after_s=0.2] full", timeout_s=30)
+    stream(triton.address, "first 2 [queue_full retry_after_s=0.2] full", timeout_s=3600)
     timeouts_ms = [request["timeout_ms"] for request in triton.requests]
-    assert timeouts_ms[0] == 30_000
-    assert timeouts_ms[1] <= 29_800
+    assert timeouts_ms[0] == 3_600_000
+    assert timeouts_ms[1] <= 3_599_800
     assert timeouts_ms[2] <= timeouts_ms[1] - 200
 
 
@@ -269,18 +275,16 @@ def test_no_pause_is_begun_that_ends_after_the_timeout(triton: FakeTriton, strea
     assert len(triton.requests) == 1
 
 
-def test_a_client_that_is_closed_in_a_pause_is_not_revived(triton: FakeTriton) -> None:
+def test_a_client_that_is_closed_in_a_pause_is_not_revived(triton: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(triton.address)
-    threading.Timer(0.1, client.close).start()
+    monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=lambda seconds: client.close()))
     with pytest.raises(Cancelled):
-        client.generate("first 1 [queue_full retry_after_s=0.5] full")
+        client.generate("first 1 [queue_full retry_after_s=60] full")
     assert len(triton.requests) == 1
 
 
 def test_pauses_grow_and_keep_the_servers_hint() -> None:
     """With the largest jitter: bounds that double from 0.25 s up to 8 s, on top of the hint."""
-    from tenacity import Retrying
-
     slept: list[float] = []
     policy = retrying(8, None, jitter=lambda low, high: high)
 
@@ -288,13 +292,11 @@ def test_pauses_grow_and_keep_the_servers_hint() -> None:
         raise QueueFull("full", retry_after_s=1.0)
 
     with pytest.raises(QueueFull):
-        Retrying(**policy, sleep=slept.append)(refuse)
+        tenacity.Retrying(**policy, sleep=slept.append)(refuse)
     assert slept == [1.25, 1.5, 2, 3, 5, 9, 9, 9]
 
 
 def test_jitter_is_full() -> None:
-    from tenacity import Retrying
-
     slept: list[float] = []
 
     def refuse() -> None:
@@ -302,7 +304,7 @@ def test_jitter_is_full() -> None:
 
     for _ in range(200):
         with pytest.raises(Draining):
-            Retrying(**retrying(1, None), sleep=slept.append)(refuse)
+            tenacity.Retrying(**retrying(1, None), sleep=slept.append)(refuse)
     assert 0 <= min(slept) < 0.05
     assert 0.2 < max(slept) <= 0.25
 
@@ -338,7 +340,7 @@ def test_cancelling_a_task_ends_its_pause(triton: FakeTriton) -> None:
         async with AsyncClient(triton.address) as client:
             task = asyncio.create_task(client.generate("error [queue_full retry_after_s=60] full"))
             await asyncio.to_thread(wait_until, lambda: bool(triton.requests))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # it is answered, and the pause begins
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

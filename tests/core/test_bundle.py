@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from diffuserve.bundle.checksums import sha256_of, sha256_of_files, verify
-from diffuserve.bundle.manifest import File, Manifest, read_manifest, write_manifest
+from diffuserve.bundle.manifest import FORMAT_VERSION, File, Manifest, read_manifest, write_manifest
 from diffuserve.errors import BundleError
 from tests.core.fakes import make_bundle
 
@@ -70,21 +70,45 @@ def test_a_manifest_from_before_a_field_with_a_default(manifest: Manifest, tmp_p
 
 
 def test_newer_format(manifest: Manifest, tmp_path: Path) -> None:
-    edit(tmp_path, lambda content: content.update(format_version=5, new_field=1))
-    with pytest.raises(BundleError, match=r"format version 5, and this diffuserve reads up to 4. Upgrade"):
+    edit(tmp_path, lambda content: content.update(format_version=FORMAT_VERSION + 1, new_field=1))
+    with pytest.raises(BundleError) as caught:
         read_manifest(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'manifest.json'} has format version {FORMAT_VERSION + 1}, and this diffuserve reads version "
+        f"{FORMAT_VERSION}. Upgrade diffuserve, or "
+        "export fake again from where its files lie, then assemble or archive it: diffuserve export CHECKPOINT"
+    )
 
 
 def test_older_format(manifest: Manifest, tmp_path: Path) -> None:
-    edit(tmp_path, lambda content: (content.update(format_version=2), content.pop("reference")))
-    with pytest.raises(BundleError, match=r"has the older format version 2. Export the checkpoint again."):
+    given = ["my checkpoint.safetensors", "--lora", "style.safetensors:0.8", "--clip-skip", "1"]
+    edit(
+        tmp_path,
+        lambda content: content.update(
+            format_version=FORMAT_VERSION - 1, exported_with=given, source="mine + style:0.8"
+        ),
+    )
+    edit(tmp_path, lambda content: content.pop("reference"))
+    with pytest.raises(BundleError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'manifest.json'} has format version {FORMAT_VERSION - 1}, and this diffuserve reads version "
+        f"{FORMAT_VERSION}. Export mine + style:0.8 "
+        "again from where its files lie, then assemble or archive it: "
+        "diffuserve export 'my checkpoint.safetensors' --lora style.safetensors:0.8 --clip-skip 1"
+    )
+
+
+def test_another_format_that_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "source": ["elsewhere"]}')
+    with pytest.raises(BundleError, match=r"Export the checkpoint again .*: diffuserve export CHECKPOINT$"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", [".", "no-such-folder", "tokenizer/tokenizer.json"])
 def test_no_bundle(manifest: Manifest, tmp_path: Path, name: str) -> None:
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(BundleError, match=r"is no bundle: it has no manifest.json. Make one: diffuserve export"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json. Make one: diffuserve export"):
         read_manifest(tmp_path / name)
 
 

@@ -25,7 +25,8 @@ from diffuserve.stats import Stats
 from diffuserve.tensors import FINITE, VAE_DECODER
 from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, FakeStages, make_bundle
-from tests.core.test_pipeline import completed, run, serving, start
+from tests.core.test_pipeline import completed, serving, start
+from tests.core.tidy import run
 from tests.core.tiny_graphs import make_real_bundle
 
 SPOILT = [np.nan, np.inf, -np.inf]

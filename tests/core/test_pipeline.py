@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,9 @@ from diffuserve.request import TextToImageRequest, request_from_fields
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import TensorSpec
 from diffuserve.text.tokenizer import Tokenizer
+from tests.clocks import running_clock
 from tests.core.fakes import MODEL, FakeStages, make_bundle
+from tests.core.tidy import run
 
 STAGES = ("encode_text", "denoise", "decode")
 
@@ -45,21 +46,6 @@ def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_request(**fields: Any) -> TextToImageRequest:
     defaults = {"prompt": "a cat", "seed": 7, "steps": 3, "guidance_scale": 4.0, "format": "raw"}
     return request_from_fields({**defaults, **fields}, MODEL, Limits.for_model(MODEL))
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Like asyncio.run, with a bound; fails if an exception was never retrieved or a task was left behind."""
-    noise: list[dict[str, Any]] = []
-
-    async def quiet() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: noise.append(context))
-        await asyncio.wait_for(main(), 20)
-        gc.collect()
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(quiet())
-    gc.collect()
-    assert noise == []
 
 
 @asynccontextmanager
@@ -400,9 +386,11 @@ def test_deadline(fake_bundle: Path, stage: str) -> None:
     async def main() -> None:
         stages = FakeStages(held=stage)
         async with serving(fake_bundle, stages) as pipeline:
+            late = start(pipeline, timeout_ms=20)
+            await stages.entered.wait()
+            running_clock().advance(0.02)
             with pytest.raises(DeadlineExceeded, match="timeout_ms of 20"):
-                await draw(pipeline, timeout_ms=20)
-            assert stages.entered.is_set()
+                await late
             assert_free(pipeline)
             stages.release.set()
             assert (await completed(pipeline, timeout_ms=60_000)).images
@@ -537,9 +525,13 @@ def test_wrong_unet_output(fake_bundle: Path) -> None:
 )
 def test_a_stage_that_hangs_fails_its_requests(fake_bundle: Path, held: str, stage: str) -> None:
     async def main() -> None:
-        async with serving(fake_bundle, FakeStages(held=held), call_timeout_s=0.05) as pipeline:
-            with pytest.raises(StageFailed, match=f"The stage {stage} gave no answer in time; a call may take 0.05 s"):
-                await draw(pipeline)
+        stages = FakeStages(held=held)
+        async with serving(fake_bundle, stages, call_timeout_s=5) as pipeline:
+            hung = start(pipeline)
+            await stages.entered.wait()
+            running_clock().advance(5)
+            with pytest.raises(StageFailed, match=f"The stage {stage} gave no answer in time; a call may take 5 s"):
+                await hung
 
     run(main)
 
@@ -630,5 +622,5 @@ def test_too_few_rows_for_guidance(fake_bundle: Path) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         Pipeline(tmp_path, FakeStages())

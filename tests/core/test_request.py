@@ -8,9 +8,8 @@ import pytest
 
 from diffuserve.errors import InvalidRequest
 from diffuserve.limits import Limits
-from diffuserve.request import MAX_SEED, MAX_TIMEOUT_MS, TextToImageRequest, request_from_fields
+from diffuserve.request import MAX_SEED, TextToImageRequest, request_from_fields
 from diffuserve.samplers import SAMPLERS
-from diffuserve.tensors import REQUEST
 from tests.core.fakes import MODEL
 
 LIMITS = Limits(
@@ -44,10 +43,6 @@ def test_defaults_come_from_the_model() -> None:
     assert parse(**{**nothing, "prompt": "a cat", "seed": 3}) == request
 
 
-def test_the_wire_has_every_field() -> None:
-    assert [spec.name for spec in REQUEST] == [field.name for field in fields(TextToImageRequest)]
-
-
 def test_a_seed_is_drawn_where_none_is_given() -> None:
     drawn = {parse().seed for _ in range(20)}
     assert len(drawn) > 1
@@ -62,7 +57,7 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
         ("seed", 0, MAX_SEED),
         ("num_images", 1, 4),
         ("priority", 0, 9),
-        ("timeout_ms", 0, MAX_TIMEOUT_MS),
+        ("timeout_ms", 0, 24 * 3600 * 1000),
         ("preview", 0, 20),
     ],
 )

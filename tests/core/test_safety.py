@@ -21,8 +21,10 @@ from diffuserve.limits import MAX_DECODE_BATCH
 from diffuserve.serving_options import Serving
 from diffuserve.stages import Float32
 from diffuserve.triton.responses import tensors_from_event
+from tests.clocks import running_clock
 from tests.core.fakes import FakeStages, make_bundle
-from tests.core.test_pipeline import completed, draw, make_request, run, serving, start
+from tests.core.test_pipeline import completed, draw, make_request, serving, start
+from tests.core.tidy import run
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +151,20 @@ def test_an_answer_that_cannot_be_trusted_fails_the_request(checked_bundle: Path
 def test_a_checker_that_hangs(checked_bundle: Path) -> None:
     async def main() -> None:
         stages = FakeStages(held="score_concepts")
-        async with serving(checked_bundle, stages, call_timeout_s=0.05) as pipeline:
+        async with serving(checked_bundle, stages, call_timeout_s=5) as pipeline:
+            hung = start(pipeline)
+            await stages.entered.wait()
+            running_clock().advance(5)
             with pytest.raises(StageFailed, match="safety_checker gave no answer in time"):
-                await draw(pipeline)
+                await hung
         stages = FakeStages(held="score_concepts")
         async with serving(checked_bundle, stages) as pipeline:
+            late = start(pipeline, timeout_ms=20)
+            await stages.entered.wait()
+            running_clock().advance(0.02)
             with pytest.raises(DeadlineExceeded):
-                await draw(pipeline, timeout_ms=20)
+                await late
+            stages.entered.clear()
             reader = start(pipeline)
             await stages.entered.wait()
             reader.cancel()
@@ -175,12 +184,12 @@ def edited(folder: Path, **changes: Any) -> Manifest:
     return msgspec.structs.replace(read_manifest(folder), **changes)
 
 
-@pytest.mark.parametrize(("left_out", "mend"), [(True, "without --no-safety-checker"), (False, "carried none")])
-def test_a_required_checker_that_is_missing(tmp_path: Path, left_out: bool, mend: str) -> None:
+@pytest.mark.parametrize(("left_out", "fix"), [(True, "without --no-safety-checker"), (False, "carried none")])
+def test_a_required_checker_that_is_missing(tmp_path: Path, left_out: bool, fix: str) -> None:
     from diffuserve.pipeline import Pipeline
 
     make_bundle(tmp_path, safety_checker_left_out=left_out)
-    with pytest.raises(BundleError, match=f"fake has no safety checker, and one is required.*{mend}"):
+    with pytest.raises(BundleError, match=f"fake has no safety checker, and one is required.*{fix}"):
         Pipeline(tmp_path, FakeStages(), serving=Serving(require_safety_checker=True))
 
 

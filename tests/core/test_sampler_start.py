@@ -90,7 +90,7 @@ def test_pndms_runge_kutta_begins_where_it_is_told() -> None:
     schedule = NoiseSchedule.from_config({**STABLE_DIFFUSION, "skip_prk_steps": False})
     whole, late = trajectory(schedule, "pndm", STEPS), trajectory(schedule, "pndm", STEPS, 5)
     jump = 1000 // STEPS
-    # Four evaluations a step for the first three, the same pattern of timesteps further down.
+    # Four evaluations per step for the first three, the same pattern of timesteps further down.
     np.testing.assert_array_equal(late.timesteps[:12], whole.timesteps[:12] - 5 * jump)
     assert late.evaluations == whole.evaluations - 5
     with pytest.raises(InvalidRequest, match="3 of them are left to draw over an image"):

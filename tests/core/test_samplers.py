@@ -28,7 +28,7 @@ from diffuserve.samplers import (
     trajectory,
 )
 from diffuserve.samplers.noise import Generator
-from diffuserve_export.checkpoint.schedulers import SCHEDULERS, scheduler_from_sampler
+from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # EulerAncestralDiscreteScheduler lacks "sample"; test_prediction_types_agree covers it.
@@ -48,6 +48,7 @@ STABLE_DIFFUSION = {
     "clip_sample": False,
     "skip_prk_steps": True,
 }
+# Counted by hand, as are the evaluations and the draws of noise below.
 SLOTS = {
     "ddim": 1,
     "euler": 1,
@@ -119,20 +120,21 @@ def _reference(sampler: str, config: dict[str, Any], source: Any = diffusers.DDI
 
 def _refusal(sampler: str, config: dict[str, Any], steps: int) -> str | None:
     """What the message must name where a sampler does not go with a config or a number of steps."""
+    scheduler = SAMPLERS[sampler].scheduler.removesuffix("Scheduler")
     zero_snr, prediction_type = config.get("rescale_betas_zero_snr", False), config.get("prediction_type", "epsilon")
-    if zero_snr and sampler in ("heun", "pndm"):
+    if zero_snr and scheduler in ("HeunDiscrete", "PNDM"):
         return "rescale_betas_zero_snr"  # which their classes ignore
-    if sampler == "pndm" and prediction_type == "sample":
+    if scheduler == "PNDM" and prediction_type == "sample":
         return "prediction_type"  # ValueError in diffusers
-    if sampler == "pndm" and steps < 4 and not config.get("skip_prk_steps", False):
+    if scheduler == "PNDM" and steps < 4 and not config.get("skip_prk_steps", False):
         return "at least 4"  # ValueError in diffusers
-    if sampler == "lcm" and steps > config.get("original_inference_steps", 50):
+    if scheduler == "LCM" and steps > config.get("original_inference_steps", 50):
         return "original_inference_steps"  # ValueError in diffusers
-    if sampler == "unipc" and steps > 1 and not config.get("lower_order_final", True):
+    if scheduler == "UniPCMultistep" and steps > 1 and not config.get("lower_order_final", True):
         return "lower_order_final" if config.get("final_sigmas_type", "zero") == "zero" else None  # NaN in diffusers
-    if zero_snr and prediction_type == "epsilon" and sampler in ("ddim", "lcm"):
+    if zero_snr and prediction_type == "epsilon" and scheduler in ("DDIM", "LCM"):
         spacing = config.get("timestep_spacing", "leading")
-        starts_at_the_top = sampler == "lcm" or spacing == "trailing" or (spacing == "linspace" and steps > 1)
+        starts_at_the_top = scheduler == "LCM" or spacing == "trailing" or (spacing == "linspace" and steps > 1)
         return "rescale_betas_zero_snr" if starts_at_the_top else None  # NaN in diffusers
     return None
 
@@ -277,7 +279,7 @@ def test_defaults_are_those_of_the_class_that_runs(sampler: str) -> None:
 def test_a_checkpoints_own_scheduler_is_the_default(name: str) -> None:
     sampler, config = PUBLISHED[name]
     assert sampler_from_config(config) == sampler
-    _check(sampler, config, source=getattr(diffusers, SCHEDULERS[sampler][0]))
+    _check(sampler, config, source=getattr(diffusers, SAMPLERS[sampler].scheduler))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -285,7 +287,8 @@ def test_every_sampler_is_the_default_of_its_scheduler(sampler: str) -> None:
     config = json.loads(
         scheduler_from_sampler(sampler, {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}).to_json_string()
     )
-    assert sampler_from_config(config) == sampler
+    found, expected = SAMPLERS[sampler_from_config(config)], SAMPLERS[sampler]
+    assert (found.scheduler, found.settings) == (expected.scheduler, expected.settings)
     assert NoiseSchedule.from_config(config).timestep_spacing == "trailing"
 
 
@@ -372,14 +375,16 @@ def test_tables_of_many_lengths_are_sound(sampler: str, spacing: str, skip_prk_s
         if (spacing, steps) == ("leading", 999) and sampler.startswith(("dpmpp", "unipc")):
             continue  # refused: see below
         table = trajectory(schedule, sampler, steps)
-        slots = SLOTS[sampler] + (0 if skip_prk_steps else 2)
-        n = {"heun": 2 * steps - 1, "pndm": steps + (steps > 1 if skip_prk_steps else 9)}.get(sampler, steps)
+        slots, n = table.slots, table.evaluations
+        if sampler in SLOTS:
+            assert slots == SLOTS[sampler] + (0 if skip_prk_steps else 2)
+            more = {"heun": steps - 1, "pndm": (steps > 1) if skip_prk_steps else 9}
+            assert n == steps + more.get(sampler, 0)
+            assert table.draws_noise.any() == (sampler in DRAW_NOISE and steps > 1)
         assert table.sampler == sampler
         assert table.steps == steps  # also 49, where diffusers' trailing spacing gives 50
-        assert table.evaluations == n
         assert table.timesteps.shape == table.input_scale.shape == table.draws_noise.shape == (n,)
         assert table.update.shape == (n, slots, slots + 2)
-        assert table.slots == slots
         assert table.steps_done[-1] == steps
         assert set(np.diff(table.steps_done, prepend=0).tolist()) <= {0, 1}
         assert (np.diff(table.timesteps) <= 0).all()
@@ -387,7 +392,6 @@ def test_tables_of_many_lengths_are_sound(sampler: str, spacing: str, skip_prk_s
         assert table.timesteps.max() <= 999
         assert np.isfinite(table.update).all()
         np.testing.assert_array_equal(table.draws_noise, table.update[:, :, -1].any(axis=1))
-        assert table.draws_noise.any() == (sampler in DRAW_NOISE and steps > 1)
 
 
 def test_tables_are_shared_and_cannot_be_changed() -> None:

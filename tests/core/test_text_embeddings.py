@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from diffuserve.stages import StageCalls
 from diffuserve.text.embeddings import TextEmbeddings, weighted
 from diffuserve.text.tokenizer import Tokenizer
 from tests.core.fakes import MODEL, TOKENIZER, FakeStages
+from tests.core.tidy import run
 
 TOKENIZE = Tokenizer(TOKENIZER, MODEL.max_tokens)
 EMBEDDING_BYTES = MODEL.max_tokens * MODEL.hidden_size * 4
@@ -24,21 +24,6 @@ def counts(embeddings: TextEmbeddings) -> tuple[int, int]:
     """Hits and misses."""
     stats = embeddings._stats
     return stats.total("text_cache_hits"), stats.total("text_cache_misses")
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Like asyncio.run; fails if an exception was never retrieved or a task was left behind."""
-    noise: list[dict[str, Any]] = []
-
-    async def quiet() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: noise.append(context))
-        await main()
-        gc.collect()
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(quiet())
-    gc.collect()
-    assert noise == []
 
 
 def failing(stage: str, array: Any) -> None:

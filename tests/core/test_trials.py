@@ -23,7 +23,7 @@ from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.local_stages import LocalStages
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.errors import BundleError
-from diffuserve.stages import Engine
+from diffuserve.stages import Engine, StageCalls
 from diffuserve.tensors import FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.trials import image_parity, tolerance
 from diffuserve.trials import selecting as trials
@@ -72,7 +72,7 @@ def test_auto_tries_what_the_machine_has_and_says_so_in_the_manifest(manifest: M
             assert each.max_abs_error is not None
             assert each.max_abs_error <= each.tolerance
             assert set(each.seconds) == ({1, 2, 8} if stage == UNET else {1, 2})
-            assert all(0 < seconds < 1 for seconds in each.seconds.values())
+            assert all(seconds > 0 for seconds in each.seconds.values())
         kept = fastest(tried)
         component = selected.components[stage]
         assert (component.engine, component.precision) == (kept.engine, kept.precision)
@@ -84,9 +84,10 @@ def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) 
 
     def draw() -> list[np.ndarray]:
         async def main() -> list[np.ndarray]:
-            text = await stages.encode_text({"input_ids": np.arange(36, dtype=np.int32).reshape(3, 12)})
-            noise = await stages.denoise(sample, np.array([1, 500, 999], np.float32), text)
-            return [noise, *await stages.decode(noise)]
+            calls = StageCalls(stages)
+            text = await calls.encode_text({"input_ids": np.arange(36, dtype=np.int32).reshape(3, 12)})
+            noise = await calls.denoise(sample, np.array([1, 500, 999], np.float32), text)
+            return [noise, *await calls.decode(noise)]
 
         stages = LocalStages(tmp_path)
         try:

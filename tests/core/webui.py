@@ -46,7 +46,7 @@ def read_infotext(text: str) -> dict[str, str]:
 
 def _settings(line: str) -> Iterator[tuple[str, str]]:
     """Names and values: a name of two characters at least, a colon, and a string in quotes that ends the setting, or all
-    up to the next comma. What is no setting is passed over, a character at a time."""
+    up to the next comma. What is not a setting is passed over, a character at a time."""
     position = 0
     while position < len(line):
         start = position

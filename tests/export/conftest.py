@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from diffuserve_export.export_command import command
+from tests.conftest import Once
 from tests.export.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="session")
-def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_checkpoint(once: Once) -> Path:
     """A random tiny checkpoint that no test may change."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+    return once("checkpoint", lambda folder: write_checkpoint(folder / "tiny")) / "tiny"
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,30 @@ class KilledExport:
     written: tuple[str, ...]
 
 
+# Kills itself when the UNet's turn has come.
+_KILLED = """
+import os, signal
+from diffuserve_export import export
+from diffuserve_export.export_command import command
+
+def export_or_die(module, stage, *rest):
+    if stage == "unet":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(module, stage, *rest)
+
+write, export.onnx_from_module = export.onnx_from_module, export_or_die
+command()
+"""
+
+
 @pytest.fixture(scope="session")
 def killed_export(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledExport:
     """An export of the checkpoint that died by SIGKILL once the text encoder was written."""
     output = tmp_path_factory.mktemp("bundles") / "tiny"
-    code = "from diffuserve_export.export_command import command; command()"
-    arguments = [sys.executable, "-c", code, str(shared_checkpoint), "--output", str(output)]
+    arguments = [sys.executable, "-c", _KILLED, str(shared_checkpoint), "--output", str(output)]
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
-        partial = output.parent / f".tiny.partial-{process.pid}"
-        deadline = time.monotonic() + 120
-        try:
-            while not (partial / "unet").is_dir():
-                assert process.poll() is None, "the export ended before it could be killed"
-                assert time.monotonic() < deadline, "the export did not get to the UNet"
-                time.sleep(0.05)
-        finally:
-            process.kill()
+        assert process.wait() == -signal.SIGKILL
+    partial = output.parent / f".tiny.partial-{process.pid}"
     return KilledExport(
         output,
         process.pid,
@@ -55,14 +64,16 @@ def killed_export(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(shared_checkpoint: Path, once: Once) -> Path:
     """The checkpoint's bundle; no test may change it."""
-    output = tmp_path_factory.mktemp("bundles") / "tiny"
-    arguments = [str(shared_checkpoint), "--output", str(output)]
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "worst error" in result.output
-    return output
+
+    def export(folder: Path) -> None:
+        arguments = [str(shared_checkpoint), "--output", str(folder / "tiny")]
+        result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+        assert result.exit_code == 0
+        assert "worst error" in result.output
+
+    return once("bundle-of-tiny", export) / "tiny"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is said of files that are no safetensors, whatever they are called."""
+"""What is said of files that are not safetensors, whatever they are called."""
 
 from __future__ import annotations
 

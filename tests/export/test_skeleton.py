@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export.checkpoint.checkpoint import open_checkpoint, skeleton
+from diffuserve_export.checkpoint import skeleton
+from diffuserve_export.checkpoint.checkpoint import open_checkpoint
 from diffuserve_export.checkpoint.load import model_from_checkpoint
 from diffuserve_export.export_command import command
 from diffuserve_export.graphs.modules import modules_from_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,42 @@ def test_the_command_line_knows_every_case() -> None:
     assert list(CASES) == list(faults_command.NAMES)
 
 
-def test_quick_cases_lose_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# The UNet with calls that take a while on the fastest machine, so that a request of 150 steps lasts until it is cut.
+SLOW_STAGE = """
+import time
+
+from diffuserve.triton.stage import StageModel
+
+
+class TritonPythonModel(StageModel):
+    def initialize(self, args):
+        super().initialize(args)
+        engine = self._engine
+
+        def slow(inputs):
+            time.sleep(0.01)
+            return engine(inputs)
+
+        self._engine = slow
+"""
+
+
+@pytest.fixture
+def slow_repository(repository: Path, tmp_path: Path) -> Path:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    (copy / "unet" / "1" / "model.py").write_text(SLOW_STAGE)
+    return copy
+
+
+def test_quick_cases_lose_nothing(slow_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_WARM_UP_IMAGES", 2)  # memory that has grown is for longer runs to find
-    assert_nothing_lost(repository, *QUICK, scale=0.02)
+    assert_nothing_lost(slow_repository, *QUICK, scale=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in (*QUICK, "overload")])
-def test_a_case_loses_nothing(repository: Path, name: str) -> None:
-    assert_nothing_lost(repository, name, scale=0.3)
+def test_a_case_loses_nothing(slow_repository: Path, name: str) -> None:
+    assert_nothing_lost(slow_repository, name, scale=0.3)
 
 
 @pytest.mark.slow
@@ -49,7 +77,8 @@ def test_overload_loses_nothing(repository: Path) -> None:
     """What it measures is for a quiet machine; that nothing is lost is not."""
     [case] = run_cases(["overload"], repository, scale=0.2).measured["cases"]
     assert case["lost"] == 0
-    assert case["errors"]["queue_full"] > case["answered"] > 0
+    assert case["errors"]["queue_full"] > 0
+    assert case["answered"] > 0
 
 
 @pytest.mark.parametrize(
@@ -91,13 +120,15 @@ def test_what_is_left_in_shared_memory_fails_the_run() -> None:
 
 
 @pytest.mark.slow
-def test_a_case_that_fails_and_leaves_no_server_is_a_finding(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_fails_and_leaves_no_server_is_a_finding(
+    slow_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def break_off(trial: Trial) -> None:
         trial.server.stop()
         raise ValueError("broken")
 
     monkeypatch.setitem(runner.CASES, "garbage", ("nothing", break_off))
-    report = run_cases(["garbage", "cut-http"], repository, scale=0.02)
+    report = run_cases(["garbage", "cut-http"], slow_repository, scale=0.02)
     assert report.remarks == [
         "garbage: the case ended with ValueError('broken')",
         "garbage: the server is not running",

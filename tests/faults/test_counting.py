@@ -17,6 +17,7 @@ from diffuserve_faults.known_answers import KnownAnswer, ask
 from diffuserve_faults.proxy import Proxy
 from diffuserve_faults.tally import Tally
 from tests.client.fake_triton import FakeTriton
+from tests.waiting import LONG_S
 
 FIELDS: dict[str, Any] = {"prompt": "a cat", "seed": 7, "format": "raw"}
 
@@ -115,14 +116,15 @@ def test_what_has_grown_is_named() -> None:
 
 
 def test_the_proxy_carries_and_resets() -> None:
+    before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as server:
         with (
             Proxy("127.0.0.1", server.getsockname()[1]) as proxy,
-            socket.create_connection(("127.0.0.1", int(proxy.address.rpartition(":")[2])), timeout=10) as client,
+            socket.create_connection(("127.0.0.1", int(proxy.address.rpartition(":")[2])), timeout=LONG_S) as client,
         ):
             there, _ = server.accept()
             with there:
-                there.settimeout(10)
+                there.settimeout(LONG_S)
                 client.sendall(b"ping")
                 assert there.recv(10) == b"ping"
                 there.sendall(b"pong")
@@ -133,4 +135,4 @@ def test_the_proxy_carries_and_resets() -> None:
                         while side.recv(10):
                             pass
                         raise AssertionError("closed with a farewell")
-        assert not [thread for thread in threading.enumerate() if "_pump" in thread.name]
+        assert not set(threading.enumerate()) - before

@@ -53,6 +53,17 @@ def test_the_forms_of_a_request(inputs: dict[str, Any], headers: dict[str, Any],
     assert not received.streamed
 
 
+@pytest.mark.parametrize(
+    "inputs", [{"body": b'{"describe": true}'}, {"describe": b"true"}, {"data": b'{"describe": true}'}]
+)
+def test_a_description_is_asked_for(inputs: dict[str, Any]) -> None:
+    received = receive(inputs, HTTP)
+    assert received.request is None
+    assert not received.streamed
+    with pytest.raises(InvalidRequest, match="which is not drawn"):
+        received.checked()
+
+
 def test_text_becomes_what_the_field_is() -> None:
     fields = {"prompt": b"7", "guidance_scale": b"2.5", "seed": b"4294967295", "progress": b"False", "num_images": b"2"}
     request = receive(fields, HTTP).checked()
@@ -65,8 +76,8 @@ def test_text_becomes_what_the_field_is() -> None:
     [
         ({}, "no fields"),
         ({'{"prompt": "a"}': b""}, "Content-Type: application/json"),
-        ({"body": b"{"}, "no valid JSON"),
-        ({"body": b"[" * 100_000}, "no valid JSON"),
+        ({"body": b"{"}, "not valid JSON"),
+        ({"body": b"[" * 100_000}, "not valid JSON"),
         ({"body": b'"text"'}, "type str"),
         ({"body": b"{}"}, "prompt is missing"),
         ({"body": b"{}", "steps": b"3"}, "there are also: steps"),

@@ -42,7 +42,7 @@ def sample(at_s: float, resident_bytes: int = 100, open_files: int = 7, files: i
     calls = metrics.get("unet_calls", 0.0)
     buckets = {"unet_call_rows": {"1.0": 0.0, "2.0": 0.0, "4.0": calls, "+Inf": calls}} if metrics else {}
     process = Process(resident_bytes, resident_bytes, open_files, 3)
-    return Sample(STARTED_AT + at_s, metrics, buckets, {"unet": process}, files, files)
+    return Sample(STARTED_AT + at_s, metrics, buckets, {"unet": process}, files)
 
 
 def run(records: Sequence[Record], samples: Sequence[Sample] = (), slo: str = "", *, kept_up: bool = True) -> Run:

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,37 +20,40 @@ from diffuserve_loadtest.report.run import Run, read_run
 from diffuserve_loadtest.report.slo import slo_from_text
 from diffuserve_loadtest.server.stub import stub
 from diffuserve_loadtest.workload.files import read_workload, shipped_workloads
+from tests.waiting import LONG_S
 
 _ROOT = Path(__file__).parents[2]
 _WORKLOAD = """\
 description: A few requests.
 duration_s: 2
-warm_up_s: 0.5
-patience_s: 5
+warm_up_s: {warm_up_s}
+patience_s: {patience_s}
 max_in_flight: {max_in_flight}
-arrivals: {{process: constant, rate_per_s: 20}}
+arrivals: {{process: {process}, rate_per_s: 20}}
 """
+_USUAL = {"process": "constant", "warm_up_s": 0.5, "patience_s": LONG_S, "max_in_flight": 100}
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 
 def _loadtest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     program = [Path(sys.executable).with_name("diffuserve"), "loadtest", *options]
-    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=LONG_S)
 
 
-def _against(address: str, folder: Path, *options: str, max_in_flight: int = 100) -> tuple[int, str, Run]:
-    (folder / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=max_in_flight))
+def _against(address: str, folder: Path, *options: str, **workload: object) -> tuple[int, str, Run]:
+    (folder / "few.yaml").write_text(_WORKLOAD.format(**{**_USUAL, **workload}))
     ended = _loadtest(folder, "few.yaml", "--url", address, "--metrics-url", "http://127.0.0.1:1/metrics", *options)
     return ended.returncode, ended.stdout + ended.stderr, read_run(folder / "loadtest-results" / "few.json")
 
 
 def test_a_promise_that_was_kept(tmp_path: Path) -> None:
     with stub() as (address, _):
-        code, printed, run = _against(address, tmp_path, "--slo", "p50<2s,errors<1%")
+        code, printed, run = _against(address, tmp_path, "--slo", "p50<1000s,errors<1%")
     assert code == 0, printed
     assert run.measures.outcomes == {"ok": 30}
-    assert run.measures.throughput_per_s == pytest.approx(20, rel=0.1)
+    assert run.measures.offered_per_s == pytest.approx(20)
     assert run.kept_up
-    assert "p50<2s" in printed
+    assert "p50<1000s" in printed
     page = (tmp_path / "loadtest-results" / "few.html").read_text()
     assert "<figcaption>Latency distribution</figcaption>" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.yaml", "loadtest-results"]
@@ -76,18 +78,21 @@ def test_a_promise_that_was_broken(tmp_path: Path) -> None:
 
 
 def test_a_generator_that_could_not_keep_up(tmp_path: Path) -> None:
-    with stub("--delay-s", "1") as (address, _):
-        code, printed, run = _against(address, tmp_path, "--slo", "errors<1%", max_in_flight=2)
+    with stub("--stall", "100") as (address, _):
+        options = ["--slo", "errors<1%"]
+        # All at once, and those that are sent keep the others out for as long as anybody is patient.
+        load = {"process": "bursts, size: 40", "warm_up_s": 0, "patience_s": 3, "max_in_flight": 2}
+        code, printed, run = _against(address, tmp_path, *options, **load)
     assert code == 3, printed
     assert not run.kept_up
-    assert run.measures.unsent > 20
+    assert run.measures.unsent > 0
     assert "could not keep up" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "few.yaml").write_text(_WORKLOAD.format(max_in_flight=100))
+    (tmp_path / "few.yaml").write_text(_WORKLOAD.format(**_USUAL))
     program = [Path(sys.executable).with_name("diffuserve"), "loadtest", "few.yaml", "--duration", "60"]
     with (
         stub() as (address, _),
@@ -98,12 +103,11 @@ def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) ->
             while not generators:
                 assert process.poll() is None
                 generators = psutil.Process(process.pid).children(recursive=True)
-                time.sleep(0.1)
             process.send_signal(how)
-            assert process.wait(20) == 1
+            assert process.wait(LONG_S) == 1
         finally:
             process.kill()
-    assert not psutil.wait_procs(generators, timeout=5)[1]
+    assert not psutil.wait_procs(generators, timeout=LONG_S)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["few.yaml"]
 
 
@@ -111,12 +115,12 @@ def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) ->
     ("options", "message"),
     [
         (["nonsense"], "There is no workload 'nonsense'"),
-        (["single", "--slo", "p95"], "is no term of an SLO"),
+        (["single", "--slo", "p95"], "is not a term of an SLO"),
         (["single", "--find-max"], "--find-max needs an SLO to keep"),
         (["single", "--rate", "0"], "--rate"),
         (["single", "--no-such-option"], "No such option"),
         (["single", "--url", "example.org:8001"], "is not this machine"),
-        (["single", "--protocol", "torchserve-grpc"], "is no protocol of --server triton"),
+        (["single", "--protocol", "torchserve-grpc"], "is not a protocol of --server triton"),
         (["single", "--repository", "nowhere"], "nowhere"),
         (["single", "--server", "torchserve", "--model", "photos"], "An archive's model is called stable_diffusion"),
         (["compare", "one.json", "two.json"], "one.json cannot be compared"),
@@ -138,7 +142,11 @@ def test_the_help_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     for options in (["--help"], ["run", "--help"], ["compare", "--help"]):
         ended = subprocess.run(
-            [sys.executable, "-c", code, "loadtest", *options], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", code, "loadtest", *options],
+            capture_output=True,
+            text=True,
+            timeout=LONG_S,
+            check=True,
         )
         assert json.loads(ended.stdout.splitlines()[-1]) == []
 

@@ -7,9 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,8 +26,13 @@ from diffuserve.trials.similarity import psnr_db
 from diffuserve_client import Client, TorchServe
 from diffuserve_export.checkpoint.schedulers import scheduler_from_sampler
 from diffuserve_export.repository.archive import archive_from_bundle, bundle_of_checkpoint
+from diffuserve_export.repository.torchserve_options import TorchServing
 from tests.conftest import CHECKPOINT
-from tests.triton.test_launcher import still_running
+from tests.gate import Gate
+from tests.ports import reserved_pair, reserved_port
+from tests.torchserve.conftest import guarded_archive, queued
+from tests.triton.test_launcher import run_folders_of, still_running
+from tests.waiting import LONG_S, wait_for, wait_until
 
 DIFFUSERVE = Path(sys.executable).with_name("diffuserve")
 
@@ -49,24 +51,38 @@ def serve(archive: Path, key_file: Path, address: TorchServeAddress) -> Iterator
 
 
 def wait_for_client(key_file: Path, address: TorchServeAddress) -> Client:
-    end_s = time.monotonic() + 60
-    while time.monotonic() < end_s:
-        with suppress(LaunchError):  # while there are no keys
-            client = Client(address.grpc, server=TorchServe(read_inference_token(key_file)), retries=0)
-            if client.is_ready():
-                return client
-            client.close()
-        time.sleep(0.2)
-    raise AssertionError("TorchServe is not ready")
+    def ready() -> bool:
+        with suppress(LaunchError), new_client() as client:  # while there are no keys
+            return client.is_ready()
+        return False
+
+    def new_client() -> Client:
+        server = TorchServe(read_inference_token(key_file))
+        return Client(address.grpc, server=server, retries=0)
+
+    wait_until(ready)
+    return new_client()
 
 
 def address_with_room() -> TorchServeAddress:
     """Ports whose next ones are for management."""
-    ports = TorchServeAddress.on_free_ports()
-    return TorchServeAddress(http_port=ports.http_port, grpc_port=ports.grpc_port, metrics_port=ports.metrics_port)
+    http_port, grpc_port = reserved_pair(), reserved_pair()
+    return TorchServeAddress(
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=reserved_port(),
+        management_port=http_port + 1,
+        grpc_management_port=grpc_port + 1,
+    )
 
 
-def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(archive: Path, tmp_path: Path) -> None:
+def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(
+    bundle: Path, worker_gate: Gate, tmp_path: Path
+) -> None:
+    # A request is a batch, so that none waits for more; and a server that drains lets as much time pass between two as if one
+    # did.
+    serving = TorchServing(batch_size=1, max_batch_delay_ms=2000)
+    archive = guarded_archive(bundle, worker_gate, tmp_path, serving)
     key_file, address = tmp_path / "keys.json", address_with_room()
     with (
         serve(archive, key_file, address) as process,
@@ -74,15 +90,18 @@ def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(archive:
         wait_for_client(key_file, address) as client,
     ):
         children = psutil.Process(process.pid).children(recursive=True)
-        started = threading.Event()
-        running = pool.submit(client.generate, "a rocket", steps=60, seed=1, on_progress=lambda event: started.set())
-        assert started.wait(30)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        [run_folder] = run_folders_of(process.pid)
+        with worker_gate.closed(after=3):
+            running = pool.submit(client.generate, "a rocket", steps=60, seed=1)
+            wait_until(lambda: worker_gate.holds)
+            process.send_signal(signal.SIGTERM)
+            wait_until((run_folder / "drain").exists)
+            late = pool.submit(client.generate, "an apple", steps=1)
+            wait_for(1, lambda: queued(address, key_file))
         with pytest.raises(Draining):
-            client.generate("an apple", steps=1)
+            late.result()
         assert running.result().images[0].size == (128, 128)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 0, errors
     assert "Serving tiny-emoji" in output
     assert f"keys     {key_file}" in output
@@ -90,7 +109,7 @@ def test_sigterm_finishes_what_runs_refuses_the_rest_and_leaves_nothing(archive:
     assert len(children) >= 2  # Java and a worker
     assert not still_running(children)
     assert not key_file.is_symlink()
-    assert not list(Path(tempfile.gettempdir()).glob(f"diffuserve_{process.pid}_*"))
+    assert not run_folders_of(process.pid)
 
 
 def test_a_port_in_use_and_a_file_in_the_way_are_named(archive: Path, tmp_path: Path) -> None:
@@ -114,7 +133,7 @@ def test_a_port_in_use_and_a_file_in_the_way_are_named(archive: Path, tmp_path: 
 def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.mar").write_bytes(b"")
     for name in ("none.mar", "empty.mar"):
-        with pytest.raises(BundleError, match=f"{name} is no model archive"):
+        with pytest.raises(BundleError, match=f"{name} is not a model archive"):
             TorchServeServer(tmp_path / name, TorchServeAddress.on_free_ports())
 
 
@@ -155,10 +174,7 @@ def test_a_worker_that_is_killed_is_started_again(archive: Path, tmp_path: Path)
     ):
         [worker] = psutil.Process(server.pid).children()
         worker.kill()
-        end_s = time.monotonic() + 60
-        while worker.is_running() or not client.is_ready():
-            assert time.monotonic() < end_s
-            time.sleep(0.2)
+        wait_until(lambda: not worker.is_running() and client.is_ready())
         assert client.generate("a cat", steps=1).images
 
 
@@ -177,10 +193,7 @@ def test_a_torchserve_that_starts_no_worker_any_more_is_ended(archive: Path, tmp
             channel.unary_unary(f"{_SERVICE}/Predictions", lambda message: message.SerializeToString())(
                 request, metadata=metadata
             )
-            end_s = time.monotonic() + 60
-            while server.running:
-                assert time.monotonic() < end_s
-                time.sleep(0.2)
+            wait_until(lambda: not server.running)
         assert server.failure is not None
         assert "lost its workers" in server.failure
 

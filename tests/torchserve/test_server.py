@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,12 +16,17 @@ import grpc
 import pytest
 from PIL import Image
 
+from diffuserve.description import description_from_json
 from diffuserve.errors import DeadlineExceeded, DiffuserveError, InvalidRequest, QueueFull, ServerUnavailable
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.trials.similarity import psnr_db
+from diffuserve.wire import WIRE_VERSION
 from diffuserve_client import AsyncClient, Client, Progress, Result, TorchServe
+from tests.gate import Gate
 from tests.metrics import read_metrics
+from tests.torchserve.conftest import queued
+from tests.waiting import LONG_S, wait_for, wait_until
 
 SMALL = {"steps": 2, "width": 64, "height": 64}
 
@@ -36,7 +40,7 @@ def post(
         headers["Authorization"] = f"Bearer {token or read_inference_token(server.key_file)}"
     request = urllib.request.Request(f"{server.address.http}/predictions/{path}", body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=LONG_S) as response:
             return response.status, response.headers["Content-Type"], response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -50,6 +54,27 @@ def post_json(server: TorchServeServer, **fields: Any) -> tuple[int, str, bytes]
 def test_health(torchserve: TorchServeServer, torchserve_client: Client) -> None:
     assert torchserve.running
     assert torchserve_client.is_ready()
+
+
+def test_describe(torchserve: TorchServeServer, torchserve_client: Client) -> None:
+    description = torchserve_client.describe()
+    assert (description.model, description.wire_version) == ("tiny-emoji", WIRE_VERSION)
+    assert description.fields["width"].default == 128
+    form = urllib.parse.urlencode({"describe": "true"}).encode()
+    for status, media_type, body in (
+        post_json(torchserve, describe=True),
+        post(torchserve, form, "application/x-www-form-urlencoded"),
+    ):
+        assert (status, media_type) == (200, "application/json")
+        answer = json.loads(body)
+        assert answer.keys() == {"event", "description"}
+        assert description_from_json(answer["description"].encode()) == description
+
+
+def test_a_client_of_another_version_is_told_both(torchserve: TorchServeServer) -> None:
+    status, _, body = post_json(torchserve, prompt="a cat", wire_version=99, **SMALL)
+    assert status == 400
+    assert f"The client speaks version 99 of the wire, and the server version {WIRE_VERSION}." in body.decode()
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
@@ -82,7 +107,7 @@ def test_several_images_by_http_are_json(torchserve: TorchServeServer) -> None:
         (b'{"prompt": "a cat", "steps": 0}', "application/json", "steps is 0"),
         (b'{"prompt": "a cat", "colour": "red"}', "application/json", "Unknown: 'colour'"),
         (b'{"prompt": "a cat", "progress": true}', "application/json", "StreamPredictions"),
-        (b"{not json", "application/json", "no valid JSON"),
+        (b"{not json", "application/json", "not valid JSON"),
         (b"[1]", "application/json", "must be an object"),
         (b'{"prompt": "a cat"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
         (b"prompt=a%20cat&steps=many", "application/x-www-form-urlencoded", "steps is 'many'"),
@@ -96,8 +121,9 @@ def test_bad_requests_by_http(torchserve: TorchServeServer, body: bytes, media_t
     assert words in error["message"]
 
 
-def test_a_deadline_and_an_unknown_model_by_http(torchserve: TorchServeServer) -> None:
-    status, media_type, body = post_json(torchserve, prompt="a cat", steps=150, timeout_ms=50)
+def test_a_deadline_and_an_unknown_model_by_http(torchserve: TorchServeServer, worker_gate: Gate) -> None:
+    with worker_gate.closed():
+        status, media_type, body = post_json(torchserve, prompt="a cat", steps=150, timeout_ms=50)
     assert (status, media_type) == (504, "application/json")
     assert "[deadline_exceeded]" in json.loads(body)["message"]
     status, media_type, body = post(torchserve, b"{}", "application/json", path="other")
@@ -125,7 +151,7 @@ def test_the_keys_are_for_this_user_only_and_no_model_can_be_registered(torchser
         headers={"Authorization": f"Bearer {keys['management']['key']}"},
     )
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=LONG_S)
     with caught.value as error:
         assert error.code == 405
 
@@ -164,7 +190,7 @@ def test_predictions_by_grpc(torchserve: TorchServeServer) -> None:
 
         def predict(**inputs: bytes) -> bytes:
             message = request(model_name="stable_diffusion", input=inputs)
-            answer: bytes = call(message, metadata=metadata, timeout=60).prediction
+            answer: bytes = call(message, metadata=metadata, timeout=LONG_S).prediction
             return answer
 
         assert predict(data=b'{"prompt": "a cat", "steps": 1}').startswith(b"\x89PNG")
@@ -182,15 +208,18 @@ def test_an_unknown_model_by_grpc(torchserve: TorchServeServer) -> None:
         client.generate("a cat")
 
 
-def test_a_mixed_batch_with_bad_requests_shares_calls(torchserve: TorchServeServer, torchserve_client: Client) -> None:
+def test_a_mixed_batch_with_bad_requests_shares_calls(
+    torchserve: TorchServeServer, torchserve_client: Client, worker_gate: Gate
+) -> None:
     def figures() -> dict[str, float]:
-        """Once they rest: TorchServe reads what the worker prints some time after its answers."""
-        last, now = {"": 0.0}, dict[str, float]()
-        while last != now:
-            time.sleep(0.5)
-            metrics = read_metrics(torchserve.address.metrics)
-            last, now = now, {name: value for (name, _), value in metrics.items() if name.startswith("diffuserve_")}
-        return now
+        """Of all batches until now. TorchServe reads what the worker prints in order, and some time after its answers: once it
+        has read the beginning of one batch more, it has read all that was before."""
+        torchserve_client.generate("a cat", **SMALL)  # type: ignore[arg-type]
+        wait_for(len(worker_gate.batches), lambda: read()["diffuserve_batch_requests_count"])
+        return read()
+
+    def read() -> dict[str, float]:
+        return {name: value for (name, _), value in read_metrics(torchserve.address.metrics).items()}
 
     settings: list[dict[str, Any]] = [
         {"steps": 3, "sampler": "euler"},
@@ -210,10 +239,17 @@ def test_a_mixed_batch_with_bad_requests_shares_calls(torchserve: TorchServeServ
             return error
 
     alone = [draw(setting, number) for number, setting in enumerate(settings)]
-    before = figures()
-    with ThreadPoolExecutor(len(settings)) as pool:
-        together = list(pool.map(draw, settings, range(len(settings))))
+    before, batches = figures(), len(worker_gate.batches)
+    with worker_gate.closed(), ThreadPoolExecutor(len(settings) + 1) as pool:
+        busy = pool.submit(draw, SMALL, 0)
+        wait_until(lambda: worker_gate.holds)
+        waiting = [pool.submit(draw, setting, number) for number, setting in enumerate(settings)]
+        wait_for(len(settings), lambda: queued(torchserve.address, torchserve.key_file))
+        worker_gate.open()
+        assert isinstance(busy.result(), Result)
+        together = [each.result() for each in waiting]
     after = figures()
+    assert worker_gate.batches[batches:] == [1, len(settings), 1]
     for one, other in zip(alone, together, strict=True):
         assert isinstance(one, Result) == isinstance(other, Result)
         if isinstance(one, Result) and isinstance(other, Result):
@@ -225,9 +261,9 @@ def test_a_mixed_batch_with_bad_requests_shares_calls(torchserve: TorchServeServ
     def added(name: str) -> float:
         return after[name] - before[name]
 
-    assert added("diffuserve_batch_requests_count") == 1
-    assert added("diffuserve_batch_requests_sum") == len(settings)
-    assert added("diffuserve_unet_rows") / added("diffuserve_unet_calls") > 4
+    assert added("diffuserve_batch_requests_count") == 3
+    assert added("diffuserve_batch_requests_sum") == len(settings) + 2
+    assert added("diffuserve_unet_rows") / added("diffuserve_unet_calls") > 3
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a"])

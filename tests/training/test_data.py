@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffuserve_training import cli
+from diffuserve_training import train_command
 from diffuserve_training.backgrounds import BACKGROUNDS, COLOURS, NAMES, lay_on, nearest_background
 from diffuserve_training.captions import caption, plain_caption
 from diffuserve_training.config import ConfigError, Data, Training, located, located_checkpoint, read_config, read_names
@@ -140,7 +140,7 @@ def test_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == r"['clown', 'pi\xf1ata']"
     (tmp_path / "names.txt").write_bytes(b"clown\npi\xf1ata\n")
-    with pytest.raises(ConfigError, match=r"names\.txt is no text in UTF-8 .* at byte 8"):
+    with pytest.raises(ConfigError, match=r"names\.txt is not text in UTF-8 .* at byte 8"):
         read_names(tmp_path / "c.yaml", Data(names="names.txt"))
 
 
@@ -184,4 +184,4 @@ def test_an_archive_with_another_content_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_every_style() -> None:
-    assert list(cli._STYLES.choices) == list(STYLES)
+    assert list(train_command._STYLES.choices) == list(STYLES)

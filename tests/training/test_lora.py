@@ -37,7 +37,6 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(300)
 def test_a_lora_is_learnt_and_loaded_by_diffusers(folder: Path, tmp_path: Path, reference_pipeline: Any) -> None:
     config = Lora(
         checkpoint=str(CHECKPOINT),
@@ -131,7 +130,6 @@ def test_modules_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> N
         train_lora(config, read_pictures(folder, config.prompt), tmp_path)
 
 
-@pytest.mark.timeout(300)
 def test_a_run_goes_on_with_what_it_began_with_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     def config(steps: int) -> Lora:
         return Lora(

@@ -47,7 +47,7 @@ def test_captions_come_from_texts_metadata_and_the_prompt(tmp_path: Path) -> Non
 def test_a_folder_without_pictures_and_one_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no pictures"):
         read_pictures(tmp_path, "x")
-    with pytest.raises(ConfigError, match="no folder of pictures"):
+    with pytest.raises(ConfigError, match="not a folder of pictures"):
         read_pictures(tmp_path / "nowhere", "x")
 
 
@@ -133,7 +133,7 @@ def test_encodings(tmp_path: Path, encoding: str, text: str) -> None:
 def test_other_encodings_are_refused(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
     _folder(tmp_path, "a.png")
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=rf"{name} is no text in UTF-8, .*{reason}\)\. Convert it.* iconv -f LATIN1"):
+    with pytest.raises(ConfigError, match=rf"{name} is not text in UTF-8, .*{reason}\)\. Convert it.* iconv -f LATIN1"):
         read_pictures(tmp_path, None)
 
 
@@ -161,9 +161,9 @@ def test_metadata_ends_its_lines_at_line_feeds_only(tmp_path: Path) -> None:
         ('{"file_name": "a.png", "text": "a dog"} {}', "Extra data"),
         ("a.png,a dog", "Expecting value"),
         ("[" * 100_000, "recursion"),
-        (_line("b.png", "a dog"), "'b.png' is no picture in"),
-        (_line("a.txt", "a dog"), "'a.txt' is no picture in"),
-        (_line("other/a.png", "a dog"), "'other/a.png' is no picture in"),
+        (_line("b.png", "a dog"), "'b.png' is not a picture in"),
+        (_line("a.txt", "a dog"), "'a.txt' is not a picture in"),
+        (_line("other/a.png", "a dog"), "'other/a.png' is not a picture in"),
         (_line("c.png", "a dog"), "'c.png' has a caption in an earlier line"),
     ],
     ids=lambda text: text[:40],
@@ -205,9 +205,9 @@ def test_load_square(tmp_path: Path) -> None:
 )
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(ConfigError, match=rf"a\.png is no picture that can be read\. .*{reason}"):
+    with pytest.raises(ConfigError, match=rf"a\.png is not a picture that can be read\. .*{reason}"):
         load_square(tmp_path / "a.png", 64)
-    with pytest.raises(ConfigError, match=r"gone\.png is no picture that can be read\. .*No such file"):
+    with pytest.raises(ConfigError, match=r"gone\.png is not a picture that can be read\. .*No such file"):
         load_square(tmp_path / "gone.png", 64)
 
 
@@ -218,5 +218,5 @@ def test_a_configuration_with_a_byte_order_mark(tmp_path: Path) -> None:
         (tmp_path / "lora.yaml").write_bytes(text.encode(encoding))
         assert read_config(tmp_path / "lora.yaml", Lora).images == "b\u00e4r"
     (tmp_path / "lora.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match="is no training's configuration"):
+    with pytest.raises(ConfigError, match="is not a training's configuration"):
         read_config(tmp_path / "lora.yaml", Lora)

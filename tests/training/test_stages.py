@@ -143,7 +143,6 @@ def test_a_checkpoint_is_evaluated_on_what_is_asked_for(icons: Icons, trained: P
     assert figures.lora is None
 
 
-@pytest.mark.timeout(300)
 def test_it_learns(icons: Icons, trained: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from diffuserve.samplers import SAMPLERS, NoiseSchedule, trajectory
 from diffuserve.trials.similarity import psnr_db
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
-from tests.metrics import read_metrics
+from tests.gate import Gate
+from tests.metrics import COUNTING, counted, read_metrics, waiting_and_running
+from tests.waiting import wait_for, wait_until
 
 
 def mixed_requests(count: int, sizes: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
@@ -51,59 +52,61 @@ def test_an_image_does_not_depend_on_its_company(client: Client) -> None:
     assert min(figures) >= 50
 
 
-def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServer, bundle: Path) -> None:
+def test_mixed_requests_share_the_unets_calls(client: Client, server: TritonServer, bundle: Path, gate: Gate) -> None:
     schedule = NoiseSchedule.from_config(read_manifest(bundle).scheduler)
 
     def rows(request: dict[str, Any]) -> int:
         evaluations = trajectory(schedule, request["sampler"], request["steps"]).evaluations
         return evaluations * (1 + (request["guidance_scale"] > 1))
 
-    def counts() -> dict[str, float]:
-        time.sleep(0.5)  # the loop's own counts reach the endpoint at intervals
-        metrics = read_metrics(server.address.metrics)
-        return {
-            "rows": metrics["nv_inference_count", "unet"],
-            "calls": metrics["nv_inference_exec_count", "unet"],
-            "shared": metrics["diffuserve_unet_rows", "stable_diffusion"],
-            "shareable": metrics["diffuserve_unet_rows_shareable", "stable_diffusion"],
-        }
-
     requests = mixed_requests(16, ((128, 128),))
-    before = counts()
-    generate_all(client, requests)
-    used = {name: value - before[name] for name, value in counts().items()}
-    mean_batch = used["rows"] / used["calls"]
-    share = used["shared"] / used["shareable"]
+    before = counted(server.address, client, gate)
+    with gate.closed(), ThreadPoolExecutor(1) as pool:
+        together = pool.submit(generate_all, client, requests)
+        wait_for([len(requests), 0], lambda: waiting_and_running(server.address))
+        gate.open()
+        together.result()
+    after = counted(server.address, client, gate)
+    used = {name: after[name] - before[name] for name in ("unet_rows", "unet_calls", "unet_rows_shareable")}
+    mean_batch = used["unet_rows"] / used["unet_calls"]
+    share = used["unet_rows"] / used["unet_rows_shareable"]
     print(
-        f"mean UNet batch {mean_batch:.2f} rows over {used['calls']:.0f} calls; {share:.1%} of the rows that could share did"
+        f"mean UNet batch {mean_batch:.2f} rows over {used['unet_calls']:.0f} calls; "
+        f"{share:.1%} of the rows that could share did"
     )
-    assert used["rows"] == sum(map(rows, requests))
+    assert used["unet_rows"] == sum(map(rows, requests)) + COUNTING
     assert mean_batch > 6
     assert share >= 0.95
+    # Triton counts the same, a moment after its answers.
+    figures = ("nv_inference_count", "unet"), ("nv_inference_exec_count", "unet")
+    wait_for(
+        [after["unet_rows"] + COUNTING, gate.came],
+        lambda: [read_metrics(server.address.metrics)[figure] for figure in figures],
+    )
 
 
-def test_a_short_request_overtakes_a_long_one(client: Client) -> None:
-    with ThreadPoolExecutor(1) as pool:
+def test_a_short_request_overtakes_a_long_one(client: Client, server: TritonServer, gate: Gate) -> None:
+    with gate.closed(), ThreadPoolExecutor(2) as pool:
         long = pool.submit(client.generate, "a rocket", steps=80)
-        time.sleep(0.3)
-        client.generate("a rocket", steps=3)
+        wait_until(lambda: gate.holds)
+        short = pool.submit(client.generate, "a rocket", steps=3)
+        wait_for([2, 0], lambda: waiting_and_running(server.address))
+        gate.close(after=8)  # far fewer than the long one needs
+        assert short.result().images
         assert not long.done()
+        gate.open()
         assert long.result().denoise_s > 0
 
 
-def test_cancelling_frees_the_rows(client: Client, server: TritonServer) -> None:
-    def active() -> float:
-        return read_metrics(server.address.metrics)["diffuserve_requests_running", "stable_diffusion"]
-
-    events = client.stream("a rocket", steps=150, num_images=8)
-    for event in events:
-        if event.step == 2:  # type: ignore[union-attr]
-            break
-    events.close()
-    deadline_s = time.monotonic() + 5
-    while active() and time.monotonic() < deadline_s:
-        time.sleep(0.05)
-    assert active() == 0
+def test_cancelling_frees_the_rows(client: Client, server: TritonServer, gate: Gate) -> None:
+    with gate.closed(after=2):
+        events = client.stream("a rocket", steps=150, num_images=8)
+        for event in events:
+            if event.step == 2:  # type: ignore[union-attr]
+                break
+        wait_for([0, 1], lambda: waiting_and_running(server.address))
+        events.close()
+        wait_for([0, 0], lambda: waiting_and_running(server.address))
 
 
 def test_images_of_one_request_have_seeds_of_their_own(client: Client) -> None:

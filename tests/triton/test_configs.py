@@ -151,7 +151,7 @@ def test_a_bundle_of_a_newer_version_is_not_assembled(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle", format_version=99)
     result = CliRunner().invoke(command, [str(tmp_path / "bundle"), "--output", str(tmp_path / "repository")])
     assert isinstance(result.exception, BundleError)
-    assert "has format version 99, and this diffuserve reads up to" in str(result.exception)
+    assert "has format version 99, and this diffuserve reads version" in str(result.exception)
     assert not (tmp_path / "repository").exists()
 
 
@@ -181,7 +181,7 @@ def test_options_are_configured_named_in_the_head_and_said_to_be_lost(tmp_path: 
         text = (folder / "config.pbtxt").read_text()
         assert text.startswith(
             f"# Written by `diffuserve assemble`, version {__version__}.\n"
-            f"# Bundle: {manifest.model.name}, SHA-256 {manifest.bundle_sha256}.\n"
+            f"# Checkpoint: {manifest.model.name}, SHA-256 {manifest.source_sha256}.\n"
             f"# Options: {options} --require-safety-checker.\n"
         )
         assert text.count("#") == 3

@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffuserve.tensors import RESPONSE
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.triton.launcher import TritonServer
-from tests.metrics import read_metrics
+from tests.gate import Gate
+from tests.metrics import waiting_and_running
+from tests.waiting import LONG_S, wait_for, wait_until
 
 
 def post(server: TritonServer, endpoint: str, body: Any, model: str = "stable_diffusion") -> tuple[int, str]:
@@ -28,7 +29,7 @@ def post(server: TritonServer, endpoint: str, body: Any, model: str = "stable_di
     url = f"{server.address.http}/v2/models/{model}/{endpoint}"
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=LONG_S) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -89,28 +90,29 @@ def test_plain_infer_is_refused(server: TritonServer) -> None:
     assert "decoupled" in text
 
 
-def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer) -> None:
-    def cancelled() -> float:
-        return read_metrics(server.address.metrics)["diffuserve_requests_cancelled", "stable_diffusion"]
-
-    body = json.dumps({"prompt": "a rocket", "steps": 60, "num_images": 4, "progress": True}).encode()
+def test_a_connection_closed_in_the_middle_frees_the_rows(server: TritonServer, gate: Gate) -> None:
+    steps = 150
+    body = json.dumps({"prompt": "a rocket", "steps": steps, "num_images": 4, "progress": True}).encode()
     head = (
         f"POST /v2/models/stable_diffusion/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    before = cancelled()
-    for _ in range(3):  # Triton 2.51 misses a reset now and then, and draws that request to its end
-        with socket.create_connection((server.address.host, server.address.http_port)) as connection:
-            connection.sendall(head.encode() + body)
-            received = b""
-            while b'"progress"' not in received:  # `accepted` came at once, and steps are under way
-                received += connection.recv(4096)
-            assert b'"accepted"' in received
-        deadline_s = time.monotonic() + 10
-        while cancelled() == before and time.monotonic() < deadline_s:
-            time.sleep(0.1)
-        if cancelled() > before:
-            break
-    assert cancelled() > before
+    for _ in range(5):  # Triton 2.51 misses a reset now and then, and draws that request to its end
+        with gate.closed(after=1):
+            with socket.create_connection((server.address.host, server.address.http_port)) as connection:
+                connection.sendall(head.encode() + body)
+                received = b""
+                while b'"progress"' not in received:  # `accepted` came at once, and a step is done
+                    received += connection.recv(4096)
+                assert b'"accepted"' in received
+            wait_for([0, 1], lambda: waiting_and_running(server.address))
+            # Triton notices when it sends what the next steps make; far from the last one.
+            for _ in range(steps * 2 // 3):
+                gate.close(after=1)
+                wait_until(lambda: gate.holds or not any(waiting_and_running(server.address)))
+                if not any(waiting_and_running(server.address)):
+                    return
+        wait_for([0, 0], lambda: waiting_and_running(server.address))
+    raise AssertionError("no reset was noticed")
 
 
 DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
@@ -137,8 +139,10 @@ def test_the_documented_answers(server: TritonServer, fields: str, status: str, 
 def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
     """Each event's fields and their types, with one image and with several."""
     events = {
-        name: set(re.findall(r"`(\w+)`", listed)) | {"event", "step", "steps"}
-        for name, listed in re.findall(r"^\| `(accepted|progress|completed)` \|[^|]*\|(.*)\|$", DOCS, re.MULTILINE)
+        name: set(re.findall(r"`(\w+)`", listed)) | {"event"}
+        for name, listed in re.findall(
+            r"^\| `(accepted|progress|completed|description)` \|[^|]*\| (`.*) \|$", DOCS, re.MULTILINE
+        )
     }
     json_types = {
         name: kind
@@ -149,14 +153,15 @@ def test_what_comes_back_is_what_is_documented(server: TritonServer) -> None:
     assert json_types.keys() == {spec.name for spec in RESPONSE} == set().union(*events.values())
     for images in (1, 3):
         fields = {"prompt": "a [cat|dog]", "steps": 2, "width": 32, "height": 32, "num_images": images}
-        _, text = post(server, "generate_stream", {**fields, "progress": True, "preview": True})
-        answers = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        asked = ({**fields, "progress": True, "preview": True}, {"describe": True})
+        lines = "".join(post(server, "generate_stream", body)[1] for body in asked).splitlines()
+        answers = [json.loads(line.removeprefix("data: ")) for line in lines if line]
         assert {answer["event"] for answer in answers} == events.keys()
         for answer in answers:
             assert answer.keys() - {"model_name", "model_version"} == events[answer["event"]]
             for name in events[answer["event"]]:
                 kind, _, listed = json_types[name].partition(", ")
-                several = bool(listed) and images > 1 and name != "warnings"  # one warning, so it is no list
+                several = bool(listed) and images > 1 and name != "warnings"  # one warning, so it is not a list
                 values = answer[name] if several else [answer[name]]
                 assert len(values) == (images if several else 1)
                 assert all(isinstance(value, python_types[kind]) for value in values), (name, values)
@@ -176,10 +181,11 @@ def test_which_of_two_values_counts(server: TritonServer, body: str, steps: int)
     assert json.loads(answer)["steps"] == steps
 
 
-def test_what_is_too_late_is_answered_with_400_too(server: TritonServer) -> None:
+def test_what_is_too_late_is_answered_with_400_too(server: TritonServer, gate: Gate) -> None:
     """As docs/http.md says: the code in brackets tells, since Triton has forgotten the status."""
     body = {"prompt": "a cat", "steps": 150, "num_images": 16, "timeout_ms": 1}
-    status, text = post(server, "generate", body)
+    with gate.closed():
+        status, text = post(server, "generate", body)
     assert status == 400
     assert json.loads(text)["error"].startswith("[deadline_exceeded] ")
 
@@ -187,7 +193,7 @@ def test_what_is_too_late_is_answered_with_400_too(server: TritonServer) -> None
 def test_the_documented_code_for_grpc_raises_the_servers_error(server: TritonServer, tmp_path: Path) -> None:
     [code] = re.findall(r"^```python\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
     code = code.replace("localhost:8001", server.address.grpc).replace('"steps": 20', '"steps": 999')
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 1
     assert "[invalid_request] steps is 999" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
@@ -196,7 +202,7 @@ def test_the_documented_code_for_grpc_raises_the_servers_error(server: TritonSer
 def test_the_documented_code_for_grpc(server: TritonServer, tmp_path: Path) -> None:
     [code] = re.findall(r"^```python\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
     code = code.replace("localhost:8001", server.address.grpc)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "pizza.png") as image:
         assert image.size == (128, 128)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -19,7 +18,6 @@ import pytest
 from diffuserve.errors import (
     DeadlineExceeded,
     DiffuserveError,
-    Draining,
     InvalidRequest,
     ServerUnavailable,
     StageFailed,
@@ -27,11 +25,12 @@ from diffuserve.errors import (
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client, Result
-from tests.triton.test_launcher import serve, still_running, wait_until_ready
+from tests.gate import Gate
+from tests.metrics import waiting_and_running
+from tests.triton.test_launcher import drain, serve, still_running, wait_until_ready
+from tests.waiting import LONG_S, wait_for, wait_until
 
 SMALL = {"width": 64, "height": 64}
-# A request that hears nothing for this long has been forgotten.
-IDLE_TIMEOUT_S = 25.0
 
 # The model with faults that a request asks for by its id or format, or a test by a file. It notes the requests that got
 # their final response.
@@ -99,17 +98,33 @@ class TritonPythonModel(StableDiffusionModel):
         await super().execute([Request(request) for request in requests])
 """
 
-# The stage with an engine that hangs as long as a file exists.
+# The two processes with call timeouts of a second for calls that hang, and of an hour for others: the in-flight model's while
+# `hang` exists, the stage's while `hang-for-good` does. So no call counts as hung that is only slow.
+IMPATIENT_STABLE_DIFFUSION = """
+from pathlib import Path
+
+from diffuserve.batching.loop import InflightLoop
+from diffuserve.triton.stable_diffusion import StableDiffusionModel
+
+HANG = Path({folder!r}) / "hang"
+InflightLoop._call_timeout_s = property(lambda loop: 1.0 if HANG.exists() else 3600.0, lambda loop, seconds: None)
+
+
+class TritonPythonModel(StableDiffusionModel):
+    pass
+"""
 HANGING_STAGE = """
 import time
 from pathlib import Path
 
 from diffuserve.triton.stage import StageModel
 
-HANG = Path({folder!r}) / "hang"
+HANG, FOR_GOOD = (Path({folder!r}) / name for name in ("hang", "hang-for-good"))
 
 
 class TritonPythonModel(StageModel):
+    _call_timeout_s = property(lambda model: 1.0 if FOR_GOOD.exists() else 3600.0, lambda model, seconds: None)
+
     def initialize(self, args):
         super().initialize(args)
         engine = self._engine
@@ -132,10 +147,12 @@ def set_parameter(repository: Path, model: str, name: str, value: object) -> Non
 
 
 class Faults:
-    """A server on a repository whose models misbehave on demand; `folder` is where they are told to."""
+    """A server on a repository whose models misbehave on demand; `folder` is where they are told to. With a gate before its
+    UNet."""
 
     def __init__(self, server: TritonServer, client: Client, folder: Path) -> None:
         self.server, self.client, self.folder = server, client, folder
+        self.gate = Gate(folder)
 
     def finals(self, request_id: str) -> int:
         path = self.folder / "finals"
@@ -143,18 +160,11 @@ class Faults:
 
     def assert_answered_once(self, request_id: str) -> None:
         wait_until(lambda: self.finals(request_id) > 0)
-        time.sleep(0.1)
+        self.assert_serves()  # which takes longer than a second answer would
         assert self.finals(request_id) == 1
 
     def assert_serves(self) -> None:
         assert self.client.generate("an apple", steps=1, **SMALL).images
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
 
 
 def process_of(model: str, triton_pid: int) -> psutil.Process:
@@ -167,10 +177,30 @@ def process_of(model: str, triton_pid: int) -> psutil.Process:
     return process
 
 
+def wait_until_all_run(faults: Faults, count: int) -> None:
+    """Returns once requests of one prompt, for which the gate was closed, have done a step, with a call of theirs at the
+    gate."""
+    wait_for([count, 0], lambda: waiting_and_running(faults.server.address))
+    wait_until(lambda: faults.gate.holds)  # so the prompt is encoded, and all are in the loop
+    faults.gate.close(after=2)  # that call, of the first of them, and one for all
+    wait_for([0, count], lambda: waiting_and_running(faults.server.address))
+    wait_until(lambda: faults.gate.holds)
+
+
 def outcome(future: Future[Result]) -> type[DiffuserveError] | None:
-    error = future.exception(timeout=60)
+    error = future.exception(timeout=LONG_S)
     assert error is None or isinstance(error, DiffuserveError)
     return None if error is None else type(error)
+
+
+@contextmanager
+def ended_at_once(server: TritonServer) -> Iterator[TritonServer]:
+    """Without the seconds in which Triton waits for the models whose processes were killed."""
+    server.__enter__()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +210,10 @@ def faults(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     copy = folder / "repository"
     shutil.copytree(repository, copy)
     (copy / "stable_diffusion" / "1" / "model.py").write_text(FAULTY_STABLE_DIFFUSION.format(folder=str(folder)))
+    Gate(folder).guard(copy)
     with (
-        TritonServer(copy, TritonAddress.on_free_ports(), log_level="info") as server,
-        Client(server.address.grpc, idle_timeout_s=IDLE_TIMEOUT_S) as client,
+        ended_at_once(TritonServer(copy, TritonAddress.on_free_ports(), log_level="info")) as server,
+        Client(server.address.grpc) as client,
     ):
         yield Faults(server, client, folder)
     shutil.rmtree(folder)
@@ -190,16 +221,15 @@ def faults(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def hanging(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    """A server whose UNet hangs on demand, and counts as hung after two seconds, for its own process after six."""
+    """A server whose UNet hangs on demand."""
     folder = tmp_path_factory.mktemp("hanging")
     copy = folder / "repository"
     shutil.copytree(repository, copy)
-    (copy / "unet" / "1" / "model.py").write_text(HANGING_STAGE.format(folder=str(folder)))
-    set_parameter(copy, "stable_diffusion", "call_timeout_s", 2.0)
-    set_parameter(copy, "unet", "call_timeout_s", 6.0)
+    for model, code in (("stable_diffusion", IMPATIENT_STABLE_DIFFUSION), ("unet", HANGING_STAGE)):
+        (copy / model / "1" / "model.py").write_text(code.format(folder=str(folder)))
     with (
-        TritonServer(copy, TritonAddress.on_free_ports()) as server,
-        Client(server.address.grpc, idle_timeout_s=IDLE_TIMEOUT_S) as client,
+        ended_at_once(TritonServer(copy, TritonAddress.on_free_ports())) as server,
+        Client(server.address.grpc) as client,
     ):
         yield Faults(server, client, folder)
     shutil.rmtree(folder)
@@ -220,24 +250,25 @@ def test_a_finished_request_is_answered_once(faults: Faults) -> None:
         ("late", {"steps": 150, "num_images": 8, "timeout_s": 0.3}, DeadlineExceeded, "300"),
         ("file not encoded", {"steps": 1, "format": "webp"}, StageFailed, "no space left"),
         ("unsendable event", {"steps": 3}, StageFailed, "the response cannot be sent"),
-        ("unsendable final", {"steps": 1}, ServerUnavailable, "without an image"),
+        ("unsendable final", {"steps": 1}, ServerUnavailable, "without an answer"),
     ],
 )
 def test_a_failed_request_is_answered_once(
     faults: Faults, request_id: str, fields: dict[str, int], error: type[DiffuserveError], words: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    with faults.gate.closed() if request_id == "late" else nullcontext(), pytest.raises(error, match=words):
         faults.client.generate("a rocket", request_id=request_id, **fields)
     faults.assert_answered_once(request_id)
     faults.assert_serves()
 
 
 def test_a_loop_that_dies_answers_everyone_and_is_started_again(faults: Faults) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        ids = [f"in the loop {index}" for index in range(3)]
+    ids = [f"in the loop {index}" for index in range(3)]
+    with faults.gate.closed(), ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(faults.client.generate, "a rocket", request_id=id, steps=100, **SMALL) for id in ids]
-        time.sleep(0.5)
+        wait_until_all_run(faults, 3)
         (faults.folder / "break-loop").touch()
+        faults.gate.open()
         assert {outcome(future) for future in futures} == {StageFailed}
     for id in ids:
         faults.assert_answered_once(id)
@@ -291,13 +322,14 @@ def test_the_log_names_requests_and_keeps_prompts_to_itself(faults: Faults, caps
 @pytest.mark.parametrize("stage", ["unet", "text_encoder", "vae_decoder"])
 def test_a_killed_stage_is_loaded_again_and_costs_no_request(faults: Faults, stage: str) -> None:
     before = faults.client.generate("a red heart", seed=1, steps=3, format="raw", **SMALL)
-    with ThreadPoolExecutor(4) as pool:
+    with faults.gate.closed(after=3), ThreadPoolExecutor(4) as pool:
         fields = {"steps": 20, "num_images": 2, **SMALL}
         running = [pool.submit(faults.client.generate, f"a rocket {n}", **fields) for n in range(3)]
-        time.sleep(0.5)
+        wait_until(lambda: sum(waiting_and_running(faults.server.address)) == 3 and faults.gate.holds)
         killed = process_of(stage, faults.server.pid)
         killed.kill()
         late = pool.submit(faults.client.generate, f"an apple after {stage}", steps=3, **SMALL)
+        faults.gate.open()
         assert [outcome(future) for future in [*running, late]] == [None] * 4
     assert process_of(stage, faults.server.pid).pid != killed.pid
     after = faults.client.generate("a red heart", seed=1, steps=3, format="raw", **SMALL)
@@ -324,7 +356,7 @@ def test_a_call_that_hangs_fails_its_requests_and_its_late_result_does_nothing(h
     before = hanging.client.generate("a red heart", seed=1, steps=3, format="raw", **SMALL)
     unet = process_of("unet", hanging.server.pid)
     hang.touch()
-    with pytest.raises(StageFailed, match="no answer in time; a call may take 2 s"):
+    with pytest.raises(StageFailed, match="no answer in time; a call may take 1 s"):
         hanging.client.generate("a red heart", seed=1, steps=3, num_images=2, **SMALL)
     hang.unlink()
     after = hanging.client.generate("a red heart", seed=1, steps=3, format="raw", **SMALL)
@@ -333,62 +365,62 @@ def test_a_call_that_hangs_fails_its_requests_and_its_late_result_does_nothing(h
 
 
 def test_a_stage_that_hangs_for_good_is_replaced(hanging: Faults) -> None:
-    hang = hanging.folder / "hang"
+    files = [hanging.folder / name for name in ("hang", "hang-for-good")]
     unet = process_of("unet", hanging.server.pid)
-    hang.touch()
-    with pytest.raises(StageFailed, match="no answer in time; a call may take 2 s"):
+    for file in files:
+        file.touch()
+    with pytest.raises(StageFailed, match="no answer in time; a call may take 1 s"):
         hanging.client.generate("a rocket", steps=20, **SMALL)
     wait_until(lambda: not still_running([unet]))
-    hang.unlink()
-
-    def served() -> bool:
-        try:
-            return bool(hanging.client.generate("a rocket", steps=1, **SMALL).images)
-        except StageFailed:  # with this short timeout, while the model is being loaded
-            return False
-
-    wait_until(served)
+    for file in files:
+        file.unlink()
+    hanging.assert_serves()
 
 
 # -- the in-flight model's process dies, or is told to end ---------------------------------------------------------------
 
 
-def test_without_the_in_flight_process_triton_is_ended_and_clients_hear_of_it(repository: Path) -> None:
+def test_without_the_in_flight_process_triton_is_ended_and_clients_hear_of_it(guarded: tuple[Path, Gate]) -> None:
+    repository, gate = guarded
     address = TritonAddress.on_free_ports()
     with (
         serve(repository, address) as process,
+        gate.closed(after=5),
         ThreadPoolExecutor(4) as pool,
-        Client(address.grpc, idle_timeout_s=IDLE_TIMEOUT_S) as client,
+        Client(address.grpc) as client,
     ):
         wait_until_ready(address)
         children = psutil.Process(process.pid).children(recursive=True)
         futures = [pool.submit(client.generate, f"a rocket {n}", steps=150) for n in range(4)]
-        time.sleep(0.5)
-        started_s = time.monotonic()
+        wait_until(lambda: sum(waiting_and_running(address)) == 4 and gate.holds)
         process_of("stable_diffusion", process.pid).kill()
         assert {outcome(future) for future in futures} == {ServerUnavailable}
-        assert time.monotonic() - started_s < 5
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 1
     assert "The process of stable_diffusion has died" in errors
     assert not still_running(children)
 
 
-def test_sigterm_loses_no_request_whatever_it_waits_for(repository: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "repository"
-    shutil.copytree(repository, copy)
-    set_parameter(copy, "stable_diffusion", "max_active_images", 3)
+def test_sigterm_loses_no_request_whatever_it_waits_for(guarded: tuple[Path, Gate]) -> None:
+    repository, gate = guarded
+    set_parameter(repository, "stable_diffusion", "max_active_images", 3)
     address = TritonAddress.on_free_ports()
-    with serve(copy, address) as process, ThreadPoolExecutor(12) as pool, Client(address.grpc, retries=0) as client:
+    with (
+        serve(repository, address) as process,
+        gate.closed(),
+        ThreadPoolExecutor(12) as pool,
+        Client(address.grpc, retries=0) as client,
+    ):
         wait_until_ready(address)
         # Of different length, so that some are decoded or done while others have not got their first step.
         futures = [pool.submit(client.generate, f"a rocket {n}", steps=1 + 3 * n, **SMALL) for n in range(12)]
-        wait_until(lambda: any(future.done() for future in futures))
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        wait_for([12, 0], lambda: waiting_and_running(address))
+        while not any(future.done() for future in futures):
+            wait_until(lambda: gate.holds or any(future.done() for future in futures))
+            gate.close(after=1)
+        drain(process, client)
         assert not all(future.done() for future in futures)
-        with pytest.raises(Draining):
-            client.generate("an apple", steps=1)
+        gate.open()
         assert [outcome(future) for future in futures] == [None] * 12
-        process.communicate(timeout=30)
+        process.communicate(timeout=LONG_S)
     assert process.returncode == 0

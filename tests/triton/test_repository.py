@@ -102,7 +102,7 @@ def test_a_bundle_is_no_repository(assembled: Path) -> None:
 
 def test_a_stray_folder_is_named(assembled: Path) -> None:
     (assembled / "notes").mkdir()
-    with pytest.raises(LaunchError, match=r"notes is no model: it has no config\.pbtxt"):
+    with pytest.raises(LaunchError, match=r"notes is not a model: it has no config\.pbtxt"):
         check_repository(assembled)
 
 
@@ -113,10 +113,10 @@ def test_nothing_is_assembled_among_other_files(assembled: Path, tmp_path: Path)
     repository_from_bundle(tmp_path / "bundle", assembled)  # another model of Triton's may lie beside ours
     home = tmp_path / "home"
     (home / "letters").mkdir(parents=True)
-    with pytest.raises(BundleError, match="is no model repository: it holds letters"):
+    with pytest.raises(BundleError, match="is not a model repository: it holds letters"):
         repository_from_bundle(tmp_path / "bundle", home)
     assert [path.name for path in home.iterdir()] == ["letters"]
-    with pytest.raises(BundleError, match="is no model repository: it holds bundle"):
+    with pytest.raises(BundleError, match="is not a model repository: it holds bundle"):
         repository_from_bundle(tmp_path / "bundle", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="file is a file"):

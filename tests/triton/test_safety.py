@@ -30,20 +30,23 @@ from diffuserve_export.graphs.onnx import onnx_from_module
 from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.conftest import CHECKPOINT
 from tests.export.tiny import add_safety_checker
+from tests.gate import Gate
+from tests.metrics import counted
 from tests.triton.test_http import post
 from tests.triton.test_lifecycle import process_of
-from tests.triton.test_metrics import values
 
 REQUEST = {"prompt": "a slice of pizza", "seed": 7, "steps": 2, "num_images": 6}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """`unchecked`: what `REQUEST` draws without a safety checker, some of which this server's withholds."""
+    """`unchecked`: what `REQUEST` draws without a safety checker, some of which this server's withholds; `gate` is before its
+    UNet."""
 
     bundle: Path
     server: TritonServer
     client: Client
+    gate: Gate
     unchecked: Result
 
 
@@ -56,11 +59,13 @@ def checked(bundle: Path, client: Client, tmp_path_factory: pytest.TempPathFacto
     checked_bundle = Path(shutil.copytree(bundle, folder / "bundle"))
     add_component(checked_bundle, checkpoint)
     repository_from_bundle(checked_bundle, folder / "repository", serving=Serving(require_safety_checker=True))
+    gate = Gate(folder)
+    gate.guard(folder / "repository")
     with (
         TritonServer(folder / "repository", TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc) as own,
     ):
-        yield Checked(checked_bundle, server, own, unchecked)
+        yield Checked(checked_bundle, server, own, gate, unchecked)
 
 
 def add_component(bundle: Path, checkpoint: Path) -> None:
@@ -91,12 +96,15 @@ def assert_withheld(result: Result, unchecked: Result) -> None:
 
 
 def test_flagged_images_are_black_and_the_others_as_they_were(checked: Checked) -> None:
-    before = values(checked.server)
+    def withheld() -> float:
+        return counted(checked.server.address, checked.client, checked.gate)["images_withheld"]
+
+    before = withheld()
+    idle = withheld()  # what counting itself adds
     result = checked.client.generate(**REQUEST)  # type: ignore[arg-type]
+    assert withheld() - idle - (idle - before) == sum(result.flagged)
     assert_withheld(result, checked.unchecked)
     assert checked.unchecked.flagged == [False] * len(result.flagged)
-    added = values(checked.server)["images_withheld"] - before["images_withheld"]
-    assert added == sum(result.flagged)
 
 
 def test_in_the_clients_own_process_too(checked: Checked) -> None:

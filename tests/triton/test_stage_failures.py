@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import read_placement, write_placement
 from diffuserve_client import Client
+from tests.waiting import LONG_S, wait_for
 
 MERGED = 4
 OUT_OF_RANGE = 700_000_000
@@ -53,7 +53,7 @@ def encode(server: TritonServer, input_ids: NDArray[np.int32]) -> NDArray[np.flo
     request.inputs.add(name="input_ids", datatype="INT32", shape=input_ids.shape)
     with grpc.insecure_channel(server.address.grpc) as channel:
         try:
-            answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=120)
+            answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=LONG_S)
         except grpc.RpcError as error:
             return str(error.details())  # type: ignore[attr-defined]
     [output] = answer.outputs
@@ -68,7 +68,7 @@ def encode_together(server: TritonServer, prompts: list[NDArray[np.int32]]) -> l
 def rows_and_calls(server: TritonServer) -> tuple[int, int]:
     with grpc.insecure_channel(server.address.grpc) as channel:
         asked = service_pb2.ModelStatisticsRequest(name=TEXT_ENCODER)
-        [counts] = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(asked, timeout=30).model_stats
+        [counts] = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(asked, timeout=LONG_S).model_stats
     return counts.inference_count, counts.execution_count
 
 
@@ -81,9 +81,7 @@ def test_four_requests_are_one_call(merging: TritonServer, bundle: Path) -> None
     [length] = read_manifest(bundle).components[TEXT_ENCODER].tensors.inputs[0].dims
     rows, calls = rows_and_calls(merging)
     encode_together(merging, [ids(5, length)] * MERGED)
-    while rows_and_calls(merging)[0] < rows + MERGED:
-        time.sleep(0.02)
-    assert rows_and_calls(merging) == (rows + MERGED, calls + 1)
+    wait_for((rows + MERGED, calls + 1), lambda: rows_and_calls(merging))
 
 
 @pytest.mark.parametrize("bad", [4, 1, 0])

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffuserve.errors import DeadlineExceeded
 from diffuserve_client import Client, Progress, Result
+from tests.gate import Gate
 
 
 def test_every_step_is_reported_and_previews_when_asked_for(client: Client) -> None:
@@ -55,6 +56,6 @@ def test_prompt_syntax_that_is_drawn_as_text_is_warned_about(client: Client) -> 
     assert "alternate" in alternation
 
 
-def test_a_request_that_runs_out_of_time_says_so(client: Client) -> None:
-    with pytest.raises(DeadlineExceeded, match="100"):
+def test_a_request_that_runs_out_of_time_says_so(client: Client, gate: Gate) -> None:
+    with gate.closed(), pytest.raises(DeadlineExceeded, match="100"):
         client.generate("a rocket", steps=150, num_images=16, timeout_s=0.1)

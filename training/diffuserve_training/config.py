@@ -147,7 +147,7 @@ def read_config(path: Path, kind: type[Section]) -> Section:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{path} is no training's configuration: {error}.") from None
+        raise ConfigError(f"{path} is not a training's configuration: {error}.") from None
 
 
 def read_names(config: Path, data: Data) -> frozenset[str] | None:
@@ -160,7 +160,7 @@ def read_names(config: Path, data: Data) -> frozenset[str] | None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}). Convert it.") from None
+        raise ConfigError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}). Convert it.") from None
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 

@@ -64,7 +64,7 @@ def read_pictures(folder: Path, prompt: str | None) -> list[Picture]:
             captions cannot be read.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder of pictures.")
+        raise ConfigError(f"{folder} is not a folder of pictures.")
     files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
     texts = {_key(path.stem + path.suffix.lower()): path for path in files}
     paths = {_key(path.name): path for path in files if path.suffix.lower() in (*_SUFFIXES, *_NOT_READ)}
@@ -129,7 +129,7 @@ def _text_of(path: Path) -> str:
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {len(mark) + error.start}"
     raise ConfigError(
-        f"{path} is no text in UTF-8, nor in UTF-16 or UTF-32 with a byte order mark ({reason}). "
+        f"{path} is not text in UTF-8, nor in UTF-16 or UTF-32 with a byte order mark ({reason}). "
         "Convert it; if it is Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW."
     )
 
@@ -152,7 +152,7 @@ def _metadata(path: Path, names: Collection[str]) -> dict[str, str]:
         name = _key(str(PurePosixPath(said.file_name)))
         if name not in names:
             raise ConfigError(
-                f"{path}, line {number}: {name!r} is no picture in {path.parent}. Correct or remove the line."
+                f"{path}, line {number}: {name!r} is not a picture in {path.parent}. Correct or remove the line."
             )
         if name in captions:
             raise ConfigError(f"{path}, line {number}: {name!r} has a caption in an earlier line. Remove one of them.")
@@ -173,5 +173,5 @@ def load_square(path: Path, size_px: int) -> NDArray[np.uint8]:
     try:
         picture = Image.fromarray(read_picture_file(path))
     except InvalidRequest as error:
-        raise ConfigError(f"{path} is no picture that can be read. {error}") from None
+        raise ConfigError(f"{path} is not a picture that can be read. {error}") from None
     return np.asarray(ImageOps.fit(picture, (size_px, size_px), Image.Resampling.LANCZOS))

@@ -3,7 +3,7 @@
 Every tensor of a module is one of the file's, by a table that is written here and not in the libraries, whose loaders skip
 what they do not know: `Origin` says where it lies. Every tensor of the file is some module's, or its name stands on a
 list of those that are known to be none of the model's weights. Anything else is refused by name, and so is a weight that
-is no finite number.
+is not a finite number.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def fill(
     *,
     ignored: Collection[str],
     where: Path,
-    mend: str,
+    fix: str,
 ) -> None:
     """Gives modules their weights, in fp32.
 
@@ -78,15 +78,15 @@ def fill(
         modules: by component; their parameters need no memory yet.
         origins: of all of their tensors.
         weights: what is read, one tensor at a time.
-        ignored: names of those that are no weights of the model's.
+        ignored: names of those that are not weights of the model's.
         where: what is said to be wrong.
-        mend: what to do if so.
+        fix: what to do if so.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape or type, or not finite; which.
     """
     if problems := [*_misfits(modules, origins, weights, ignored)]:
-        raise CheckpointError(f"{where}: weights and configs do not belong together. {' '.join(problems)} {mend}")
+        raise CheckpointError(f"{where}: weights and configs do not belong together. {' '.join(problems)} {fix}")
     _copy(modules, origins, weights)
 
 
@@ -109,7 +109,7 @@ def _misfits(
     elif left_over:
         yield f"The configs do not describe {len(left_over)} of the file's tensors: {listed(left_over)}."
     if others := {name for name in wanted & tensors.keys() if tensors[name].dtype not in FLOATS}:
-        yield f"Weights are no floating-point numbers: {listed([f'{name} is {tensors[name].dtype}' for name in others])}."
+        yield f"Weights are not floating-point numbers: {listed([f'{name} is {tensors[name].dtype}' for name in others])}."
     shapes = set()
     for part, module in modules.items():
         for name, weight in module.state_dict().items():

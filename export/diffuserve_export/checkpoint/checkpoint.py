@@ -34,6 +34,7 @@ from diffuserve.bundle.checksums import describe_file, sha256_of, sha256_of_file
 from diffuserve.bundle.manifest import File, FusedLora, ImageProcessor, ModelSpec
 from diffuserve.errors import CheckpointError
 from diffuserve.tensors import StageSpec
+from diffuserve_export.checkpoint.arguments import export_arguments
 from diffuserve_export.checkpoint.hub import folder_from_hub, is_hub_id
 from diffuserve_export.checkpoint.model_index import (
     PIPELINES,
@@ -86,6 +87,7 @@ class Checkpoint:
         image_processor: of the safety checker, None where there is none.
         safety_checker_left_out: the folder has one that is not to be exported.
         taken_from_file: settings that a single file has and the configs had otherwise, such as `scheduler.prediction_type`.
+        exported_with: what it was opened with, as arguments of `diffuserve export`.
     """
 
     path: Path
@@ -99,6 +101,7 @@ class Checkpoint:
     image_processor: ImageProcessor | None = None
     safety_checker_left_out: bool = False
     taken_from_file: Mapping[str, Any] = field(default_factory=dict)
+    exported_with: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -163,8 +166,10 @@ def open_checkpoint(
             7.5 and the scheduler's own.
 
     Raises:
-        CheckpointError: it is none, or it needs something that is not supported; what, and how to mend it.
+        CheckpointError: it is none, or it needs something that is not supported; what, and how to fix it.
     """
+    given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    exported_with = export_arguments(path, config, loras, safety_checker, clip_skip=clip_skip, **given)
     single_file, said = _open_single_file(path) if path.is_file() else (None, Said())
     if single_file:
         name, folder = path.stem, _config_folder(single_file, said, config)
@@ -189,7 +194,6 @@ def open_checkpoint(
             configs[part][key] = value
         if clip_skip is None and (by_file := clip_skip_by_file(said, two_encoders="text_encoder_2" in parts)):
             settings["clip_skip"] = clip_skip = by_file
-    given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
     defaults = msgspec.structs.replace(
         _read_defaults(folder), **{key: value for key, value in given.items() if value is not None}
     )
@@ -215,6 +219,7 @@ def open_checkpoint(
         image_processor=image_processor,
         safety_checker_left_out=has_safety_checker and not safety_checker,
         taken_from_file=settings,
+        exported_with=exported_with,
     )
 
 
@@ -240,7 +245,7 @@ def _config_folder(single_file: Weights, said: Said, config: Path | None) -> Pat
 
 
 def _locate(path: Path, config: Path | None, weights: bool) -> tuple[str, Path]:
-    """The model's name and the folder of a checkpoint that is no single file."""
+    """The model's name and the folder of a checkpoint that is not a single file."""
     if config is not None:
         raise CheckpointError(
             f"--config is for a single .safetensors file, and {path} is none: a folder in diffusers' format has configs "

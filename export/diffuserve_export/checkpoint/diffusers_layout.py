@@ -35,7 +35,7 @@ def origins_in_folder(part: str, module: nn.Module, names: Collection[str]) -> d
 
 
 def ignored_in_folder(part: str, module: nn.Module, names: Collection[str]) -> set[str]:
-    """Names of tensors in a component's folder that are no weights of the component's. Arguments as above."""
+    """Names of tensors in a component's folder that are not weights of the component's. Arguments as above."""
     if part == "safety_checker":
         return {name for name in names if _OF_CLIP.fullmatch(name)}
     if part not in _TEXT_ENCODERS:

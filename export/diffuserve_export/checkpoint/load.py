@@ -72,7 +72,7 @@ def _load_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             checkpoint.single_file,
             ignored=ignored_in_original(modules, names),
             where=checkpoint.single_file.files[0],
-            mend=f"The configs are those of {checkpoint.path}: if they are of another kind of model, name a folder of the "
+            fix=f"The configs are those of {checkpoint.path}: if they are of another kind of model, name a folder of the "
             "same kind by --config.",
         )
     for part, weights in checkpoint.weights.items():
@@ -83,7 +83,7 @@ def _load_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             weights,
             ignored=ignored_in_folder(part, module, names),
             where=checkpoint.path / part,
-            mend="Download or save the checkpoint again.",
+            fix="Download or save the checkpoint again.",
         )
     return {part: module.eval().requires_grad_(False) for part, module in modules.items()}
 

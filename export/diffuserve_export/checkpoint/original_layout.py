@@ -65,7 +65,7 @@ _OPEN_CLIP_LAYER = {
 }
 _OPEN_CLIP_THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-# Names of tensors that are no weights of the model's.
+# Names of tensors that are not weights of the model's.
 _NO_WEIGHTS = re.compile(
     "|".join(
         (
@@ -123,7 +123,7 @@ def original_unet_names(unet: nn.Module) -> dict[str, str]:
 
 
 def ignored_in_original(modules: Mapping[str, nn.Module], names: Collection[str]) -> set[str]:
-    """Names of a file's tensors that are no weights of the model's. Arguments as above.
+    """Names of a file's tensors that are not weights of the model's. Arguments as above.
 
     The moving average of the UNet's weights, `model_ema`, is among them where the weights themselves are there too.
     """

@@ -16,7 +16,7 @@ _PICKLE = (
     ".safetensors.",
 )
 _ARCHIVE = ("a compressed archive", "Unpack it.")
-# How files begin that are found under the names of weights: what each is, and how to mend it.
+# How files begin that are found under the names of weights: what each is, and how to fix it.
 _OTHERS: Mapping[bytes, tuple[str, str]] = {
     b"PK\x03\x04": _PICKLE,  # PyTorch's, in a zip archive
     **{bytes([0x80, protocol]): _PICKLE for protocol in range(2, 6)},
@@ -66,7 +66,7 @@ def read_header(file: Path) -> Header:
     """Whatever the file is called: its content decides.
 
     Raises:
-        CheckpointError: it is no safetensors file, or a damaged one; its length is compared with what the header says.
+        CheckpointError: it is not a safetensors file, or a damaged one; its length is compared with what the header says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -93,9 +93,9 @@ def _reason(file: Path, error: Exception) -> str:
     if start[8:9] == b"{":  # a safetensors file's header, before which its length stands, which may look like anything
         return f"{file} is damaged or cut short: {error}. {_DOWNLOAD}"
     start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
-    for beginning, (what, mend) in _OTHERS.items():
+    for beginning, (what, fix) in _OTHERS.items():
         if start.startswith(beginning):
-            return f"{file} is {what}, and no safetensors file. {mend}"
+            return f"{file} is {what}, and no safetensors file. {fix}"
     if start.isascii() and all(byte >= 0x20 or byte in b"\r\n\t" for byte in start):
         return f"{file} is a text, and no safetensors file. It may be a server's error message. {_DOWNLOAD}"
     return f"{file} is damaged or cut short: {error}. {_DOWNLOAD}"

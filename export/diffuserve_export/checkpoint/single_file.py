@@ -101,7 +101,7 @@ def _check_parts(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
     missing = [part for part, prefixes in _PARTS.items() if not any(name.startswith(prefixes) for name in tensors)]
     if missing:
         raise CheckpointError(
-            f"{file} holds no {' and no '.join(missing)}, so it is no whole checkpoint in the original layout. Give a LoRA by "
+            f"{file} holds no {' and no '.join(missing)}, so it is not a whole checkpoint in the original layout. Give a LoRA by "
             "--lora beside its checkpoint; and for weights in diffusers' format the folder with the model_index.json."
         )
 
@@ -229,7 +229,7 @@ def config_of_single_file(file: Path, tensors: Mapping[str, TensorInfo], said: S
     if kind not in ("v1", "v2", "xl_base") or "model.diffusion_model.input_blocks.0.0.weight" not in tensors:
         raise CheckpointError(
             f"{file} is not a Stable Diffusion 1.x, 2.x or XL model in the original layout (diffusers takes it for "
-            f"{kind}). A LoRA, a VAE or a UNet alone is no checkpoint: give a LoRA by --lora beside its checkpoint."
+            f"{kind}). A LoRA, a VAE or a UNet alone is not a checkpoint: give a LoRA by --lora beside its checkpoint."
         )
     if kind == "v2" and said.prediction_type == "epsilon":
         return "stabilityai/stable-diffusion-2-1-base"

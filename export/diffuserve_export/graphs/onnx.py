@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 # The exporter freezes what it cannot tell from a constant: so a batch of more than one, and a height and a width that
-# differ and are no powers of two.
+# differ and are not powers of two.
 _BATCH, _HEIGHT, _WIDTH = 2, 5, 3
 # diffusers' upsampling makes larger batches contiguous first, which changes nothing in a graph. The exporter would find
 # this out by itself and trace the module a second time. The graph takes any batch.

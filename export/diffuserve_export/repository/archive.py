@@ -81,7 +81,7 @@ def archive_from_bundle(
             were not built for.
     """
     if output.suffix != ".mar":
-        raise BundleError(f"{output} is no name for a model archive. Give it the ending .mar.")
+        raise BundleError(f"{output} is not a name for a model archive. Give it the ending .mar.")
     serving = serving or Serving(call_timeout_s=BATCH_TIMEOUT_S)
     manifest = read_manifest(bundle)
     limits = limits or Limits.for_model(manifest.model)

@@ -131,7 +131,7 @@ def check_output(output: Path, name: str, folders: Collection[str]) -> None:
             continue
         if not (path.is_dir() and (path.name in folders or (path / CONFIG_NAME).is_file())):
             raise BundleError(
-                f"{output} exists and is no model repository: it holds {path.name}, which is no model. Name another --output."
+                f"{output} exists and is not a model repository: it holds {path.name}, which is not a model. Name another --output."
             )
         if path.name == name:
             continue

@@ -9,9 +9,11 @@ from diffuserve import __version__
 from diffuserve.bundle.manifest import Manifest, ModelSpec
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
+from diffuserve.response_tensors import RESPONSE
 from diffuserve.serving_options import Serving
-from diffuserve.tensors import REQUEST_INPUTS, RESPONSE, STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
+from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
 from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
+from diffuserve.wire import REQUEST_INPUTS
 from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 
@@ -76,7 +78,8 @@ def sources(manifest: Manifest, arguments: Mapping[str, str]) -> str:
     """
     return (
         f"# Written by `diffuserve assemble`, version {__version__}.\n"
-        f"# Bundle: {' '.join(manifest.title.split())}, SHA-256 {manifest.bundle_sha256}.\n"
+        # The checkpoint's and not the bundle's, which carries an image that differs between processors.
+        f"# Checkpoint: {' '.join(manifest.title.split())}, SHA-256 {manifest.source_sha256}.\n"
         f"# Options: {words(arguments) or 'none'}.\n"
     )
 

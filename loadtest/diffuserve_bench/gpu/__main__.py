@@ -126,7 +126,7 @@ def _positive(text: str) -> float:
 def _bundle(text: str) -> Path:
     path = Path(text)
     if not (path / "manifest.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text} is no bundle: it has no manifest.json")
+        raise argparse.ArgumentTypeError(f"{text} is not a bundle: it has no manifest.json")
     return path
 
 

@@ -21,16 +21,18 @@ def measure(settings: Settings, record: PhaseRecord) -> None:
 
     device, sizes = torch_device(settings), settings.sizes
     generator = torch.Generator(device).manual_seed(0)
-    rows = _ROWS if device.type == "cuda" else 1
+    rows, image_side = (_ROWS, _SIDE) if device.type == "cuda" else (1, 8)
     with torch.inference_mode():
         for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             with record.part(figure="matrix product", precision=precision):
                 side = sizes.matrix_side
                 _product(record, sizes, device, generator, (side, side, side), dtype, precision)
-                unet = (rows * _SIDE * _SIDE, _CHANNELS, _WIDER)
+                unet = (rows * image_side * image_side, _CHANNELS, _WIDER)
                 _product(record, sizes, device, generator, unet, dtype, precision)
             with record.part(figure="convolution", precision=precision):
-                _convolution(record, sizes, device, generator, rows, dtype, precision)
+                _convolution(
+                    record, sizes, device, generator, (rows, _CHANNELS, image_side, image_side), dtype, precision
+                )
         with record.part(figure="copy"):
             _copy(record, sizes, device)
 
@@ -61,22 +63,23 @@ def _convolution(
     sizes: Sizes,
     device: torch.device,
     generator: torch.Generator,
-    rows: int,
+    shape: tuple[int, int, int, int],
     dtype: torch.dtype,
     precision: str,
 ) -> None:
+    """`shape`: of the image, (B, C, h, w)."""
     import torch
 
     channels_last = torch.channels_last
-    image = torch.randn(rows, _CHANNELS, _SIDE, _SIDE, device=device, dtype=dtype, generator=generator)
+    image = torch.randn(shape, device=device, dtype=dtype, generator=generator)
     filters = torch.randn(_CHANNELS, _CHANNELS, 3, 3, device=device, dtype=dtype, generator=generator)
     image, filters = image.to(memory_format=channels_last), filters.to(memory_format=channels_last)
     seconds = median_s(
         lambda: torch.nn.functional.conv2d(image, filters, padding=1), device, sizes.calls, inner=sizes.inner
     )
     rate = 2 * image.numel() * _CHANNELS * 9 / seconds
-    shape = f"{rows}x{_CHANNELS}x{_SIDE}x{_SIDE}, 3x3"
-    record.figure("convolution", rate / 1e12, "TFLOP/s", precision=precision, shape=shape)
+    named = f"{'x'.join(map(str, shape))}, 3x3"
+    record.figure("convolution", rate / 1e12, "TFLOP/s", precision=precision, shape=named)
 
 
 def _copy(record: PhaseRecord, sizes: Sizes, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from diffuserve_bench.gpu.settings import Settings
 
 _MARKER = "pytest.mark.gpu"
 # Those that take seconds, without the fixtures of the whole project, which need more packages than these tests do. Warnings of
-# other versions than those that this project is tested with are no failures here.
+# other versions than those that this project is tested with are not failures here.
 _OPTIONS = ("-m", "gpu and not slow", "--noconftest", "--continue-on-collection-errors", "-q", "-W", "default")
 _PASSED = "passed"
 _OUTCOMES = {"failure": FAILED, "error": FAILED, "skipped": "skipped"}

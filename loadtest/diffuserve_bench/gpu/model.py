@@ -27,7 +27,7 @@ def model_in(settings: Settings) -> tuple[Path, Manifest]:
 
     Raises:
         Skipped: no model was named.
-        BundleError: it is no bundle.
+        BundleError: it is not a bundle.
     """
     if settings.model is None:
         raise Skipped("no model was named: --model FOLDER, made by diffuserve export --without-weights, or any bundle")

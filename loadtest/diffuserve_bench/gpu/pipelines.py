@@ -33,7 +33,7 @@ def measure(settings: Settings, record: PhaseRecord) -> None:
     before; latents or images stay on the device.
 
     Raises:
-        Skipped: it is no model that StableDiffusionPipeline draws with.
+        Skipped: it is not a model that StableDiffusionPipeline draws with.
     """
     device = torch_device(settings)
     bundle, manifest = model_in(settings)

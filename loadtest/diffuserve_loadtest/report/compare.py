@@ -84,7 +84,7 @@ def _distribution(run: Run) -> Sequence[tuple[float, float]]:
 
 
 def read_for_comparison(path: Path) -> Run:
-    """Raises `click.ClickException`: it is no run's JSON."""
+    """Raises `click.ClickException`: it is not a run's JSON."""
     import msgspec
 
     from diffuserve_loadtest.report.run import read_run

@@ -26,7 +26,7 @@ class Run(msgspec.Struct, frozen=True):
         server: the protocol and address.
         kept_up: whether the generator did.
         capacity_per_s: what a load of 1 is; None if it was not needed.
-        engine_bound_per_s: requests a second of the engines alone; None if they were not timed.
+        engine_bound_per_s: requests per second of the engines alone; None if they were not timed.
         recording, samples: the raw material.
         measures, slo, verdicts: what they come to.
     """
@@ -62,7 +62,7 @@ def write_run(run: Run, path: Path) -> None:
 
 
 def read_run(path: Path) -> Run:
-    """Raises `OSError`, or `msgspec.DecodeError` if it is no run or of another version."""
+    """Raises `OSError`, or `msgspec.DecodeError` if it is not a run or of another version."""
     run = msgspec.json.decode(path.read_bytes(), type=Run)
     if run.format_version != FORMAT_VERSION:
         raise msgspec.DecodeError(f"{path} has the format {run.format_version}; this version reads {FORMAT_VERSION}")

@@ -98,7 +98,7 @@ def slo_from_text(text: str) -> Slo:
 def _term(text: str) -> Term:
     match = _TERM.fullmatch(text)
     if match is None:
-        raise SloError(f"{text!r} is no term of an SLO; terms are like p95<3s, errors<0.1% or goodput>1.5/s.")
+        raise SloError(f"{text!r} is not a term of an SLO; terms are like p95<3s, errors<0.1% or goodput>1.5/s.")
     measure, unit = match["measure"], match["unit"]
     is_latency = measure in _LATENCIES or bool(re.fullmatch(r"p\d.*", measure))
     if not is_latency and measure not in (*_SHARES, *_RATES):

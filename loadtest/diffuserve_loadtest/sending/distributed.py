@@ -23,7 +23,7 @@ from diffuserve_loadtest.workload.workload import Workload
 
 _SHARE, _STOP, _ENDED = "diffuserve-share", "diffuserve-stop", "diffuserve-ended"
 _LOOK_FOR_LOST_EVERY_S = 1.0
-_STOPS_WITHIN_S = 10.0
+_STOPS_WITHIN_S = 60.0
 
 
 def open_generation(environment: Any, workload: Workload, target: Target, recording: Path | None) -> Generation:

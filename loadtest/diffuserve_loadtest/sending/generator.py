@@ -45,7 +45,7 @@ def generate(
     """Sends a workload to a target.
 
     Args:
-        workload: with rates in requests a second.
+        workload: with rates in requests per second.
         target: where to.
         key_file: TorchServe's keys.
         workers: processes that send; with several, one more directs them.

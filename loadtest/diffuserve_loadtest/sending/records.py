@@ -66,7 +66,7 @@ class Recording(msgspec.Struct, frozen=True):
 
     Attributes:
         started_at: seconds since the epoch; what the records' times count from.
-        workload: as it was run: rates in requests a second.
+        workload: as it was run: rates in requests per second.
         records: in the order in which they ended, those of the warm-up too.
         unsent: requests that were due within the run and not sent, because too many were in flight.
     """
@@ -93,7 +93,7 @@ def counted_of(recording: Recording) -> list[Record]:
 
 
 def all_answered(recording: Recording) -> Sequence[Record]:
-    """The records of a run, in the order in which the answers came. Raises `RequestsFailed` if one is no answer, or is missing."""
+    """The records of a run, in the order in which the answers came. Raises `RequestsFailed` if one is not an answer, or is missing."""
     failed = [record for record in recording.records if record.outcome != OK]
     if failed or recording.unsent:
         words = f" The first one: {failed[0].outcome}: {failed[0].message}" if failed else ""

@@ -14,7 +14,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Protocol = Literal["triton-grpc", "triton-http", "triton-stream", "torchserve-grpc", "torchserve-http", "image-http"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-"""triton-grpc is diffuserve_client; triton-http Triton's /generate; triton-stream its /generate_stream with an event a step;
+"""triton-grpc is diffuserve_client; triton-http Triton's /generate; triton-stream its /generate_stream with an event per step;
 image-http what other servers speak: the request's fields as JSON in, an image file out."""
 
 
@@ -37,7 +37,7 @@ class Target(msgspec.Struct, frozen=True):
         scheme = "" if self.protocol.endswith("grpc") else "http"
         if self.url.partition("://")[0] != scheme and (scheme or "://" in self.url):
             form = "http://HOST:PORT" if scheme else "HOST:PORT"
-            raise InvalidRequest(f"{self.url!r} is no address for {self.protocol}; it must be {form}.")
+            raise InvalidRequest(f"{self.url!r} is not an address for {self.protocol}; it must be {form}.")
         host = urlsplit(self.url if "://" in self.url else f"//{self.url}").hostname
         if host not in _LOOPBACK:
             raise InvalidRequest(

@@ -23,7 +23,8 @@ from typing import Any
 import click
 import numpy as np
 
-from diffuserve.tensors import NUMPY_DTYPE, RESPONSE, STABLE_DIFFUSION
+from diffuserve.response_tensors import RESPONSE
+from diffuserve.tensors import NUMPY_DTYPE, STABLE_DIFFUSION
 
 _SIDE_PX = 128
 _FOREVER_S = 3600.0

@@ -37,14 +37,13 @@ class Sample(msgspec.Struct, frozen=True):
         metrics: by the names of `diffuserve.stats.METRICS`; empty if the server has none or does not answer.
         buckets: of each histogram, cumulative counts by upper bound.
         processes: by what they run; those of one name are added up.
-        shared_memory_bytes, shared_memory_files: of /dev/shm, whoever uses it.
+        shared_memory_files: in /dev/shm, whoever uses them.
     """
 
     at_s: float
     metrics: Mapping[str, float]
     buckets: Mapping[str, Mapping[str, float]]
     processes: Mapping[str, Process]
-    shared_memory_bytes: int
     shared_memory_files: int
 
     @property
@@ -90,7 +89,7 @@ class Watch:
             # It may be down or end within its answer, which is one of the things to see.
             with contextlib.suppress(OSError, HTTPException):
                 metrics, buckets = values_and_buckets(read_text(self._metrics_url), self._model)
-        return Sample(time.time(), metrics, buckets, processes_of(self._pid), *_shared_memory())
+        return Sample(time.time(), metrics, buckets, processes_of(self._pid), _shared_memory_files())
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_S):
@@ -117,11 +116,5 @@ def _sum(one: Process, other: Process) -> Process:
     return Process(*(a + b for a, b in zip(msgspec.structs.astuple(one), msgspec.structs.astuple(other), strict=True)))
 
 
-def _shared_memory() -> tuple[int, int]:
-    sizes = []
-    for path in SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ():
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # removed meanwhile
-            continue
-    return sum(sizes), len(sizes)
+def _shared_memory_files() -> int:
+    return sum(1 for _ in SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else 0

@@ -25,7 +25,7 @@ def due_times(workload: Workload) -> Iterator[float]:
     """Seconds from the start, rising, all less than the workload's duration; the same for the same seed.
 
     Raises:
-        InvalidRequest: the rates are shares of a capacity that is not known, or the file to replay is no list of times.
+        InvalidRequest: the rates are shares of a capacity that is not known, or the file to replay is not a list of times.
         TypeError: the workload is a closed loop.
     """
     arrivals, duration_s = workload.arrivals, workload.duration_s

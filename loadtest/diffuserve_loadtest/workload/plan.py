@@ -8,9 +8,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from diffuserve_loadtest.workload.workload import Requests, Workload
+from diffuserve_loadtest.workload.workload import SETTINGS, Requests, Workload
 
-_PLAIN = ("negative_prompt", "width", "height", "timeout_ms", "format")
+# The order in which values are drawn: another would make other requests of the same workload and seed.
+_DRAWN = tuple(dict.fromkeys(("steps", "num_images", "guidance_scale", "prompt", *SETTINGS)))
 
 
 @dataclass(frozen=True)
@@ -46,31 +47,17 @@ def plan(workload: Workload, number: int) -> PlannedRequest:
     """Request `number` of a workload. Its seed is its number too, so that answers can be compared between runs."""
     choose = random.Random(f"request {workload.seed} {number}")  # noqa: S311 - a load, no secret
     part = _part_of(workload, number)
-    steps, images = _one(choose, part.steps), _one(choose, part.num_images)
-    guidance_scale = _one(choose, part.guidance_scale)
-    guided = guidance_scale > 1
-    fields: dict[str, Any] = {
-        "prompt": _one(choose, part.prompt).replace("{number}", str(number)),
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "num_images": images,
-        "seed": number % 2**32,
-    }
-    for name in _PLAIN:
-        if (value := getattr(part, name)) is not None:
-            fields[name] = value
-    for name in ("sampler", "priority"):
-        if (values := getattr(part, name)) is not None:
-            fields[name] = _one(choose, values)
+    fields = {name: _one(choose, value) for name in _DRAWN if (value := getattr(part, name)) is not None}
+    fields |= {"prompt": fields["prompt"].replace("{number}", str(number)), "seed": number % 2**32}
     cancelled = choose.random() < part.cancel_share
     cancel_after_s = choose.uniform(*part.cancel_after_s)
     return PlannedRequest(
         number,
         fields,
-        _in_words(part, steps, images, guided),
-        steps * images * (2 if guided else 1),
-        images,
-        (part.width, part.height),
+        _in_words(fields),
+        fields["steps"] * fields["num_images"] * (2 if fields["guidance_scale"] > 1 else 1),
+        fields["num_images"],
+        (fields.get("width"), fields.get("height")),
         cancel_after_s if cancelled else None,
     )
 
@@ -92,11 +79,11 @@ def _one(choose: random.Random, values: Any) -> Any:
     return choose.choice(values) if isinstance(values, (list, tuple)) else values
 
 
-def _in_words(part: Requests, steps: int, images: int, guided: bool) -> str:
-    words = [f"{steps} steps"]
-    if part.width is not None or part.height is not None:
-        words.append(f"{part.width or 'default'} x {part.height or 'default'}")
-    if images > 1:
-        words.append(f"{images} images")
-    words.append("guided" if guided else "unguided")
+def _in_words(fields: dict[str, Any]) -> str:
+    words = [f"{fields['steps']} steps"]
+    if "width" in fields or "height" in fields:
+        words.append(f"{fields.get('width', 'default')} x {fields.get('height', 'default')}")
+    if fields["num_images"] > 1:
+        words.append(f"{fields['num_images']} images")
+    words.append("guided" if fields["guidance_scale"] > 1 else "unguided")
     return ", ".join(words)

@@ -12,8 +12,7 @@ import threading
 from diffuserve_bench.gpu.phases import Phase
 from diffuserve_bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_bench.gpu.settings import Settings
-
-LONG_S = 120.0  # longer than any of them needs on the slowest machine
+from tests.waiting import LONG_S
 
 
 def phase(name: str, seconds: float = LONG_S) -> Phase:

@@ -100,7 +100,7 @@ def test_options_that_are_wrong(tmp_path: Path) -> None:
         (["--phases", "unet,lop"], "there is no phase 'lop'; there are: ceilings, tests, model, unet"),
         (["--phases", "unet=fast"], "it is 'fast'; it must be a number of seconds above 0"),
         (["--seconds", "0"], "it is '0'; it must be a number of seconds above 0"),
-        (["--model", str(tmp_path)], "is no bundle: it has no manifest.json"),
+        (["--model", str(tmp_path)], "is not a bundle: it has no manifest.json"),
     ):
         program = [sys.executable, "-S", "-m", "diffuserve_bench.gpu", *options]
         run = subprocess.run(program, env=environment, capture_output=True, text=True)

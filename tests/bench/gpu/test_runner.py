@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ from diffuserve_bench.gpu.phases import Phase
 from diffuserve_bench.gpu.record import read_lines
 from diffuserve_bench.gpu.runner import run
 from diffuserve_bench.gpu.settings import Settings
-from tests.bench.gpu.injected import LONG_S, phase
+from tests.bench.gpu.injected import phase
+from tests.waiting import LONG_S, wait_until
 
 _ROOT = Path(__file__).parents[3]
 
@@ -49,10 +49,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: Sequence[float | None]) -> None:
-    deadline_s = time.monotonic() + LONG_S
-    while any(is_alive(int(pid or 0)) for pid in pids):
-        assert time.monotonic() < deadline_s, "a phase's process lives on"
-        time.sleep(0.02)
+    wait_until(lambda: not any(is_alive(int(pid or 0)) for pid in pids))
 
 
 def test_a_phase_that_ends_badly_does_not_end_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -48,10 +48,10 @@ def test_goodput_counts_against_the_loosest_latency() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("p95", "'p95' is no term of an SLO; terms are like p95<3s"),
-        ("p95<", "no term"),
-        ("p95=3s", "no term"),
-        ("p95<-3s", "no term"),
+        ("p95", "'p95' is not a term of an SLO; terms are like p95<3s"),
+        ("p95<", "not a term"),
+        ("p95=3s", "not a term"),
+        ("p95<-3s", "not a term"),
         ("p95<3", "has the unit ''; p95 is in s or ms"),
         ("p95<3%", "has the unit '%'; p95 is in s or ms"),
         ("errors<3s", "errors is in %"),

@@ -14,6 +14,8 @@ from diffuserve_loadtest.sending.target import Protocol, Target
 from diffuserve_loadtest.server.under_test import UnderTest, started_torchserve
 from diffuserve_loadtest.workload.arrivals import Bursts
 from diffuserve_loadtest.workload.workload import Requests, Workload
+from tests.gate import Gate
+from tests.waiting import LONG_S
 
 REQUESTS = (
     Requests(
@@ -21,38 +23,42 @@ REQUESTS = (
         negative_prompt="blurred",
         sampler="euler",
         priority=1,
-        timeout_ms=60_000,
+        timeout_ms=600_000,
         format="jpeg",
     ),
     Requests(steps=2, width=64, height=128, num_images=2, guidance_scale=1.0),
-    Requests(steps=100, cancel_share=1.0, cancel_after_s=(0.2, 0.5)),
     Requests(steps=1000),
 )
+CANCELLED_ONES = (Requests(steps=150, width=64, height=64, cancel_share=1.0, cancel_after_s=(0.1, 0.3)),)
 
 
-def load(requests: tuple[Requests, ...]) -> Workload:
+def load(requests: tuple[Requests, ...], count: int = 8) -> Workload:
     return Workload(
         "A test.",
-        Bursts(rate_per_s=8, size=8),
+        Bursts(rate_per_s=count, size=count),
         requests,
         duration_s=1.0,
         warm_up_s=0.0,
-        patience_s=60.0,
+        patience_s=LONG_S,
     )
 
 
 @pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http", "triton-stream"])
-def test_triton(server: TritonServer, protocol: Protocol) -> None:
+def test_triton(server: TritonServer, gate: Gate, protocol: Protocol) -> None:
     url = server.address.grpc if protocol == "triton-grpc" else server.address.http
-    recording, _ = generate(load(REQUESTS), Target(protocol, url))
+    target = Target(protocol, url)
+    recording, _ = generate(load(REQUESTS), target)
     found = {record.outcome for record in recording.records}
-    assert found == {OK, CANCELLED, "invalid_request"}
+    assert found == {OK, "invalid_request"}
     for record in recording.records:
         if record.outcome == "invalid_request":
             assert "steps is 1000" in record.message
         if "64 x 128" in record.kind:
             assert record.outcome == OK
             assert record.images == 2
+    with gate.closed():
+        recording, _ = generate(load(CANCELLED_ONES, 2), target)
+    assert {record.outcome for record in recording.records} == {CANCELLED}
 
 
 @pytest.fixture(scope="module")

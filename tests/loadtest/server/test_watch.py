@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from diffuserve_loadtest.sending.target import Target
+from diffuserve_loadtest.server import watch
 from diffuserve_loadtest.server.metrics import values_and_buckets
 from diffuserve_loadtest.server.under_test import UnderTest
-from diffuserve_loadtest.server.watch import SHARED_MEMORY, Watch, processes_of
+from diffuserve_loadtest.server.watch import Watch, processes_of
 
 METRICS = """\
 # HELP diffuserve_unet_rows UNet rows executed.
@@ -104,15 +105,12 @@ def test_children_are_named_by_what_they_run(tmp_path: Path) -> None:
     assert processes_of(process.pid) == {}
 
 
-def test_shared_memory_is_counted() -> None:
-    before = Watch(None, None).look()
-    path = SHARED_MEMORY / f"diffuserve-test-{os.getpid()}"
-    path.write_bytes(b"12345")
-    try:
-        during = Watch(None, None).look()
-    finally:
-        path.unlink()
-    assert during.shared_memory_files >= before.shared_memory_files + 1
+def test_shared_memory_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Path("/dev/shm") == watch.SHARED_MEMORY  # noqa: S108 - where Linux has it
+    monkeypatch.setattr(watch, "SHARED_MEMORY", tmp_path)  # where nobody else's files come and go
+    (tmp_path / "region").write_bytes(b"12345")
+    sample = Watch(None, None).look()
+    assert sample.shared_memory_files == 1
 
 
 def test_waiting_until_a_server_is_idle(address: str) -> None:

@@ -43,7 +43,7 @@ class Trajectory:
 
     @property
     def evaluations(self) -> int:
-        """n, the UNet calls that one row takes: one a step, or more."""
+        """n, the UNet calls that one row takes: one per step, or more."""
         return len(self.timesteps)
 
     @property
