@@ -29,6 +29,7 @@ from diffuserve_loadtest.workload.due_times import due_times
 from diffuserve_loadtest.workload.files import to_yaml
 from diffuserve_loadtest.workload.plan import plan
 from diffuserve_loadtest.workload.workload import Requests, Workload
+from tests.client.fake_triton import FakeTriton
 from tests.loadtest.held_server import HeldServer
 from tests.loadtest.sending.test_http_transport import server
 from tests.ports import reserved_port
@@ -44,6 +45,14 @@ def workload(arrivals: Arrivals, **fields: object) -> Workload:
 
 def outcomes(recording: Recording) -> Counter[str]:
     return Counter(record.outcome for record in recording.records)
+
+
+def test_requests_ask_for_the_targets_model() -> None:
+    with FakeTriton() as triton:  # which has stable_diffusion
+        load = workload(Constant(rate_per_s=5))
+        recording, _ = generate(load, Target("triton-grpc", triton.address, model="photos"))
+    assert outcomes(recording) == {"server_unavailable": 5}
+    assert "does not serve the model 'photos'. It serves: stable_diffusion." in recording.records[0].message
 
 
 @pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
