@@ -5,11 +5,13 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker gets a file at a time, in the order of tests/conftest.py.
+DEFAULT_SUITE = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 CHECKPOINT := model_store/checkpoints/tiny-emoji
 BUNDLE := model_store/bundles/tiny-emoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle repository demo test test-all test-real lint format bench clean
+.PHONY: help install bundle repository demo test test-all test-real coverage lint format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +35,7 @@ demo: repository  ## export the bundled checkpoint, start Triton, draw demo.png,
 test: repository  ## the default suite: lint, types and tests, about 6 minutes on two cores
 	@begun=$$(date +%s); \
 	$(MAKE) --no-print-directory lint && \
-	$(BIN)/pytest -n $(WORKERS) -m 'not slow and not gpu' && \
+	$(DEFAULT_SUITE) && \
 	echo "make test took $$(($$(date +%s) - begun)) s"
 
 test-all: repository  ## everything, including slow tests, except test-real's
@@ -42,6 +44,9 @@ test-all: repository  ## everything, including slow tests, except test-real's
 
 test-real: install  ## export Stable Diffusion 1.5 and XL at their real size with random weights: 24 GB of memory, 40 minutes
 	$(BIN)/pytest -s tests/export/test_real_size.py
+
+coverage: repository  ## the default suite, and which lines it does not run; half as long again
+	$(DEFAULT_SUITE) --cov
 
 lint: install
 	$(BIN)/ruff check .
