@@ -32,7 +32,7 @@ from diffuserve_client import Client, Result
 from diffuserve_export.repository.assemble import repository_from_bundle
 from tests.metrics import read_metrics
 from tests.triton.test_http import post
-from tests.triton.test_launcher import serve, still_running, wait_until_ready
+from tests.triton.test_launcher import read_until_served, serve, still_running
 from tests.triton.test_lifecycle import process_of, wait_until
 
 NEGATIVE = "negative"
@@ -249,7 +249,7 @@ def test_a_restart_under_load_of_both_loses_no_request(two: Path, alone: Drawn) 
         stack.callback(hold.unlink, missing_ok=True)
         with serve(two / "repository", address) as first:
             said = Lines(first)
-            wait_until_ready(address)
+            output = read_until_served(first)
             hold.touch()  # so that what has been accepted is not finished before the test says so
             for job in alone:
                 accepted = threading.Event()
@@ -268,8 +268,6 @@ def test_a_restart_under_load_of_both_loses_no_request(two: Path, alone: Drawn) 
                 assert_same(pixels(future.result(timeout=120)), alone[job])
             assert first.wait(timeout=60) == 0
             assert "Stopped." in said.join()
-            assert first.stdout is not None
-            output = first.stdout.read()
             for model, option in ((STABLE_DIFFUSION, "\n"), (NEGATIVE, " --model negative\n")):
                 assert f"{address.http}/v2/models/{model}/generate\n" in output
                 assert f'"a slice of pizza, glossy" --url {address.grpc}{option}' in output
@@ -277,6 +275,7 @@ def test_a_restart_under_load_of_both_loses_no_request(two: Path, alone: Drawn) 
             said = Lines(second)
             for job, future in later.items():
                 assert_same(pixels(future.result(timeout=120)), alone[job])
+            read_until_served(second)
             second.send_signal(signal.SIGTERM)
             assert second.wait(timeout=60) == 0
             said.join()
@@ -303,7 +302,7 @@ def test_without_one_models_process_triton_is_ended_for_both(two: Path) -> None:
         stack.callback(hold.unlink, missing_ok=True)
         process = stack.enter_context(serve(two / "repository", address))
         said = Lines(process)
-        wait_until_ready(address)
+        read_until_served(process)
         children = psutil.Process(process.pid).children(recursive=True)
         hold.touch()
         accepted = {model: threading.Event() for model in MODELS}
