@@ -118,9 +118,13 @@ class TextToImageRequest:
         return self.guidance_scale > 1.0
 
     @property
+    def rows_per_image(self) -> int:
+        return 2 if self.guided else 1
+
+    @property
     def rows(self) -> int:
         """UNet rows that it takes in every step."""
-        return self.num_images * (2 if self.guided else 1)
+        return self.num_images * self.rows_per_image
 
     @property
     def seeds(self) -> tuple[int, ...]:
