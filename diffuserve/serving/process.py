@@ -15,8 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -169,25 +167,6 @@ def free_ports(host: str, count: int) -> tuple[int, ...]:
         for probe in probes:
             probe.bind((host, 0))
         return tuple(probe.getsockname()[1] for probe in probes)
-
-
-def answers_ok(url: str) -> bool:
-    """Whether a server answers a GET of its own `url` with 200 within a second."""
-    return answer_of(url) is not None
-
-
-def answer_of(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
-    """What a server answers to a GET of its own `url`; None if it is not 200 or takes longer than a second."""
-    request = urllib.request.Request(url, headers=dict(headers or {}))  # noqa: S310 - built from the launcher's own address
-    try:
-        with urllib.request.urlopen(request, timeout=1) as response:  # noqa: S310
-            body: bytes = response.read()
-            return body if response.status == 200 else None
-    except urllib.error.HTTPError as error:
-        error.close()
-    except (urllib.error.URLError, OSError):
-        pass
-    return None
 
 
 def accepts_connections(host: str, port: int) -> bool:
