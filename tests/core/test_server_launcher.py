@@ -140,3 +140,26 @@ def test_draining_waits_until_all_is_answered_or_nobody_waits_any_more() -> None
         threading.Timer(0.1, server.idle.set).start()
         assert server.drain(3600) is True
     assert left_nothing(server)
+
+
+@pytest.mark.parametrize("by", ["time", "giving up"])
+def test_who_has_drained_for_long_enough_does_not_wait_again(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffuserve.serving.launcher._EXIT_GRACE_S", 3600.0)
+    give_up = threading.Event()
+    if by == "giving up":
+        give_up.set()
+    with Listener() as server:  # which never is idle
+        assert server.drain(3600 if by == "giving up" else 0.1, give_up) is False
+    assert left_nothing(server)
+
+
+def test_a_server_may_be_stopped_within_its_context() -> None:
+    with Listener() as server:
+        server.stop()
+        assert left_nothing(server)
+        assert server.drain(3600) is False
+    assert left_nothing(server)
+
+
+def test_a_server_that_was_not_started_has_nothing_to_drain() -> None:
+    assert Listener().drain(3600) is False
