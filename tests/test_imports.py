@@ -53,7 +53,7 @@ ROOMS = {
     "limit_argument": {"errors", "limits", "options"},
     "request_fields": {"bundle", "errors", "limits"},
     "serving": {"bundle", "errors", "limits"},
-    "serving_options": {"batching", "bundle", "defaults", "errors", "limits", "options"},
+    "serving_options": {"batching", "bundle", "defaults", "limits", "options"},
     "request": {"bundle", "errors", "limits", "request_fields", "samplers"},
     "torchserve": {"bundle", "defaults", "errors", "limits", "serving", "serving_options", "tensors"},
     "conditioning": {"request", "stages", "tensors"},

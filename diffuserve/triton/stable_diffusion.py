@@ -32,6 +32,7 @@ from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
+from diffuserve.triton.parameters import without_tritons_own
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event, tensors_from_values
@@ -62,7 +63,7 @@ class StableDiffusionModel:
                 key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
-            models, options = split_parameters(parameters)
+            models, options = split_parameters(without_tritons_own(parameters))
             limits, serving = limits_and_serving(placement.model, options)
             manifest = read_manifest(version_folder)
             check_limits(limits, manifest)
