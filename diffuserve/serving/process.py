@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -147,8 +147,20 @@ def remove_leftovers_of_the_dead() -> None:
                 path.unlink(missing_ok=True)
 
 
-def check_ports(host: str, ports: Iterable[tuple[str, int]]) -> None:
-    """Raises LaunchError if one of `ports`, each with the option that chooses it, cannot be listened on."""
+def check_ports(host: str, ports: Sequence[tuple[str, int]]) -> None:
+    """Raises LaunchError if one of `ports`, each with the option that chooses it, is out of range, there twice, or cannot be
+    listened on. An option may choose a second port, the next one."""
+    chosen_by: dict[int, str] = {}
+    for option, port in ports:
+        if not 1 <= port <= 65535:
+            raise LaunchError(
+                f"{option} leads to port {port}; a port is from 1 to 65535. Choose another: {option} PORT"
+            )
+        if port in chosen_by:
+            raise LaunchError(
+                f"{chosen_by[port]} and {option} lead to the same port, {port}. Choose another: {option} PORT"
+            )
+        chosen_by[port] = option
     for option, port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,7 +13,12 @@ import pytest
 from diffuserve.errors import LaunchError
 from diffuserve.serving.address import ServerAddress
 from diffuserve.serving.launcher import Served, ServerLauncher
-from diffuserve.serving.process import ServerProcess, accepts_connections
+from diffuserve.serving.process import (
+    ServerProcess,
+    accepts_connections,
+    check_ports,
+)
+from diffuserve.torchserve.address import TorchServeAddress
 
 LISTENS = """
 import socket, sys
@@ -118,6 +123,33 @@ def test_a_port_in_use_is_named_before_anything_is_made(kind: str) -> None:
         with pytest.raises(LaunchError, match=rf"Port {ports[kind]} .* cannot be used .*--{kind}-port PORT"), server:
             pass
     assert server.run_folder is None
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**6])
+def test_a_port_out_of_range_is_named(port: int) -> None:
+    free = ServerAddress.on_free_ports()
+    server = Listener(address=ServerAddress("127.0.0.1", free.http_port, port, free.metrics_port))
+    with pytest.raises(LaunchError, match=rf"^--grpc-port leads to port {port}; a port is from 1 to 65535\."), server:
+        pass
+    assert server.run_folder is None
+
+
+def test_ports_given_twice_are_named_by_both_options() -> None:
+    http, metrics = ServerAddress.on_free_ports().ports[:2]
+    server = Listener(address=ServerAddress("127.0.0.1", http[1], metrics[1], http[1]))
+    message = rf"^--http-port and --metrics-port lead to the same port, {http[1]}\. Choose another: --metrics-port PORT"
+    with pytest.raises(LaunchError, match=message), server:
+        pass
+    assert server.run_folder is None
+
+
+def test_ports_for_management_count() -> None:
+    last = TorchServeAddress.with_next_ports_for_management("127.0.0.1", http_port=65535)
+    with pytest.raises(LaunchError, match=r"^--http-port leads to port 65536;"):
+        check_ports(last.host, last.ports)
+    beside = TorchServeAddress.with_next_ports_for_management("127.0.0.1", http_port=4000, grpc_port=4001)
+    with pytest.raises(LaunchError, match=r"^--grpc-port and --http-port lead to the same port, 4001"):
+        check_ports(beside.host, beside.ports)
 
 
 def test_a_server_that_has_failed_is_ended_and_says_why() -> None:
