@@ -135,16 +135,23 @@ def make_run_folder() -> Path:
 
 
 def remove_leftovers_of_the_dead() -> None:
-    """Shared memory and run folders of launchers that were killed with SIGKILL and could not clean up."""
+    """Shared memory and run folders of launchers that were killed with SIGKILL and could not clean up.
+
+    A launcher counts as dead if its process number is not in /proc. Containers that share one of these folders, but not their
+    process numbers, take each other's launchers for dead. So each needs a /dev/shm and a folder for temporary files of its own.
+    """
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for path in folder.glob("diffuserve_*"):
             match = re.match(r"diffuserve_(\d+)_", path.name)
-            if match is None or Path(f"/proc/{match[1]}").exists() or path.lstat().st_uid != os.getuid():
+            if match is None or Path(f"/proc/{match[1]}").exists():
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another launcher may clean up at the same time
+                if path.lstat().st_uid != os.getuid():
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def check_ports(host: str, ports: Sequence[tuple[str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from diffuserve.serving.process import (
     ServerProcess,
     accepts_connections,
     check_ports,
+    remove_leftovers_of_the_dead,
 )
 from diffuserve.torchserve.address import TorchServeAddress
 
@@ -150,6 +152,45 @@ def test_ports_for_management_count() -> None:
     beside = TorchServeAddress.with_next_ports_for_management("127.0.0.1", http_port=4000, grpc_port=4001)
     with pytest.raises(LaunchError, match=r"^--grpc-port and --http-port lead to the same port, 4001"):
         check_ports(beside.host, beside.ports)
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of a launcher that is dead, in folders that stand for the machine's."""
+    shared_memory, temporary = tmp_path / "shm", tmp_path / "tmp"
+    monkeypatch.setattr("diffuserve.serving.process.SHARED_MEMORY", shared_memory)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    dead = 2**22 + 1  # above the largest process number there can be
+    files = [shared_memory / f"diffuserve_{dead}_{number}" for number in range(3)]
+    folder = temporary / f"diffuserve_{dead}_run"
+    folder.mkdir(parents=True)
+    (folder / "drain").touch()
+    shared_memory.mkdir()
+    for path in files:
+        path.touch()
+    (shared_memory / f"diffuserve_{os.getpid()}_0").touch()
+    (shared_memory / "other").touch()
+    return [*files, folder]
+
+
+def test_what_the_dead_left_is_removed_and_nothing_else(leftovers: list[Path]) -> None:
+    remove_leftovers_of_the_dead()
+    assert not any(path.exists() for path in leftovers)
+    assert {path.name for path in leftovers[0].parent.iterdir()} == {f"diffuserve_{os.getpid()}_0", "other"}
+
+
+def test_two_launchers_may_clean_up_at_once(leftovers: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    lstat, first = Path.lstat, leftovers[0]
+
+    def after_another(path: Path) -> os.stat_result:
+        if path == first:
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", after_another)
+    remove_leftovers_of_the_dead()
+    monkeypatch.undo()
+    assert not any(path.exists() for path in leftovers)
 
 
 def test_a_server_that_has_failed_is_ended_and_says_why() -> None:
