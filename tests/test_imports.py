@@ -107,6 +107,7 @@ ROOMS = {
         "options",
         "pipeline",
         "request",
+        "request_fields",
         "response_tensors",
         "serving",
         "serving_options",

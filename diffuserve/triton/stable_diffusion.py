@@ -25,6 +25,7 @@ from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRe
 from diffuserve.events import Completed
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest
+from diffuserve.request_fields import shown
 from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.triton.bls_stages import BlsStages
@@ -116,7 +117,7 @@ class StableDiffusionModel:
 
     async def _answer_once(self, request: Any) -> None:
         sender = request.get_response_sender()
-        request_id = request.request_id() or "-"
+        request_id = _shown_id(request)
         task = asyncio.create_task(self._serve(request, sender))
         try:
             final = await task
@@ -161,7 +162,7 @@ class StableDiffusionModel:
                 if isinstance(event, Completed):
                     log.info(
                         "%s done: %d x %dx%d, %d steps of %s, queued %.3f s, total %.3f s",
-                        triton_request.request_id() or "-",
+                        _shown_id(triton_request),
                         request.num_images,
                         request.width,
                         request.height,
@@ -191,6 +192,15 @@ class StableDiffusionModel:
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
         return request_from_wire(fields, self._pipeline.manifest.model, self._pipeline.limits)
+
+
+def _shown_id(request: Any) -> str:
+    """Its client's id for it, in the log: of bounded length and on one line, whatever the client made it."""
+    try:
+        request_id = request.request_id()
+    except UnicodeDecodeError as error:  # from HTTP, where Triton does not check it
+        return shown(error.object)
+    return shown(request_id) if request_id else "-"
 
 
 def _response(tensors: Mapping[str, NDArray[Any]]) -> Any:
