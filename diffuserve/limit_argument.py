@@ -24,7 +24,7 @@ class CommandWithLimits(click.Command):
 
 
 def _described(limit: Option) -> str:
-    return f"{limit.meaning}  [default: {limit.default_words or f'{limit.default:g}'}; {limit.allowed}]"
+    return f"{limit.meaning}  [default: {limit.default_words or f'{limit.default:.15g}'}; {limit.allowed}]"
 
 
 def limits_argument(

@@ -7,7 +7,7 @@ a value of it is always one that may be used.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -95,6 +95,13 @@ def from_parameters(defaults: Options, parameters: Mapping[str, str]) -> Options
     known = options_of(type(defaults))
     given = {name: known[name].from_text(text) for name, text in parameters.items() if name in known}
     return replace(defaults, **given)  # type: ignore[type-var]
+
+
+def check_known(parameters: Iterable[str], known: Collection[str]) -> None:
+    """Raises ConfigurationError if a name is not among those known."""
+    for name in parameters:
+        if name not in known:
+            raise ConfigurationError(f"There is no parameter {name!r}. There are: {', '.join(known)}.")
 
 
 def to_parameters(*options: Any) -> dict[str, str]:

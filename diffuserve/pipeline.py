@@ -212,7 +212,9 @@ class Pipeline:
         now_s = time.monotonic()
         entry = Entry(
             shape=self._latent_shape(request),
-            rows=request.rows,
+            chunks=self._embeddings.chunks(*_prompts(request)),
+            images=request.num_images,
+            rows_per_image=request.rows_per_image,
             evaluations_left=trajectory(self._schedule, request.sampler, request.steps).evaluations,
             priority=request.priority,
             end_s=now_s + request.timeout_ms / 1000 if request.timeout_ms else math.inf,
@@ -250,7 +252,7 @@ class Pipeline:
 
     async def _draw(self, request: TextToImageRequest, steps: _Steps, entry: Entry) -> Completed:
         arrival_s = time.monotonic()
-        prompts = request.prompt, request.negative_prompt if request.guided else None
+        prompts = _prompts(request)
         conditional, unconditional = await self._embeddings.get_pair(*prompts)
 
         def on_step(step: int, denoised: Float32 | None) -> None:
@@ -314,6 +316,11 @@ class Pipeline:
 
     def _off_loop(self, function: Callable[..., bytes], *args: object) -> asyncio.Future[bytes]:
         return asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
+
+
+def _prompts(request: TextToImageRequest) -> tuple[str, str | None]:
+    """What is embedded."""
+    return request.prompt, request.negative_prompt if request.guided else None
 
 
 def selection_from_serving(serving: Serving, max_rows: int, costs: CallCosts) -> Selection:

@@ -54,7 +54,7 @@ class TextToImageRequest:
         Number(
             "How closely to follow the prompt; 1 or less switches guidance off and halves the work.",
             high=lambda _, limits: limits.max_guidance_scale,
-            default=lambda model, _: model.default_guidance_scale,
+            default=lambda model, limits: min(model.default_guidance_scale, limits.max_guidance_scale),
             infotext="CFG scale",
         ),
     ]
@@ -118,9 +118,13 @@ class TextToImageRequest:
         return self.guidance_scale > 1.0
 
     @property
+    def rows_per_image(self) -> int:
+        return 2 if self.guided else 1
+
+    @property
     def rows(self) -> int:
         """UNet rows that it takes in every step."""
-        return self.num_images * (2 if self.guided else 1)
+        return self.num_images * self.rows_per_image
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -188,4 +192,11 @@ def request_from_fields(fields: Mapping[str, Any], model: ModelSpec, limits: Lim
         if len(unknown) > _SHOWN_NAMES:
             names += f" and {len(unknown) - _SHOWN_NAMES} more"
         raise InvalidRequest(f"Unknown: {names}. A request has these fields: {', '.join(FIELDS)}.")
-    return (EmbeddedGuidanceRequest if model.guidance_embedded else TextToImageRequest)(**checked)
+    request = (EmbeddedGuidanceRequest if model.guidance_embedded else TextToImageRequest)(**checked)
+    if request.rows_per_image > limits.max_rows:
+        raise InvalidRequest(
+            f"guidance_scale is {request.guidance_scale:g}, with which an image takes {request.rows_per_image} UNet rows; this "
+            f"server's max_rows is {limits.max_rows}. Ask for a guidance_scale of 1 or less, or have the server assembled with "
+            f"--limit max_rows={request.rows_per_image} or more."
+        )
+    return request

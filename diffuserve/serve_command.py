@@ -147,7 +147,7 @@ def _summary(served: Served) -> str:
 
     manifest = served.manifest
     model, unet = manifest.model, manifest.components[UNET]
-    limits = ", ".join(f"{field.name} {getattr(served.limits, field.name):g}" for field in fields(served.limits))
+    limits = ", ".join(f"{field.name} {getattr(served.limits, field.name):.15g}" for field in fields(served.limits))
     lines = [
         f"Serving {manifest.title}, {model.width}x{model.height} px, UNet on {unet.engine} {unet.precision}",
         *(f"  {name:<8} {place}" for name, place in served.places.items()),

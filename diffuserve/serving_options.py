@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from diffuserve.batching.policies import DEFAULT_POLICY, POLICIES
 from diffuserve.bundle.manifest import ModelSpec
 from diffuserve.defaults import CALL_TIMEOUT_S
-from diffuserve.errors import ConfigurationError
 from diffuserve.limits import Limits
-from diffuserve.options import check, from_parameters, option, options_of
+from diffuserve.options import check, check_known, from_parameters, option, options_of
 
 BATCHING = ("inflight", "request", "none")
 
@@ -47,13 +46,10 @@ def limits_and_serving(model: ModelSpec, parameters: Mapping[str, str]) -> tuple
 
     Args:
         model: the bundle's, which some defaults depend on.
-        parameters: text by name; what is missing has its default. Names in upper case are Triton's own.
+        parameters: text by name; what is missing has its default.
 
     Raises:
         ConfigurationError: a name is unknown, or a value is not allowed.
     """
-    known = [*options_of(Limits), *options_of(Serving)]
-    for name in parameters:
-        if name not in known and not name.isupper():
-            raise ConfigurationError(f"There is no parameter {name!r}. There are: {', '.join(known)}.")
+    check_known(parameters, [*options_of(Limits), *options_of(Serving)])
     return Limits.from_parameters(model, parameters), from_parameters(Serving(), parameters)

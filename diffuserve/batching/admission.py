@@ -8,6 +8,10 @@ The forecast is simple, because the in-flight loop advances every request by one
 request that needs k more evaluations takes k rounds. What joins it makes those rounds longer, and nothing else makes it
 late. What a call costs is learnt from past calls: a fixed part, and a part that grows with its rows and their size.
 
+Not modelled: the policy and clients, which decide who goes first within a priority; batches below the row budget; calls of
+one round that take unlike long, as of large and small images on two instances; the longer prompt's part in what a call
+costs; whole requests as batches (`batching = request` and `none`), whose rounds nobody joins.
+
 Other models may share the device (`diffuserve.batching.load`). Their work delays the requests of this one, and each of its
 calls takes longer while they have work. So what a call costs is what it would take alone.
 """
@@ -18,7 +22,7 @@ import heapq
 import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from diffuserve.batching.forecast import CallForecast
@@ -171,23 +175,32 @@ class Admission:
         for entry in present:
             by_need.setdefault(entry.evaluations_left, []).append(entry)
         needs = sorted(by_need)
-        rows: Counter[LatentShape] = Counter()
+        images: defaultdict[tuple[LatentShape, int], Counter[int]] = defaultdict(Counter)
         lasts_s = {0: 0.0}
         for less, need in reversed([*itertools.pairwise(needs)]):
             for entry in by_need[need]:
-                rows[entry.shape] += entry.rows
-            lasts_s[need] = (need - less) * self._round_s(rows)
+                images[entry.shape, entry.chunks][entry.rows_per_image] += entry.images
+            lasts_s[need] = (need - less) * self._round_s(images)
         total_s, finished_s = 0.0, {}
         for need in needs:
             total_s += lasts_s[need]
             finished_s[need] = total_s
         return finished_s
 
-    def _round_s(self, rows: Mapping[LatentShape, int]) -> float:
-        """One evaluation of all rows, which share a call if they are of one shape and not too many."""
-        calls = sum(math.ceil(count / self._max_rows) for count in rows.values())
-        size = sum(count * math.prod(shape) for shape, count in rows.items())
-        return self.calls.seconds(calls, size) / self._instances
+    def _round_s(self, images: Mapping[tuple[LatentShape, int], Mapping[int, int]]) -> float:
+        """Seconds of one evaluation of all images. They are given by what those must agree on that share a call, the shape and
+        the chunks of the prompt as in `BatchKey`, and then counted by their rows."""
+        calls = size = 0
+        for (shape, _), counts in images.items():
+            rows = sum(each * count for each, count in counts.items())
+            calls += max(
+                math.ceil(rows / self._max_rows),
+                # The rows of an image stay together. Where not even one fits, the loop refuses it.
+                *(math.ceil(count / max(1, self._max_rows // each)) for each, count in counts.items()),
+            )
+            size += rows * math.prod(shape)
+        # A call runs on one instance.
+        return self.calls.seconds(calls, size) / min(calls, self._instances)
 
 
 def _late_s(needed_s: float, end_s: float, now_s: float) -> float:

@@ -15,7 +15,9 @@ class Entry:
 
     Attributes:
         shape: (C, h, w) of its latents.
-        rows: UNet rows that it takes in a call.
+        chunks: of its embedded prompt.
+        images: that it draws.
+        rows_per_image: UNet rows that each takes in a call; they are never in different calls.
         evaluations_left: UNet evaluations that it still needs.
         priority: 0 (first) .. 9 (last).
         end_s: when it expires, on the clock of whoever asks; infinite without a timeout.
@@ -23,11 +25,18 @@ class Entry:
     """
 
     shape: LatentShape
-    rows: int
+    chunks: int
+    images: int
+    rows_per_image: int
     evaluations_left: int
     priority: int
     end_s: float = math.inf
     begun: bool = False
+
+    @property
+    def rows(self) -> int:
+        """UNet rows that all its images take."""
+        return self.images * self.rows_per_image
 
 
 class Ledger:

@@ -66,6 +66,7 @@ class ServerLauncher(ABC, Generic[Address]):
         self._ready_timeout_s = ready_timeout_s
         self._process: ServerProcess | None = None
         self._stopping = threading.Event()
+        self._asked_to_drain = False
 
     # -- what each server does its own way ----------------------------------------------------------------------------
 
@@ -122,7 +123,8 @@ class ServerLauncher(ABC, Generic[Address]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.drain(_EXIT_GRACE_S)
+        if not self._asked_to_drain:  # whoever asked has waited for as long as they wanted to
+            self.drain(_EXIT_GRACE_S)
         self.stop()
 
     @property
@@ -144,8 +146,11 @@ class ServerLauncher(ABC, Generic[Address]):
             give_up: ends the waiting when set.
 
         Returns:
-            Whether all were answered.
+            Whether all were answered; False also if the server does not run.
         """
+        if not self.running:
+            return False
+        self._asked_to_drain = True
         self._drain_request.make()
         asked_s = time.monotonic()
         end_s = asked_s + grace_s

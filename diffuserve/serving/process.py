@@ -15,9 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -137,20 +135,39 @@ def make_run_folder() -> Path:
 
 
 def remove_leftovers_of_the_dead() -> None:
-    """Shared memory and run folders of launchers that were killed with SIGKILL and could not clean up."""
+    """Shared memory and run folders of launchers that were killed with SIGKILL and could not clean up.
+
+    A launcher counts as dead if its process number is not in /proc. Containers that share one of these folders, but not their
+    process numbers, take each other's launchers for dead. So each needs a /dev/shm and a folder for temporary files of its own.
+    """
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for path in folder.glob("diffuserve_*"):
             match = re.match(r"diffuserve_(\d+)_", path.name)
-            if match is None or Path(f"/proc/{match[1]}").exists() or path.lstat().st_uid != os.getuid():
+            if match is None or Path(f"/proc/{match[1]}").exists():
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another launcher may clean up at the same time
+                if path.lstat().st_uid != os.getuid():
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
-def check_ports(host: str, ports: Iterable[tuple[str, int]]) -> None:
-    """Raises LaunchError if one of `ports`, each with the option that chooses it, cannot be listened on."""
+def check_ports(host: str, ports: Sequence[tuple[str, int]]) -> None:
+    """Raises LaunchError if one of `ports`, each with the option that chooses it, is out of range, there twice, or cannot be
+    listened on. An option may choose a second port, the next one."""
+    chosen_by: dict[int, str] = {}
+    for option, port in ports:
+        if not 1 <= port <= 65535:
+            raise LaunchError(
+                f"{option} leads to port {port}; a port is from 1 to 65535. Choose another: {option} PORT"
+            )
+        if port in chosen_by:
+            raise LaunchError(
+                f"{chosen_by[port]} and {option} lead to the same port, {port}. Choose another: {option} PORT"
+            )
+        chosen_by[port] = option
     for option, port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,25 +186,6 @@ def free_ports(host: str, count: int) -> tuple[int, ...]:
         for probe in probes:
             probe.bind((host, 0))
         return tuple(probe.getsockname()[1] for probe in probes)
-
-
-def answers_ok(url: str) -> bool:
-    """Whether a server answers a GET of its own `url` with 200 within a second."""
-    return answer_of(url) is not None
-
-
-def answer_of(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
-    """What a server answers to a GET of its own `url`; None if it is not 200 or takes longer than a second."""
-    request = urllib.request.Request(url, headers=dict(headers or {}))  # noqa: S310 - built from the launcher's own address
-    try:
-        with urllib.request.urlopen(request, timeout=1) as response:  # noqa: S310
-            body: bytes = response.read()
-            return body if response.status == 200 else None
-    except urllib.error.HTTPError as error:
-        error.close()
-    except (urllib.error.URLError, OSError):
-        pass
-    return None
 
 
 def accepts_connections(host: str, port: int) -> bool:

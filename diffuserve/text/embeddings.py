@@ -68,12 +68,18 @@ class TextEmbeddings:
 
     def pads(self, prompt: str, negative_prompt: str | None) -> bool:
         """Whether `get_pair` puts chunks of the empty prompt after one of the two."""
-        if negative_prompt is None or (not negative_prompt and self._zero_empty_negative):
-            return False
-        prompt_chunks, negative_chunks = (
-            len(next(iter(self._encode(text).values())).input_ids) for text in (prompt, negative_prompt)
-        )
-        return prompt_chunks != negative_chunks
+        return len(set(self._chunks(prompt, negative_prompt))) > 1
+
+    def chunks(self, prompt: str, negative_prompt: str | None) -> int:
+        """How many chunks each of what `get_pair` returns has."""
+        return max(self._chunks(prompt, negative_prompt))
+
+    def _chunks(self, prompt: str, negative_prompt: str | None) -> list[int]:
+        """Of each text that is embedded."""
+        texts = [prompt]
+        if negative_prompt is not None and (negative_prompt or not self._zero_empty_negative):
+            texts.append(negative_prompt)
+        return [len(next(iter(self._encode(text).values())).input_ids) for text in texts]
 
     async def get_pair(self, prompt: str, negative_prompt: str | None) -> tuple[Conditioning, Conditioning | None]:
         """What guidance leads to and what it leads away from, with the same number of tokens.

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from diffuserve.defaults import KEY_FILE, READY_TIMEOUT_S
 from diffuserve.errors import LaunchError
+from diffuserve.serving.http import answer_of
 from diffuserve.serving.launcher import Served, ServerLauncher
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, BusySign
-from diffuserve.serving.process import ServerProcess, accepts_connections, answer_of
+from diffuserve.serving.process import ServerProcess, accepts_connections
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.configuration import log_settings, properties, read_archive

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from diffuserve.errors import ConfigurationError
 from diffuserve.limits import Limits, max_batch_sizes
-from diffuserve.options import from_parameters
+from diffuserve.options import check_known, from_parameters
 from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
+from diffuserve.triton.parameters import without_tritons_own
 from diffuserve.triton.placement import described_placement
 from diffuserve.triton.stage_models import split_parameters
 
@@ -77,7 +78,8 @@ def check_stages(
         serving: how it is served.
 
     Raises:
-        ConfigurationError: a stage takes fewer rows, runs fewer calls at a time, or ends itself sooner.
+        ConfigurationError: a stage takes fewer rows, runs fewer calls at a time, or ends itself sooner, or has a parameter that
+            is unknown or not allowed.
     """
     rows = max_batch_sizes(limits)
     for stage, model in stage_models.items():
@@ -90,9 +92,15 @@ def check_stages(
         if stage == UNET:
             instances = sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
             check_at_least("number of instances", instances, serving.unet_instances)
-        if _CALL_TIMEOUT in config.parameters:  # only the Python backend's models have it
-            options = _from_parameters(folder, config, lambda parameters: from_parameters(Serving(), parameters))
+        if config.backend == "python":  # models of Triton's other backends are not ours, nor are their parameters
+            options = _from_parameters(folder, config, _stage_options)
             check_at_least(_CALL_TIMEOUT, options.call_timeout_s, serving.call_timeout_s)
+
+
+def _stage_options(parameters: Mapping[str, str]) -> Serving:
+    """What a stage's process reads of its parameters."""
+    check_known(parameters, [_CALL_TIMEOUT])
+    return from_parameters(Serving(), parameters)
 
 
 def _check_at_least(folder: Path, name: str, what: str, found: float, asked: float) -> None:
@@ -104,7 +112,8 @@ def _check_at_least(folder: Path, name: str, what: str, found: float, asked: flo
 
 
 def _parameters(config: Any) -> dict[str, str]:
-    return {name: each.string_value for name, each in config.parameters.items()}
+    """Ours."""
+    return without_tritons_own({name: each.string_value for name, each in config.parameters.items()})
 
 
 def _from_parameters(folder: Path, config: Any, read: Callable[[dict[str, str]], Read]) -> Read:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.defaults import READY_TIMEOUT_S
+from diffuserve.serving.http import answers_ok
 from diffuserve.serving.launcher import Served, ServerLauncher
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, ModelSigns
-from diffuserve.serving.process import SHARED_MEMORY, ServerProcess, answers_ok
+from diffuserve.serving.process import SHARED_MEMORY, ServerProcess
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.configuration import read_options

@@ -12,17 +12,15 @@ from __future__ import annotations
 import os
 import secrets
 import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 
 from diffuserve.errors import StageFailed
+from diffuserve.serving.http import open_url
 
 MODEL_CONTROL_VARIABLE = "DIFFUSERVE_MODEL_CONTROL"
 _HEADER = "diffuserve-key"
 # The largest models take a few minutes where disks are slow.
 _TIMEOUT_S = 600.0
-# The server is on this machine, so no proxy is asked.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,9 @@ class ModelControl:
         """
         # Loading alone would do nothing: Triton takes a model whose process has died for a good one.
         for verb in ("unload", "load"):
-            request = urllib.request.Request(  # noqa: S310 - the launcher's own address
-                f"{self.url}/v2/repository/models/{model}/{verb}", b"{}", {_HEADER: self.key}
-            )
+            url = f"{self.url}/v2/repository/models/{model}/{verb}"
             try:
-                with _OPENER.open(request, timeout=_TIMEOUT_S):
-                    pass
+                open_url(url, timeout_s=_TIMEOUT_S, data=b"{}", headers={_HEADER: self.key}).close()
             except urllib.error.HTTPError as error:
                 raise StageFailed(f"Triton could not {verb} {model}: {error.read().decode(errors='replace')}") from None
             except OSError as error:

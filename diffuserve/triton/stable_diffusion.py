@@ -25,6 +25,7 @@ from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRe
 from diffuserve.events import Completed
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest
+from diffuserve.request_fields import shown
 from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.triton.bls_stages import BlsStages
@@ -32,6 +33,7 @@ from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
+from diffuserve.triton.parameters import without_tritons_own
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event, tensors_from_values
@@ -62,7 +64,7 @@ class StableDiffusionModel:
                 key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
-            models, options = split_parameters(parameters)
+            models, options = split_parameters(without_tritons_own(parameters))
             limits, serving = limits_and_serving(placement.model, options)
             manifest = read_manifest(version_folder)
             check_limits(limits, manifest)
@@ -115,7 +117,7 @@ class StableDiffusionModel:
 
     async def _answer_once(self, request: Any) -> None:
         sender = request.get_response_sender()
-        request_id = request.request_id() or "-"
+        request_id = _shown_id(request)
         task = asyncio.create_task(self._serve(request, sender))
         try:
             final = await task
@@ -160,7 +162,7 @@ class StableDiffusionModel:
                 if isinstance(event, Completed):
                     log.info(
                         "%s done: %d x %dx%d, %d steps of %s, queued %.3f s, total %.3f s",
-                        triton_request.request_id() or "-",
+                        _shown_id(triton_request),
                         request.num_images,
                         request.width,
                         request.height,
@@ -190,6 +192,15 @@ class StableDiffusionModel:
             # Triton has checked dtype and shape against the configuration; `tolist` copies out of shared memory.
             [fields[tensor.name()]] = tensor.as_numpy().tolist()
         return request_from_wire(fields, self._pipeline.manifest.model, self._pipeline.limits)
+
+
+def _shown_id(request: Any) -> str:
+    """Its client's id for it, in the log: of bounded length and on one line, whatever the client made it."""
+    try:
+        request_id = request.request_id()
+    except UnicodeDecodeError as error:  # from HTTP, where Triton does not check it
+        return shown(error.object)
+    return shown(request_id) if request_id else "-"
 
 
 def _response(tensors: Mapping[str, NDArray[Any]]) -> Any:

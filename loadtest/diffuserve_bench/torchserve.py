@@ -10,12 +10,12 @@ import json
 import statistics
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from diffuserve.bundle.manifest import read_manifest
+from diffuserve.serving.http import open_url
 from diffuserve.tensors import STABLE_DIFFUSION, VAE_ENCODER
 from diffuserve.torchserve.address import TorchServeAddress
 from diffuserve.torchserve.keys import read_inference_token
@@ -114,12 +114,9 @@ def _round_s(server: TorchServeServer, steps: int, in_flight: int) -> float:
         }
         if server.archive.path.stem != "diffusers":  # which has one sampler, the same
             fields["sampler"] = SAMPLER
-        request = urllib.request.Request(  # noqa: S310 - the benchmark's own server
-            f"{server.address.http}/predictions/{STABLE_DIFFUSION}",
-            json.dumps(fields).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {token}"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as response:  # noqa: S310
+        url = f"{server.address.http}/predictions/{STABLE_DIFFUSION}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        with open_url(url, timeout_s=600, data=json.dumps(fields).encode(), headers=headers) as response:
             if not response.read().startswith(b"\x89PNG"):
                 raise RuntimeError("the server answered with something other than an image")
 

@@ -15,8 +15,16 @@ SHAPE = (4, 8, 8)
 SIZE = math.prod(SHAPE)
 
 
-def entry(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Entry:
-    return Entry(SHAPE, rows, evaluations, priority, end_s)
+def entry(
+    evaluations: int,
+    *,
+    end_s: float = math.inf,
+    rows: int = 1,
+    rows_per_image: int = 1,
+    chunks: int = 1,
+    priority: int = 5,
+) -> Entry:
+    return Entry(SHAPE, chunks, rows // rows_per_image, rows_per_image, evaluations, priority, end_s)
 
 
 def admission_with(
@@ -121,6 +129,39 @@ def test_what_does_not_fit_into_one_call_takes_several() -> None:
     assert two.excess_s(entry(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 3.0)
     parallel = admission_with(0.1, 0.0, max_rows=8, instances=3, ledger=ledger)
     assert parallel.excess_s(entry(10, rows=2, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
+
+
+def test_one_call_is_not_shared_among_instances() -> None:
+    ledger = Ledger()
+    ledger.add(entry(10, rows=4))
+    for instances in (1, 4):
+        admission = admission_with(0.1, 0.0, max_rows=8, instances=instances, ledger=ledger)
+        assert admission.excess_s(entry(10, rows=4, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 10 * 0.1)
+    ledger.add(entry(10, rows=9))  # 17 rows are 3 calls
+    two = admission_with(0.1, 0.0, max_rows=8, instances=2, ledger=ledger)
+    assert two.excess_s(entry(10, rows=4, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 10 * 0.1 * 3 / 2)
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "pairs", "singles", "calls"),
+    [(3, 3, 0, 3), (3, 3, 3, 3), (3, 3, 4, 4), (4, 3, 0, 2), (4, 3, 2, 2), (4, 3, 3, 3), (8, 1, 0, 1)],
+)
+def test_an_images_rows_stay_together(max_rows: int, pairs: int, singles: int, calls: int) -> None:
+    ledger = Ledger()
+    ledger.add(entry(10, chunks=9))  # a call of its own, since an idle server takes everything
+    if singles:
+        ledger.add(entry(10, rows=singles))
+    admission = admission_with(0.1, 0.0, max_rows=max_rows, ledger=ledger)
+    guided = entry(10, rows=2 * pairs, rows_per_image=2, end_s=0.0)
+    assert admission.excess_s(guided, 0.0) == pytest.approx(_MARGIN * 10 * 0.1 * (1 + calls))
+
+
+def test_prompts_of_other_lengths_are_other_calls() -> None:
+    ledger = Ledger()
+    ledger.add(entry(10, rows=4))
+    admission = admission_with(0.1, 0.0, ledger=ledger)
+    assert admission.excess_s(entry(10, end_s=0.0), 0.0) == pytest.approx(_MARGIN * 1.0)
+    assert admission.excess_s(entry(10, end_s=0.0, chunks=2), 0.0) == pytest.approx(_MARGIN * 2.0)
 
 
 def test_what_else_a_request_takes_counts() -> None:

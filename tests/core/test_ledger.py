@@ -9,7 +9,7 @@ SHAPE = (4, 8, 8)
 
 def test_entries_wait_until_their_first_step_and_keep_their_order() -> None:
     ledger = Ledger()
-    first, second, third = (Entry(SHAPE, rows, 10, 5, math.inf) for rows in (1, 2, 4))
+    first, second, third = (Entry(SHAPE, 1, rows, 1, 10, 5, math.inf) for rows in (1, 2, 4))
     for entry in (first, second, third):
         ledger.add(entry)
     assert [ledger.position(entry) for entry in (first, second, third)] == [0, 1, 2]
@@ -30,7 +30,7 @@ def test_entries_wait_until_their_first_step_and_keep_their_order() -> None:
 
 def test_equal_entries_are_different_requests() -> None:
     ledger = Ledger()
-    one, other = Entry(SHAPE, 1, 10, 5), Entry(SHAPE, 1, 10, 5)
+    one, other = Entry(SHAPE, 1, 1, 1, 10, 5), Entry(SHAPE, 1, 1, 1, 10, 5)
     ledger.add(one)
     ledger.add(other)
     ledger.remove(one)

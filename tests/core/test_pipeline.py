@@ -422,6 +422,30 @@ def test_what_could_not_be_finished_in_time_is_refused_at_once(fake_bundle: Path
     run(main)
 
 
+def test_what_is_accepted_is_told_as_the_loop_takes_it(fake_bundle: Path) -> None:
+    async def main() -> None:
+        limits = replace(Limits.for_model(MODEL), max_prompt_chunks=3)
+        async with serving(fake_bundle, FakeStages(), limits) as pipeline:
+            for fields in (
+                {"prompt": "a"},
+                {"prompt": "a BREAK b", "num_images": 3},
+                {"prompt": "a", "negative_prompt": "a BREAK b BREAK c", "num_images": 2},
+                {"prompt": "a", "negative_prompt": "a BREAK b", "guidance_scale": 1},
+            ):
+                events = pipeline.generate(make_request(**fields, progress=True))
+                assert isinstance(await anext(events), Accepted)
+                [entry] = pipeline._ledger
+                assert isinstance(await anext(events), Progressed)
+                [job] = pipeline._loop._active
+                shapes = dict(job.batch_key.conditioning)
+                assert (entry.shape, entry.images) == (job.shape, len(job.seeds))
+                assert entry.chunks * MODEL.max_tokens == shapes["encoder_hidden_states"][0]
+                assert entry.rows_per_image == job.rows_per_image
+                await events.aclose()
+
+    run(main)
+
+
 @pytest.mark.parametrize("by", ["closing", "cancelling"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_leaving_early_frees_everything(fake_bundle: Path, stage: str, by: str) -> None:

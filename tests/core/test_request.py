@@ -4,6 +4,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+import msgspec
 import pytest
 
 from diffuserve.errors import InvalidRequest
@@ -41,6 +42,28 @@ def test_defaults_come_from_the_model() -> None:
     )
     nothing = {field.name: None for field in fields(TextToImageRequest)}
     assert parse(**{**nothing, "prompt": "a cat", "seed": 3}) == request
+
+
+def test_a_default_beyond_a_limit_is_the_limit() -> None:
+    limits = Limits(max_steps=5, max_guidance_scale=3.0, max_side_px=40)
+    request = request_from_fields({"prompt": ""}, MODEL, limits)
+    assert MODEL.default_guidance_scale > 3
+    assert (request.steps, request.guidance_scale, request.width, request.height) == (5, 3.0, 32, 32)
+
+
+def test_an_image_whose_rows_do_not_fit_into_a_call_is_refused() -> None:
+    limits = Limits(max_rows=1)
+    for guided in ({}, {"guidance_scale": 1.5}):
+        with pytest.raises(InvalidRequest) as caught:
+            request_from_fields({"prompt": "", **guided}, MODEL, limits)
+        assert str(caught.value) == (
+            f"guidance_scale is {guided.get('guidance_scale', 3.5)}, with which an image takes 2 UNet rows; this server's "
+            "max_rows is 1. Ask for a guidance_scale of 1 or less, or have the server assembled with --limit max_rows=2 or "
+            "more."
+        )
+    assert request_from_fields({"prompt": "", "guidance_scale": 1}, MODEL, limits).rows == 1
+    embedded = msgspec.structs.replace(MODEL, guidance_embedded=True)
+    assert request_from_fields({"prompt": "", "guidance_scale": 8}, embedded, limits).rows == 1
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:

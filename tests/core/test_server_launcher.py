@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -13,7 +14,13 @@ import pytest
 from diffuserve.errors import LaunchError
 from diffuserve.serving.address import ServerAddress
 from diffuserve.serving.launcher import Served, ServerLauncher
-from diffuserve.serving.process import ServerProcess, accepts_connections
+from diffuserve.serving.process import (
+    ServerProcess,
+    accepts_connections,
+    check_ports,
+    remove_leftovers_of_the_dead,
+)
+from diffuserve.torchserve.address import TorchServeAddress
 
 LISTENS = """
 import socket, sys
@@ -120,6 +127,72 @@ def test_a_port_in_use_is_named_before_anything_is_made(kind: str) -> None:
     assert server.run_folder is None
 
 
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**6])
+def test_a_port_out_of_range_is_named(port: int) -> None:
+    free = ServerAddress.on_free_ports()
+    server = Listener(address=ServerAddress("127.0.0.1", free.http_port, port, free.metrics_port))
+    with pytest.raises(LaunchError, match=rf"^--grpc-port leads to port {port}; a port is from 1 to 65535\."), server:
+        pass
+    assert server.run_folder is None
+
+
+def test_ports_given_twice_are_named_by_both_options() -> None:
+    http, metrics = ServerAddress.on_free_ports().ports[:2]
+    server = Listener(address=ServerAddress("127.0.0.1", http[1], metrics[1], http[1]))
+    message = rf"^--http-port and --metrics-port lead to the same port, {http[1]}\. Choose another: --metrics-port PORT"
+    with pytest.raises(LaunchError, match=message), server:
+        pass
+    assert server.run_folder is None
+
+
+def test_ports_for_management_count() -> None:
+    last = TorchServeAddress.with_next_ports_for_management("127.0.0.1", http_port=65535)
+    with pytest.raises(LaunchError, match=r"^--http-port leads to port 65536;"):
+        check_ports(last.host, last.ports)
+    beside = TorchServeAddress.with_next_ports_for_management("127.0.0.1", http_port=4000, grpc_port=4001)
+    with pytest.raises(LaunchError, match=r"^--grpc-port and --http-port lead to the same port, 4001"):
+        check_ports(beside.host, beside.ports)
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of a launcher that is dead, in folders that stand for the machine's."""
+    shared_memory, temporary = tmp_path / "shm", tmp_path / "tmp"
+    monkeypatch.setattr("diffuserve.serving.process.SHARED_MEMORY", shared_memory)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    dead = 2**22 + 1  # above the largest process number there can be
+    files = [shared_memory / f"diffuserve_{dead}_{number}" for number in range(3)]
+    folder = temporary / f"diffuserve_{dead}_run"
+    folder.mkdir(parents=True)
+    (folder / "drain").touch()
+    shared_memory.mkdir()
+    for path in files:
+        path.touch()
+    (shared_memory / f"diffuserve_{os.getpid()}_0").touch()
+    (shared_memory / "other").touch()
+    return [*files, folder]
+
+
+def test_what_the_dead_left_is_removed_and_nothing_else(leftovers: list[Path]) -> None:
+    remove_leftovers_of_the_dead()
+    assert not any(path.exists() for path in leftovers)
+    assert {path.name for path in leftovers[0].parent.iterdir()} == {f"diffuserve_{os.getpid()}_0", "other"}
+
+
+def test_two_launchers_may_clean_up_at_once(leftovers: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    lstat, first = Path.lstat, leftovers[0]
+
+    def after_another(path: Path) -> os.stat_result:
+        if path == first:
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", after_another)
+    remove_leftovers_of_the_dead()
+    monkeypatch.undo()
+    assert not any(path.exists() for path in leftovers)
+
+
 def test_a_server_that_has_failed_is_ended_and_says_why() -> None:
     with Listener() as server:
         server.complaint = "It has lost its mind, so it was ended."
@@ -140,3 +213,26 @@ def test_draining_waits_until_all_is_answered_or_nobody_waits_any_more() -> None
         threading.Timer(0.1, server.idle.set).start()
         assert server.drain(3600) is True
     assert left_nothing(server)
+
+
+@pytest.mark.parametrize("by", ["time", "giving up"])
+def test_who_has_drained_for_long_enough_does_not_wait_again(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffuserve.serving.launcher._EXIT_GRACE_S", 3600.0)
+    give_up = threading.Event()
+    if by == "giving up":
+        give_up.set()
+    with Listener() as server:  # which never is idle
+        assert server.drain(3600 if by == "giving up" else 0.1, give_up) is False
+    assert left_nothing(server)
+
+
+def test_a_server_may_be_stopped_within_its_context() -> None:
+    with Listener() as server:
+        server.stop()
+        assert left_nothing(server)
+        assert server.drain(3600) is False
+    assert left_nothing(server)
+
+
+def test_a_server_that_was_not_started_has_nothing_to_drain() -> None:
+    assert Listener().drain(3600) is False

@@ -63,6 +63,7 @@ def test_what_is_not_a_number_or_out_of_range_is_refused(name: str) -> None:
     ("parameters", "message"),
     [
         ({"max_stepps": "3"}, "There is no parameter 'max_stepps'. There are: max_steps, "),
+        ({"MAX_STEPS": "3"}, "There is no parameter 'MAX_STEPS'. There are: max_steps, "),
         ({"batching": "sometimes"}, "batching is 'sometimes'; it must be one of inflight, request, none."),
         ({"policy": "lottery"}, "policy is 'lottery'; it must be one of fifo, fair, srpt."),
         ({"require_safety_checker": "maybe"}, "require_safety_checker is 'maybe'; it must be true or false."),
@@ -79,10 +80,6 @@ def test_other_mistakes_are_named(parameters: dict[str, str], message: str) -> N
 def test_there_is_no_value_that_may_not_be_used(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="it must be"):
         Serving(**wrong)
-
-
-def test_parameters_of_tritons_own_are_left_alone() -> None:
-    assert limits_and_serving(MODEL, {"EXECUTION_ENV_PATH": "env.tar.gz"}) == limits_and_serving(MODEL, {})
 
 
 def test_a_stage_takes_as_many_rows_as_the_limits_allow() -> None:

@@ -53,7 +53,7 @@ def release(admission: Admission, entry: Entry) -> None:
 
 
 def entry(evaluations: int, *, end_s: float = math.inf, rows: int = 1, priority: int = 5) -> Entry:
-    return Entry(SHAPE, rows, evaluations, priority, end_s)
+    return Entry(SHAPE, 1, rows, 1, evaluations, priority, end_s)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_a_pair_has_the_same_number_of_tokens() -> None:
             assert unconditional is not None
             for actual, hidden in zip((conditional, unconditional), expected, strict=True):
                 np.testing.assert_array_equal(actual[HIDDEN], hidden)
+                assert len(hidden) == embeddings.chunks(prompt, negative_prompt) * MODEL.max_tokens
         assert await embeddings.get_pair(LONG, None) == (await embeddings.get(LONG), None)
+        assert [embeddings.chunks(text, None) for text in ("a cat", LONG)] == [1, 3]
         assert stages.rows("encode_text") == [1, 3, 1]  # a call for each text, whatever its chunks
 
     run(main)
@@ -143,6 +145,7 @@ def test_an_empty_negative_prompt_may_be_zeros() -> None:
         assert unconditional is not None
         np.testing.assert_array_equal(unconditional[HIDDEN], np.zeros_like(conditional[HIDDEN]))
         assert stages.rows("encode_text") == [3]
+        assert embeddings.chunks(LONG, "") == 3
         _, unconditional = await embeddings.get_pair("", " ")  # an empty prompt is none, and a blank one is not empty
         assert unconditional is not None
         assert unconditional[HIDDEN].any()

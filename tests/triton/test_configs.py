@@ -268,6 +268,60 @@ def test_a_start_refuses_options_that_the_stages_were_not_assembled_for(
         check_repository(tmp_path / "repository")
 
 
+def set_parameters(model_folder: Path, **parameters: str) -> None:
+    config = read_config(model_folder)
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    (model_folder / "config.pbtxt").write_text(text_from_config(config, ""))
+
+
+@pytest.mark.parametrize("model", ["stable_diffusion", "unet"])
+def test_tritons_own_parameters_are_known_and_no_others_in_upper_case(tmp_path: Path, model: str) -> None:
+    make_bundle(tmp_path / "bundle")
+    assemble(tmp_path)
+    folder = tmp_path / "repository" / model
+    own = {
+        "EXECUTION_ENV_PATH": "env.tar.gz",
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        "TRITON_BATCH_STRATEGY_PATH": "x.so",
+    }
+    set_parameters(folder, **own)
+    check_repository(tmp_path / "repository")
+    set_parameters(folder, MAX_ROWS="64")
+    with pytest.raises(ConfigurationError, match=rf"{model}/config\.pbtxt: There is no parameter 'MAX_ROWS'"):
+        check_repository(tmp_path / "repository")
+
+
+def test_a_stages_unknown_parameter_is_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    assemble(tmp_path)
+    folder = tmp_path / "repository" / "vae_decoder"
+    set_parameters(folder, call_timeout="900")
+    message = r"vae_decoder/config\.pbtxt: There is no parameter 'call_timeout'\. There are: call_timeout_s\."
+    with pytest.raises(ConfigurationError, match=message):
+        check_repository(tmp_path / "repository")
+    config = read_config(folder)
+    config.backend = "openvino"  # whose parameters are not ours
+    (folder / "config.pbtxt").write_text(text_from_config(config, ""))
+    check_repository(tmp_path / "repository")
+
+
+def test_a_stage_that_does_not_name_its_timeout_has_the_default(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    assemble(tmp_path)
+    folder = tmp_path / "repository" / "unet"
+    config = read_config(folder)
+    del config.parameters["call_timeout_s"]
+    (folder / "config.pbtxt").write_text(text_from_config(config, ""))
+    check_repository(tmp_path / "repository")
+    set_parameters(tmp_path / "repository" / "stable_diffusion", call_timeout_s="301")
+    for other in ("text_encoder", "vae_decoder", "vae_encoder"):
+        set_parameters(tmp_path / "repository" / other, call_timeout_s="301")
+    message = r"unet/config\.pbtxt: the call_timeout_s is 300, and stable_diffusion is configured for 301"
+    with pytest.raises(ConfigurationError, match=message):
+        check_repository(tmp_path / "repository")
+
+
 def test_a_start_takes_stages_that_can_do_more(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     assemble(tmp_path, "--limit", "max_rows=64", "--unet-instances", "2", "--call-timeout", "600")

@@ -46,6 +46,13 @@ def test_generate_returns_one_json_with_the_image_in_base64(server: TritonServer
     assert (image.format, image.size) == ("PNG", (128, 128))
 
 
+def test_an_id_that_is_not_utf8_is_refused(server: TritonServer) -> None:
+    """Nobody would answer it if the log could not tell it."""
+    status, text = post(server, "generate", b'{"prompt": "an apple", "id": "\xff\xfe"}')
+    assert status == 400
+    assert "[invalid_request] The request has text that is not UTF-8" in text
+
+
 def test_warnings_come_as_a_list(server: TritonServer) -> None:
     answer = json.loads(post(server, "generate", {"prompt": 'a [cat|dog] AND "a [house:tree:3]"', "steps": 1})[1])
     assert len(answer["warnings"]) == 3

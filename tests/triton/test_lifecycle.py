@@ -244,6 +244,26 @@ def hanging(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 # -- one final response ----------------------------------------------------------------------------------------------
 
 
+def test_an_id_forges_no_lines_of_the_log(faults: Faults, capsys: pytest.CaptureFixture[str]) -> None:
+    logged: list[str] = []
+
+    def log() -> str:
+        logged.append(capsys.readouterr().err)
+        return "".join(logged)
+
+    forged = "\nI0101 stable_diffusion: forged"
+    long = "x" * 1000
+    faults.client.generate("a rocket", request_id=f"done{forged}{long}", steps=1, **SMALL)
+    with pytest.raises(InvalidRequest):
+        faults.client.generate("a rocket", request_id=f"refused{forged}", steps=0)
+    wait_until(lambda: "invalid_request: refused" in log())
+    # Triton 2.51 escapes backslashes once more.
+    assert re.search(r"stable_diffusion: 'done\\+nI0101 stable_diffusion: forgedx{5}\.\.\.' done: 1 x ", log())
+    assert re.search(r"stable_diffusion: 'refused\\+nI0101 stable_diffusion: forged' invalid_request: refused", log())
+    assert forged not in log()
+    assert long not in log()
+
+
 def test_a_finished_request_is_answered_once(faults: Faults) -> None:
     faults.client.generate("a rocket", request_id="finished", steps=2, **SMALL)
     faults.assert_answered_once("finished")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import urllib.request
 from collections.abc import Iterator
 
+from diffuserve.serving.http import open_url
 from diffuserve.tensors import STABLE_DIFFUSION
 
 _PREFIX = "diffuserve_"
@@ -19,8 +19,8 @@ def read_metrics(url: str, model: str = STABLE_DIFFUSION) -> dict[str, float]:
 
 def read_text(url: str) -> str:
     """The whole page; raises `OSError` if nothing answers."""
-    with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - the server under test
-        return str(response.read().decode())
+    with open_url(url, timeout_s=10) as response:
+        return response.read().decode()
 
 
 def values_and_buckets(
