@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,9 +119,14 @@ def test_nothing_is_assembled_among_other_files(assembled: Path, tmp_path: Path)
     assert [path.name for path in home.iterdir()] == ["letters"]
     with pytest.raises(BundleError, match="is not a model repository: it holds bundle"):
         repository_from_bundle(tmp_path / "bundle", tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="file is a file"):
-        repository_from_bundle(tmp_path / "bundle", tmp_path / "file")
+    for output, message in (
+        ("file", "file is a file"),
+        ("file/repository", "file/repository cannot be written: .*Not a dir"),
+    ):
+        (tmp_path / "file").write_text("")
+        done = CliRunner().invoke(assemble, [str(tmp_path / "bundle"), "--output", str(tmp_path / output)])
+        assert isinstance(done.exception, BundleError)
+        assert re.search(message, str(done.exception))
 
 
 def test_a_stage_that_is_missing_or_that_nothing_calls_is_named(assembled: Path) -> None:
@@ -207,6 +213,8 @@ def test_a_name_that_cannot_be_a_models(tmp_path: Path, name: str) -> None:
     )
     assert isinstance(refused.exception, BundleError)
     assert f"The name {name!r} cannot be a model's" in str(refused.exception)
+    with pytest.raises(BundleError, match="cannot be a model's"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=name)
     assert not (tmp_path / "repository").exists()
 
 

@@ -122,11 +122,16 @@ def check_output(output: Path, name: str, folders: Collection[str]) -> None:
     """Looks at what the repository holds already, before the model `name` is put into `folders`.
 
     Raises:
-        BundleError: it holds something else than models of Triton, or one of the folders belongs to a model of another name.
+        BundleError: it cannot be read or holds something else than models of Triton, or one of the folders belongs to a model
+            of another name.
     """
-    if output.is_file():
-        raise BundleError(f"{output} is a file. Name a folder with --output.")
-    for path in sorted(output.iterdir()) if output.is_dir() else ():
+    try:
+        if output.is_file():
+            raise BundleError(f"{output} is a file. Name a folder with --output.")
+        paths = sorted(output.iterdir()) if output.is_dir() else []
+    except OSError as error:
+        raise BundleError(f"The repository {output} cannot be read: {error.strerror}.") from error
+    for path in paths:
         if path.name.startswith("."):
             continue
         if not (path.is_dir() and (path.name in folders or (path / CONFIG_NAME).is_file())):

@@ -61,9 +61,11 @@ def command(
     that is there is refreshed, and options that it had and this command was not given are told.
     """
     from diffuserve.bundle.manifest import read_manifest
+    from diffuserve.triton.stage_models import check_model_name
     from diffuserve_export.repository.assemble import repository_from_bundle
     from diffuserve_export.repository.triton_config import given_arguments
 
+    check_model_name(name)  # it is part of paths below
     accepted = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
     serving = options_from_arguments(Serving, arguments)
     before = _given_before(output, name)
