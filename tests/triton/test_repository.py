@@ -205,6 +205,28 @@ def test_a_stage_does_not_replace_a_model(assembled: Path, tmp_path: Path) -> No
         repository_from_bundle(tmp_path / "bundle", assembled, name="photos")
 
 
+@pytest.mark.parametrize("name", [UNET, SAFETY_CHECKER, "photos_safety_checker", "photos_unet_unet"])
+def test_a_models_name_is_not_like_a_stages(tmp_path: Path, name: str) -> None:
+    """Of the default model, whether it is there or not, or of one that is there, whether it has that stage or not."""
+    make_bundle(tmp_path / "bundle")
+    repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name="photos")
+    before = files_of(tmp_path / "repository", "")
+    with pytest.raises(BundleError, match=f"The name {name} would be taken for that of a stage of another model"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=name)
+    assert files_of(tmp_path / "repository", "") == before
+    assert check_repository(tmp_path / "repository") == ("photos",)
+
+
+@pytest.mark.parametrize(("first", "second"), [("photos_safety_checker", "photos"), ("photos_unet", "photos")])
+def test_no_model_comes_whose_stage_is_named_like_another(tmp_path: Path, first: str, second: str) -> None:
+    make_bundle(tmp_path / "bundle")
+    repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=first)
+    before = files_of(tmp_path / "repository", "")
+    with pytest.raises(BundleError, match="Choose another --name or --output"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=second)
+    assert files_of(tmp_path / "repository", "") == before
+
+
 @pytest.mark.parametrize("name", ["", ".photos", "a/b", "..", "a b", "a" * 65, "é"])
 def test_a_name_that_cannot_be_a_models(tmp_path: Path, name: str) -> None:
     make_bundle(tmp_path / "bundle")
