@@ -297,7 +297,9 @@ def is_draining(client: Client) -> bool:
 def test_without_one_models_process_triton_is_ended_for_both(two: Path) -> None:
     address = TritonAddress.on_free_ports()
     with ExitStack() as stack:
-        clients = {model: stack.enter_context(Client(address.grpc, model=model, idle_timeout_s=None)) for model in MODELS}
+        clients = {
+            model: stack.enter_context(Client(address.grpc, model=model, idle_timeout_s=None)) for model in MODELS
+        }
         pool = stack.enter_context(ThreadPoolExecutor(8))
         hold = two / "hold"
         stack.callback(hold.unlink, missing_ok=True)
