@@ -177,7 +177,7 @@ while not said.exists():
 
 def test_a_block_may_end_before_anything_was_sent() -> None:
     with generating(workload(Closed(1)), Target("triton-grpc", "localhost:1")):
-        [locust] = _locusts()
+        locust = _the_locust()
     assert not locust.is_running()
 
 
@@ -190,8 +190,15 @@ def test_a_failure_beside_a_block_is_told() -> None:
         ),
         generating(load, Target("triton-grpc", grpc)),
     ):
-        [locust] = _locusts()
+        locust = _the_locust()
         wait_until(lambda: not locust.is_running() or locust.status() == psutil.STATUS_ZOMBIE)
+
+
+def _the_locust() -> psutil.Process:
+    """Once it runs: a process that has just been started is still called as what started it."""
+    wait_until(lambda: len(_locusts()) == 1)
+    [locust] = _locusts()
+    return locust
 
 
 def _locusts() -> list[psutil.Process]:
