@@ -75,8 +75,14 @@ def test_links_and_anchors_are_found() -> None:
 
 
 def test_the_index_has_every_page() -> None:
-    listed = re.findall(r"^- \[[^\]]+\]\(([\w-]+\.md)\): ", (DOCS / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md") if page.name != "README.md")
+    listed = re.findall(r"^- \[[^\]]+\]\(([\w./-]+\.md)\): ", (DOCS / "README.md").read_text(), re.MULTILINE)
+    beside = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    above = {page.name for page in ROOT.glob("*.md")} - {"README.md"}
+    assert sorted(listed) == sorted([*beside, *(f"../{name}" for name in above)])
+
+
+def test_the_first_page_leads_to_those_beside_it() -> None:
+    assert {"CONTRIBUTING.md", "SECURITY.md"} <= {*links(ROOT / "README.md")}
 
 
 def texts() -> list[str]:

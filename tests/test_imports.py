@@ -275,6 +275,16 @@ def test_rooms_import_one_way() -> None:
     assert {room: ROOMS[room] - used.get(room, set()) for room in ROOMS if ROOMS[room] - used.get(room, set())} == {}
 
 
+def test_the_documented_rooms_are_all_and_in_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [section] = re.findall(r"^### Inside `diffuserve/`$(.*?)^##", text, re.MULTILINE | re.DOTALL)
+    rows = [re.findall(r"`(\w+)(?:/|\.py)`", row) for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)]
+    assert sorted(room for row in rows for room in row) == sorted(ROOMS)
+    place = {room: number for number, row in enumerate(rows) for room in row}
+    above = {room: {other for other in others if place[other] <= place[room]} for room, others in ROOMS.items()}
+    assert above == ROOMS
+
+
 def _room(module: str) -> str:
     """The folder or file below `diffuserve/` that a module belongs to."""
     return module.split(".")[1] if "." in module else module

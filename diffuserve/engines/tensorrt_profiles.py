@@ -3,9 +3,10 @@
 A profile is a range of shapes with kernels of its own, chosen for one shape in it. Few profiles, since each adds its
 kernels to the plan, and a context with memory of its own where Triton runs it:
 
-    1 to 2, 3 to 8 and 9 to 32 rows at the native size, each tuned for its largest batch;
-    any image size and length of a prompt that the server's limits allow, with as many rows as keep rows times area below
-    that of the largest batch at the native size.
+    1 to 2, 3 to 8 and 9 to 32 rows at the native size, each tuned for its largest batch. A plan is warmed and compared at
+    that size, so they are there even if the server's limits allow only smaller images;
+    any image size and length of a prompt that the server's limits allow, with at most 32 rows, or as many as keep rows
+    times area below that of the largest batch at the native size.
 
 The 32, the sizes and the lengths are those of the limits that a plan is built for, by default the model's own.
 
@@ -58,7 +59,7 @@ def profiles(tensors: StageSpec, model: ModelSpec, limits: Limits) -> list[Profi
     has_images = any(HEIGHT in spec.dims or spec.name == CLIP_INPUT for spec in (*tensors.inputs, *tensors.outputs))
     most_rows = MAX_DECODE_BATCH if has_images else limits.max_rows
     least_px, most_px = model.size_multiple, limits.max_side_px - limits.max_side_px % model.size_multiple
-    other_rows = max(1, most_rows * model.width * model.height // most_px**2)
+    other_rows = min(most_rows, max(1, most_rows * model.width * model.height // most_px**2))
 
     def shape(spec: TensorSpec, batch: int, width: int, height: int, chunks: int = 1) -> tuple[int, ...]:
         size = msgspec.structs.replace(model, width=width, height=height, max_tokens=chunks * model.max_tokens)
@@ -71,7 +72,7 @@ def profiles(tensors: StageSpec, model: ModelSpec, limits: Limits) -> list[Profi
     def other(spec: TensorSpec) -> ShapeRange:
         return ShapeRange(
             shape(spec, 1, least_px, least_px),
-            shape(spec, other_rows, model.width, model.height),
+            shape(spec, other_rows, min(model.width, most_px), min(model.height, most_px)),
             shape(spec, other_rows, most_px, most_px, limits.max_prompt_chunks),
         )
 

@@ -43,13 +43,15 @@ def described_placement(version_folder: Path) -> Placement:
     """Reads placement.json, and none of the files that it describes.
 
     Raises:
-        BundleError: nothing was assembled here.
+        BundleError: nothing was assembled here, or it cannot be read.
     """
     path = version_folder / PLACEMENT_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=Placement)
     except FileNotFoundError:
         raise BundleError(f"{version_folder} holds no engine: {PLACEMENT_NAME} is missing. {_AGAIN}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
     except msgspec.DecodeError as error:
         raise BundleError(f"{path} is damaged or of another version: {error}. {_AGAIN}") from error
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -271,14 +270,31 @@ def test_closing_a_stream_cancels_the_request(triton: FakeTriton) -> None:
         assert client.generate("a cat").seeds == [100]
 
 
-def test_a_slow_reader_is_no_silent_server(triton: FakeTriton, clock: Clock) -> None:
-    with Client(triton.address, idle_timeout_s=0.2) as client:
+def test_a_slow_reader_is_no_silent_server(triton: FakeTriton, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests = 0
+
+    class Closed(threading.Event):
+        """On which whoever watches for silence rests, from look to look."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal rests
+            rests += 1
+            return super().wait(timeout)
+
+    monkeypatch.setattr(watchdog, "threading", SimpleNamespace(Thread=threading.Thread, Event=Closed))
+    with Client(triton.address, idle_timeout_s=0.02) as client:
         events = []
         for event in client.stream("a cat", steps=2):
             events.append(event)
             clock.advance(3600)
-            time.sleep(0.3)  # whoever watches for silence looks in this time
+            # The next rest may follow a look of before; between it and the one after it is a look of now.
+            two_more = rests + 2
+            wait_until(lambda two_more=two_more: rests >= two_more or not watchdogs())
     assert isinstance(events[-1], Result)
+
+
+def watchdogs() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "diffuserve-watchdog"}
 
 
 def test_many_threads_share_a_client(triton: FakeTriton) -> None:
@@ -302,10 +318,10 @@ def test_closing_the_client_cancels_requests_of_other_threads(triton: FakeTriton
 
 
 def test_no_threads_remain(triton: FakeTriton) -> None:
-    before = set(threading.enumerate())
+    before = watchdogs()
     with Client(triton.address) as client:
         client.generate("a cat")
-    wait_until(lambda: not [each for each in set(threading.enumerate()) - before if each.name == "diffuserve-watchdog"])
+    wait_until(lambda: not watchdogs() - before)
 
 
 def test_async_stream(triton: FakeTriton) -> None:

@@ -183,3 +183,20 @@ def test_profiles_follow_from_the_limits(manifest: Manifest) -> None:
     assert other.max[2:] == (32, 32)
     assert most_rows(found, shapes_of(component.tensors, 1, MODEL.width, MODEL.height)) == 64
     assert profile_for(found, shapes_of(component.tensors, 1, 256, 256, chunks=5)) == len(native)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("max_side_px", [16, 32, 40, 48, 63, 64])
+def test_limits_below_the_native_size_give_profiles_that_can_be_built(
+    manifest: Manifest, stage: str, max_side_px: int
+) -> None:
+    tensors = manifest.components[stage].tensors
+    found = profiles(tensors, MODEL, replace(LIMITS, max_side_px=max_side_px))
+    for profile in found:
+        for ranges in profile.values():
+            pairs = [*zip(ranges.min, ranges.opt, strict=True), *zip(ranges.opt, ranges.max, strict=True)]
+            assert all(low <= high for low, high in pairs), ranges
+            assert ranges.max[0] <= MOST_ROWS[stage]
+    # The engine trials run at the native size, whatever servers will be asked for.
+    for rows, width, height in ((MOST_ROWS[stage], MODEL.width, MODEL.height), (1, 16, 16)):
+        assert profile_for(found, shapes_of(tensors, rows, width, height)) < len(found)

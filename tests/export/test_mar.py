@@ -125,6 +125,8 @@ def test_options_by_command_are_archived_and_said_to_be_lost(bundle: Path, tmp_p
         "Not kept from before: --startup-timeout 1200 --limit max_prompt_bytes=500000 --policy fair --call-timeout 900.0."
         in said
     )
+    assert "Not kept" not in archive("--batch-size", "8")  # the default
+    archive("--batch-size", "6")
     assert "--batch-size" in archive()
     assert "Not kept" not in archive()
 

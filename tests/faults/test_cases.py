@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from click.testing import CliRunner
 
 from diffuserve.errors import LaunchError
 from diffuserve_export.repository.assemble import repository_from_bundle
-from diffuserve_faults import faults_command, runner
+from diffuserve_faults import connections, faults_command, runner
 from diffuserve_faults.case import Trial
 from diffuserve_faults.runner import CASES, run_cases
+from tests.waiting import wait_until
 
 QUICK = ("cut-http", "cut-grpc", "garbage")
 
@@ -34,9 +36,11 @@ def test_the_command_line_knows_every_case() -> None:
     assert list(CASES) == list(faults_command.NAMES)
 
 
-# The UNet with calls that take a while on the fastest machine, so that a request of 150 steps lasts until it is cut.
+# The UNet with calls that take a while on the fastest machine, and a second each while a file exists: 150 steps then take
+# longer than anything here does on the slowest, so that a request lasts until it is cut and the server has noticed.
 SLOW_STAGE = """
 import time
+from pathlib import Path
 
 from diffuserve.triton.stage import StageModel
 
@@ -47,7 +51,7 @@ class TritonPythonModel(StageModel):
         engine = self._engine
 
         def slow(inputs):
-            time.sleep(0.01)
+            time.sleep(1 if Path({slow!r}).exists() else 0.01)
             return engine(inputs)
 
         self._engine = slow
@@ -55,9 +59,28 @@ class TritonPythonModel(StageModel):
 
 
 @pytest.fixture
-def slow_repository(repository: Path, tmp_path: Path) -> Path:
-    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
-    (copy / "unet" / "1" / "model.py").write_text(SLOW_STAGE)
+def slow_repository(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With the file while connections are cut, until as many are noticed as a case asks for."""
+    copy, slow = Path(shutil.copytree(repository, tmp_path / "repository")), tmp_path / "slow"
+    (copy / "unet" / "1" / "model.py").write_text(SLOW_STAGE.format(slow=str(slow)))
+    expect_cancelled = connections._expect_cancelled
+
+    def expect_slowly(trial: Trial, attack: Callable[[], int]) -> None:
+        before = trial.metrics()["requests_cancelled"]
+
+        def attack_slowly() -> int:
+            slow.touch()
+            try:
+                count = attack()
+                enough = count - max(1, connections._MISSED_SHARE * count)
+                wait_until(lambda: trial.metrics()["requests_cancelled"] - before >= enough)
+            finally:
+                slow.unlink()
+            return count
+
+        expect_cancelled(trial, attack_slowly)
+
+    monkeypatch.setattr(connections, "_expect_cancelled", expect_slowly)
     return copy
 
 

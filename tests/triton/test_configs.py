@@ -193,6 +193,16 @@ def test_options_are_configured_named_in_the_head_and_said_to_be_lost(tmp_path: 
     assert "# Options: none.\n" in (repository / "unet" / "config.pbtxt").read_text()
 
 
+def test_a_default_that_is_given_takes_the_place_of_what_was_before(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    given = "--limit max_steps=200 --policy fair --backend onnxruntime"
+    assemble(tmp_path, *given.split())
+    said = assemble(tmp_path, "--limit", "max_steps=150", "--policy", Serving().policy, "--backend", "python")
+    assert "Not kept" not in said
+    assemble(tmp_path, *given.split())
+    assert f"Not kept from before: {given}." in assemble(tmp_path, "--limit", "max_rows=32")
+
+
 def test_nothing_is_lost_where_only_the_models_own_defaults_differ(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     assemble(tmp_path)

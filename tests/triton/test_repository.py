@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,9 +119,14 @@ def test_nothing_is_assembled_among_other_files(assembled: Path, tmp_path: Path)
     assert [path.name for path in home.iterdir()] == ["letters"]
     with pytest.raises(BundleError, match="is not a model repository: it holds bundle"):
         repository_from_bundle(tmp_path / "bundle", tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="file is a file"):
-        repository_from_bundle(tmp_path / "bundle", tmp_path / "file")
+    for output, message in (
+        ("file", "file is a file"),
+        ("file/repository", "file/repository cannot be written: .*Not a dir"),
+    ):
+        (tmp_path / "file").write_text("")
+        done = CliRunner().invoke(assemble, [str(tmp_path / "bundle"), "--output", str(tmp_path / output)])
+        assert isinstance(done.exception, BundleError)
+        assert re.search(message, str(done.exception))
 
 
 def test_a_stage_that_is_missing_or_that_nothing_calls_is_named(assembled: Path) -> None:
@@ -199,6 +205,28 @@ def test_a_stage_does_not_replace_a_model(assembled: Path, tmp_path: Path) -> No
         repository_from_bundle(tmp_path / "bundle", assembled, name="photos")
 
 
+@pytest.mark.parametrize("name", [UNET, SAFETY_CHECKER, "photos_safety_checker", "photos_unet_unet"])
+def test_a_models_name_is_not_like_a_stages(tmp_path: Path, name: str) -> None:
+    """Of the default model, whether it is there or not, or of one that is there, whether it has that stage or not."""
+    make_bundle(tmp_path / "bundle")
+    repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name="photos")
+    before = files_of(tmp_path / "repository", "")
+    with pytest.raises(BundleError, match=f"The name {name} would be taken for that of a stage of another model"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=name)
+    assert files_of(tmp_path / "repository", "") == before
+    assert check_repository(tmp_path / "repository") == ("photos",)
+
+
+@pytest.mark.parametrize(("first", "second"), [("photos_safety_checker", "photos"), ("photos_unet", "photos")])
+def test_no_model_comes_whose_stage_is_named_like_another(tmp_path: Path, first: str, second: str) -> None:
+    make_bundle(tmp_path / "bundle")
+    repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=first)
+    before = files_of(tmp_path / "repository", "")
+    with pytest.raises(BundleError, match="Choose another --name or --output"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=second)
+    assert files_of(tmp_path / "repository", "") == before
+
+
 @pytest.mark.parametrize("name", ["", ".photos", "a/b", "..", "a b", "a" * 65, "é"])
 def test_a_name_that_cannot_be_a_models(tmp_path: Path, name: str) -> None:
     make_bundle(tmp_path / "bundle")
@@ -207,6 +235,8 @@ def test_a_name_that_cannot_be_a_models(tmp_path: Path, name: str) -> None:
     )
     assert isinstance(refused.exception, BundleError)
     assert f"The name {name!r} cannot be a model's" in str(refused.exception)
+    with pytest.raises(BundleError, match="cannot be a model's"):
+        repository_from_bundle(tmp_path / "bundle", tmp_path / "repository", name=name)
     assert not (tmp_path / "repository").exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,9 +20,6 @@ from diffuserve_export.repository.serving_arguments import (
     tell_what_is_lost,
 )
 from diffuserve_export.repository.torchserve_options import TorchServing
-
-if TYPE_CHECKING:
-    from diffuserve.bundle.manifest import ModelSpec
 
 
 @click.command("archive", cls=CommandWithLimits, short_help="Bundle -> model archive for TorchServe.")
@@ -82,15 +79,7 @@ def command(
         f"{output} holds {manifest.model.name} ({manifest.bundle_sha256[:10]}), {output.stat().st_size / 1e6:.1f} MB. "
         f"Start it: diffuserve serve --server torchserve --archive {output}"
     )
-    tell_what_is_lost(before, _given(model, accepted, serving, torchserve))
-
-
-def _given(model: ModelSpec, limits: Limits, serving: Serving, torchserve: TorchServing) -> dict[str, str]:
-    return {
-        **given(torchserve, TorchServing()),
-        **given(limits, Limits.for_model(model)),
-        **given(serving, Serving(call_timeout_s=BATCH_TIMEOUT_S)),
-    }
+    tell_what_is_lost(before)
 
 
 def _given_before(output: Path) -> dict[str, str]:
@@ -102,4 +91,8 @@ def _given_before(output: Path) -> dict[str, str]:
         torchserve = TorchServing.from_config(archive.config)
     except (DiffuserveError, KeyError, TypeError):
         return {}
-    return _given(archive.manifest.model, archive.limits, archive.serving, torchserve)
+    return {
+        **given(torchserve, TorchServing()),
+        **given(archive.limits, Limits.for_model(archive.manifest.model)),
+        **given(archive.serving, Serving(call_timeout_s=BATCH_TIMEOUT_S)),
+    }

@@ -33,7 +33,7 @@ from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION
 from diffuserve.triton.configuration import CONFIG_NAME, read_stage_models
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
-from diffuserve.triton.stage_models import check_model_name, stage_model
+from diffuserve.triton.stage_models import check_model_name, inflight_models, stage_model
 from diffuserve_export.repository.triton_backends import PYTHON
 from diffuserve_export.repository.triton_config import (
     INFLIGHT_MODEL_PY,
@@ -122,11 +122,17 @@ def check_output(output: Path, name: str, folders: Collection[str]) -> None:
     """Looks at what the repository holds already, before the model `name` is put into `folders`.
 
     Raises:
-        BundleError: it holds something else than models of Triton, or one of the folders belongs to a model of another name.
+        BundleError: it cannot be read or holds something else than models of Triton, one of the folders belongs to a model of
+            another name, or a model would be named as a stage of another is.
     """
-    if output.is_file():
-        raise BundleError(f"{output} is a file. Name a folder with --output.")
-    for path in sorted(output.iterdir()) if output.is_dir() else ():
+    try:
+        if output.is_file():
+            raise BundleError(f"{output} is a file. Name a folder with --output.")
+        paths = sorted(output.iterdir()) if output.is_dir() else []
+    except OSError as error:
+        raise BundleError(f"The repository {output} cannot be read: {error.strerror}.") from error
+    inflight = {name}
+    for path in paths:
         if path.name.startswith("."):
             continue
         if not (path.is_dir() and (path.name in folders or (path / CONFIG_NAME).is_file())):
@@ -138,11 +144,19 @@ def check_output(output: Path, name: str, folders: Collection[str]) -> None:
         stages: dict[str, str] = {}
         with suppress(ConfigurationError):  # what cannot be read is not served either
             stages = read_stage_models(output, path.name)
+        if stages:
+            inflight.add(path.name)
         if stages and (taken := {path.name, *stages.values()}.intersection(folders)):
             raise BundleError(
                 f"The model {name} would replace {' and '.join(sorted(taken))} in {output}, which the model {path.name} needs. "
                 "Choose another --name or --output."
             )
+    # Clients tell in-flight models from stages by their names alone.
+    if hidden := inflight.difference(inflight_models({*folders, *(path.name for path in paths)})):
+        raise BundleError(
+            f"The name {sorted(hidden)[0]} would be taken for that of a stage of another model in {output}, so requests could not "
+            "find it. Choose another --name or --output."
+        )
 
 
 def _write(path: Path, text: str) -> None:

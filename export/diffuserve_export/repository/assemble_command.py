@@ -61,9 +61,10 @@ def command(
     that is there is refreshed, and options that it had and this command was not given are told.
     """
     from diffuserve.bundle.manifest import read_manifest
+    from diffuserve.triton.stage_models import check_model_name
     from diffuserve_export.repository.assemble import repository_from_bundle
-    from diffuserve_export.repository.triton_config import given_arguments
 
+    check_model_name(name)  # it is part of paths below
     accepted = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
     serving = options_from_arguments(Serving, arguments)
     before = _given_before(output, name)
@@ -72,7 +73,7 @@ def command(
         f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}) as {name}. Start it: diffuserve serve --repository "
         f"{output}"
     )
-    tell_what_is_lost(before, given_arguments(manifest.model, accepted, serving, backend, name))
+    tell_what_is_lost(before)
 
 
 def _given_before(output: Path, name: str) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from diffuserve.limits import Limits
 from diffuserve.options import Option, changed, options_of
@@ -53,11 +54,27 @@ def words(arguments: Mapping[str, str]) -> str:
     return " ".join(_typed(argument, value) for argument, value in arguments.items())
 
 
-def tell_what_is_lost(before: Mapping[str, str], now: Iterable[str]) -> None:
-    """Says which arguments an earlier call of the command had and this one has not."""
+def tell_what_is_lost(before: Mapping[str, str]) -> None:
+    """Says which arguments an earlier call of the command had and this one, which click runs now, was not given.
+
+    Args:
+        before: of `given`, or of a command's own arguments by their names.
+    """
+    now = _given_to(click.get_current_context())
     lost = {argument: value for argument, value in before.items() if argument not in now}
     if lost:
         click.echo(f"Not kept from before: {words(lost)}. To keep it, run the command again with it.", err=True)
+
+
+def _given_to(context: click.Context) -> set[str]:
+    """The names of a command's arguments that were typed, whatever their values: a default may be typed too."""
+    typed = {
+        name
+        for each in context.command.params
+        if each.name and context.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
+        for name in each.opts
+    }
+    return typed | {f"--limit {name}" for name, _ in context.params["limits"]}
 
 
 def _typed(argument: str, value: str) -> str:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,43 +71,59 @@ def generating(workload: Workload, target: Target) -> Iterator[None]:
     """
     with _started(workload, target, None, 1) as generator:
         yield
-        generator.process.terminate()
+        generator.directing.process.terminate()
         generator.wait(_MARGIN_S, 0, CANNOT_KEEP_UP, -signal.SIGTERM)
         if generator.path.exists():  # else the block ended before it had begun
             all_answered(read_recording(generator.path))
 
 
 @dataclass(frozen=True)
-class _Generator:
-    """Locust's process, the master's if there are several, and the file for its recording."""
+class _Locust:
+    """One of its processes, and the file that its standard error goes to: a pipe that nobody reads stops who writes."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self, wanted: str = "") -> str:
+        """The last lines that it has written, of those with `wanted` in them."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if line.strip() and wanted in line][-5:])
+
+
+@dataclass(frozen=True)
+class _Generator:
+    """The process that directs, which is the only one if there are no workers, and the file for its recording."""
+
+    directing: _Locust
+    workers: Sequence[_Locust]
     path: Path
 
     def wait(self, limit_s: float, *codes: int) -> int:
         """Its exit code; raises `GeneratorFailed` if that is none of `codes`, or if it does not end."""
         try:
-            _, log = self.process.communicate(timeout=limit_s)
+            code = self.directing.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             raise GeneratorFailed(f"The generator has not ended after {limit_s:.0f} s and was stopped.") from None
-        code = self.process.returncode
         if code not in codes:
-            raise GeneratorFailed(f"The generator ended with {code}. {_last_words(log)}")
+            words = "\n".join(each.last_words() for each in (self.directing, *self.workers))
+            raise GeneratorFailed(f"The generator ended with {code}. {words}")
         if code == CANNOT_KEEP_UP:
-            click.echo(_last_words(log, "could not keep up"), err=True)
+            click.echo(self.directing.last_words("could not keep up"), err=True)
         return code
 
 
 @contextlib.contextmanager
 def _started(workload: Workload, target: Target, key_file: Path | None, workers: int) -> Iterator[_Generator]:
     with tempfile.TemporaryDirectory(prefix="diffuserve-loadtest-") as name, contextlib.ExitStack() as stack:
-        file, path = Path(name) / "workload.yaml", Path(name) / "recording.json"
+        folder = Path(name)
+        file, path = folder / "workload.yaml", folder / "recording.json"
         file.write_text(to_yaml(workload))
         options = ["--workload", str(file), "--protocol", target.protocol, "--host", target.url]
         options += ["--model", target.model]
         options += ["--recording", str(path)]
         options += ["--key-file", str(key_file)] if key_file else []
         directing: list[str] = []
+        sending: list[_Locust] = []
         if isinstance(workload.arrivals, Closed):  # a process without a user would send nothing
             workers = min(workers, workload.arrivals.users)
         if workers > 1:
@@ -116,33 +132,27 @@ def _started(workload: Workload, target: Target, key_file: Path | None, workers:
             directing += [f"--expect-workers-max-wait={_WORKERS_START_WITHIN_S}", f"--master-bind-port={port}"]
             if not isinstance(workload.arrivals, Closed):
                 directing += ["--users", str(workers), "--spawn-rate", str(workers)]
-            for _ in range(workers):
-                stack.enter_context(_process([*options, "--worker", f"--master-host={_HOST}", f"--master-port={port}"]))
-        process = stack.enter_context(_process([*options, "--headless", "--only-summary", *directing]))
-        yield _Generator(process, path)
+            worker = [*options, "--worker", f"--master-host={_HOST}", f"--master-port={port}"]
+            logs = [folder / f"worker-{number}.log" for number in range(workers)]
+            sending = [stack.enter_context(_process(worker, log)) for log in logs]
+        options = [*options, "--headless", "--only-summary", *directing]
+        yield _Generator(stack.enter_context(_process(options, folder / "locust.log")), sending, path)
 
 
 @contextlib.contextmanager
-def _process(options: list[str]) -> Iterator[subprocess.Popen[str]]:
+def _process(options: list[str], log: Path) -> Iterator[_Locust]:
     """Locust in a group of its own, which is killed at the end whatever happens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE if "--worker" not in options else subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+        )
     try:
-        yield process
+        yield _Locust(process, log)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if process.stderr:
-            process.stderr.close()
-
-
-def _last_words(log: str, wanted: str = "") -> str:
-    lines = [line for line in log.splitlines() if line.strip() and wanted in line]
-    return "\n".join(lines[-5:])

@@ -19,6 +19,7 @@ import msgspec
 import psutil
 import pytest
 
+from diffuserve_loadtest.sending import generator
 from diffuserve_loadtest.sending.generator import CANNOT_KEEP_UP, GeneratorFailed, generate, generating
 from diffuserve_loadtest.sending.lateness import shortfall
 from diffuserve_loadtest.sending.records import CANCELLED, OK, Record, Recording, RequestsFailed, read_recording
@@ -139,6 +140,39 @@ def test_what_is_sent_beside_a_block_ends_with_it() -> None:
         with generating(load, Target("image-http", url)):
             wait_until(lambda: len(came) > 4)
         assert not _locusts()
+
+
+def locustfile(folder: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Has the generator's processes run this before all else."""
+    path = folder / "locustfile.py"
+    path.write_text(f"import sys\n{first}\n{LOCUSTFILE.read_text()}")
+    monkeypatch.setattr(generator, "_LOCUSTFILE", path)
+
+
+def test_what_says_much_is_not_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locustfile(tmp_path, monkeypatch, first="print('a warning\\n' * 100_000, file=sys.stderr, flush=True)")
+    with (
+        server(200, "image/png", noise_png()) as (url, came),
+        generating(workload(Closed(2), duration_s=3600), Target("image-http", url)),
+    ):
+        wait_until(lambda: len(came) > 4)
+
+
+def test_why_a_worker_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_WORKERS_START_WITHIN_S", 1)
+    failing = f"""
+import os, pathlib, time
+said = pathlib.Path({str(tmp_path)!r}, "said")
+if "--worker" in sys.argv:
+    print("no room for a worker", file=sys.stderr, flush=True)
+    said.touch()
+    os._exit(1)
+while not said.exists():
+    time.sleep(0.02)
+"""
+    locustfile(tmp_path, monkeypatch, first=failing)
+    with pytest.raises(GeneratorFailed, match="no room for a worker"):
+        generate(workload(Constant(rate_per_s=10)), Target("triton-grpc", "localhost:1"), workers=2)
 
 
 def test_a_block_may_end_before_anything_was_sent() -> None:
