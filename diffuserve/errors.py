@@ -66,13 +66,15 @@ class StageFailed(DiffuserveError):
 
 
 class ServerUnavailable(DiffuserveError):
-    """`never_begun`: whether it is certain that no server has begun the request."""
+    """`never_begun`: whether it is certain that no server has begun the request; `unknown_model`: whether a server has answered
+    that it has no model of that name."""
 
     code = "server_unavailable"
 
-    def __init__(self, message: str, *, never_begun: bool = False) -> None:
+    def __init__(self, message: str, *, never_begun: bool = False, unknown_model: bool = False) -> None:
         super().__init__(message)
         self.never_begun = never_begun
+        self.unknown_model = unknown_model
 
 
 class CheckpointError(DiffuserveError):

@@ -19,6 +19,7 @@ from diffuserve.batching.admission import Admission
 from diffuserve.batching.costs import CallCosts
 from diffuserve.batching.jobs import Job, LatentShape
 from diffuserve.batching.ledger import Entry, Ledger
+from diffuserve.batching.load import Neighbours
 from diffuserve.batching.loop import InflightLoop
 from diffuserve.batching.policies import POLICIES
 from diffuserve.batching.request_selection import RequestSelection
@@ -66,6 +67,7 @@ class Pipeline:
         stages: the engine calls.
         limits: what is accepted; by default the model's own.
         serving: how it is served.
+        neighbours: other models on the device that runs the UNet.
 
     Raises:
         BundleError: the bundle is damaged, or lacks the safety checker that `serving` requires.
@@ -77,6 +79,8 @@ class Pipeline:
         stages: Stages,
         limits: Limits | None = None,
         serving: Serving | None = None,
+        *,
+        neighbours: Neighbours | None = None,
     ) -> None:
         serving = serving or Serving()
         self.manifest = read_manifest(bundle)
@@ -95,14 +99,14 @@ class Pipeline:
         )
         selection = selection_from_serving(serving, self.limits.max_rows, CallCosts(self.manifest.unet_seconds))
         self._ledger = Ledger()
-        self._admission = Admission(self._ledger, selection.max_rows, serving.unet_instances)
+        self._admission = Admission(self._ledger, selection.max_rows, serving.unet_instances, neighbours)
         self._loop = InflightLoop(
             calls.denoise,
             selection,
             max_active_images=self.limits.max_active_images,
             instances=serving.unet_instances,
             stats=self.stats,
-            on_call=self._admission.calls.observe,
+            on_call=self._admission.observe_call,
         )
         # A pool of its own, so that work on images never waits for, or delays, calls of the stages.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="image encoder")
@@ -137,6 +141,7 @@ class Pipeline:
         entry = self._entry(request)
         steps: _Steps = asyncio.Queue()
         self._ledger.add(entry)
+        self._admission.tell()
         drawing = asyncio.create_task(self._draw_in_time(request, steps, entry))
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
@@ -161,6 +166,7 @@ class Pipeline:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
             self._ledger.remove(entry)
+            self._admission.tell()
 
     async def _progress(
         self, request: TextToImageRequest, steps: _Steps, entry: Entry
@@ -215,8 +221,10 @@ class Pipeline:
         if excess_s > 0:
             self.stats.count("requests_refused")
             retry_after_s = min(60.0, max(0.1, excess_s))
+            here, elsewhere = len(self._ledger), self._admission.requests_elsewhere
+            others = f", {elsewhere} of them by other models on the same device" if elsewhere else ""
             raise QueueFull(
-                f"{len(self._ledger)} requests are being drawn, so that this one or one of them would not be "
+                f"{here + elsewhere} requests are being drawn{others}, so that this one or one of them would not be "
                 f"finished within its timeout_ms. Try again in {retry_after_s:.1f} s.",
                 retry_after_s,
             )

@@ -126,7 +126,8 @@ def _run(server: ServerLauncher[Any], grace_s: float) -> None:
     with server:
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
-        click.echo(_summary(server.served))
+        for served in server.served:
+            click.echo(_summary(served))
         click.echo(f"Stop:  Ctrl-C or SIGTERM; running requests get {grace_s:g} s to finish")
         while server.running and not stop.wait(0.2):
             pass

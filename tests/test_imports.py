@@ -95,6 +95,7 @@ ROOMS = {
     },
     "http_answers": {"description", "errors", "events", "request", "response_tensors"},
     "triton": {
+        "batching",
         "bundle",
         "defaults",
         "description",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -122,6 +122,15 @@ class AsyncClient:
         )
         return self._events(exchange)
 
+    async def _models(self) -> Sequence[str]:
+        """As `Client._models`."""
+        asked = self._server.ask_models(self._open_channel(), self._endpoint.connect_timeout_s)
+        try:
+            answer = None if asked is None else await asked
+        except grpc.RpcError:
+            return ()
+        return self._server.models(answer)
+
     async def _events(self, exchange: Exchange[Event]) -> AsyncGenerator[Event, None]:
         """Sends the request, again if need be; the last event is always among them unless an error is raised."""
         from tenacity import AsyncRetrying
@@ -148,6 +157,8 @@ class AsyncClient:
                 event = exchange.take(message)
                 if event is not None:
                     yield event
+            if exchange.model_is_unknown:
+                exchange.name_models(await self._models())
             exchange.check_finished()
         except TimeoutError:
             if not exchange.finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -141,6 +141,14 @@ class Client:
         )
         return self._events(exchange)
 
+    def _models(self) -> Sequence[str]:
+        """Those that the server has; none if it does not say."""
+        try:
+            answer = self._server.ask_models(self._channel, self._endpoint.connect_timeout_s)
+        except grpc.RpcError:
+            return ()
+        return self._server.models(answer)
+
     def _events(self, exchange: Exchange[Event]) -> Generator[Event, None, None]:
         """Sends the request, again if need be; the last event is always among them unless an error is raised."""
         from tenacity import Retrying
@@ -170,6 +178,8 @@ class Client:
                     event = exchange.take(message)
                     if event is not None:
                         yield event
+                if exchange.model_is_unknown:
+                    exchange.name_models(self._models())
                 exchange.check_finished()
             except grpc.RpcError as error:
                 if exchange.finished:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError, ServerUnavailable
 from diffuserve.wire import WIRE_VERSION
 from diffuserve_client.endpoint import Endpoint
-from diffuserve_client.failures import error_from_status
+from diffuserve_client.failures import error_from_status, unknown_model
 from diffuserve_client.fields import wire_fields
 from diffuserve_client.result import Progress, Result
 from diffuserve_client.server import Server
@@ -97,6 +97,16 @@ class Exchange(Generic[Event]):
             f"The server at {self._endpoint.url} has sent nothing for {self._endpoint.idle_timeout_s} s, so "
             f"the request {self._request_id} was cancelled. See the server's log, or allow more with idle_timeout_s."
         )
+
+    @property
+    def model_is_unknown(self) -> bool:
+        """Whether the server has no model of the name."""
+        return isinstance(self._error, ServerUnavailable) and self._error.unknown_model
+
+    def name_models(self, models: Sequence[str]) -> None:
+        """Has the error then say which there are, if that is known."""
+        if models:
+            self._error = unknown_model(self._endpoint.url, self._endpoint.model, f". It serves: {', '.join(models)}.")
 
     def check_finished(self) -> None:
         """Raises the error that the server sent, or `ServerUnavailable` if it ended the call without a result."""

@@ -17,19 +17,25 @@ _HUNG_UP = ("Socket closed", "reset by peer", "Broken pipe")
 _REFUSED_INPUT = ("inference input", "for input", "inputs but got")
 
 
+def unknown_model(address: str, model: str, others: str) -> ServerUnavailable:
+    """`others`: what is known of the models that there are."""
+    return ServerUnavailable(f"The server at {address} does not serve the model {model!r}{others}", unknown_model=True)
+
+
 def error_from_text(text: str, *, address: str, model: str) -> DiffuserveError:
     """The error that a response carries as text: ours by its code, Triton's own by its words."""
     ours = from_wire(text)
     if ours is not None:
         return ours
     lowered = text.lower()
-    not_now = any(words in lowered for words in _NO_MODEL_NOW)
-    if not_now or any(words in lowered for words in _NO_MODEL):
+    if any(words in lowered for words in _NO_MODEL_NOW):
         return ServerUnavailable(
-            f"The server at {address} does not serve the model {model!r} ({text}). "
-            "It may still be loading, or serve another: see its log.",
-            never_begun=not_now,
+            f"The server at {address} does not serve the model {model!r} now ({text}). "
+            "It may still be loading, or stopping: see its log.",
+            never_begun=True,
         )
+    if any(words in lowered for words in _NO_MODEL):
+        return unknown_model(address, model, f" ({text}). It may serve another: see its log.")
     if any(words in lowered for words in _REFUSED_INPUT):
         return InvalidRequest(f"{text.rstrip()} (Client and server may be of different versions.)")
     return StageFailed(text)

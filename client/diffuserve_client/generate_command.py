@@ -11,6 +11,7 @@ import click
 
 from diffuserve.defaults import BUNDLES, KEY_FILE, TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.request_options import request_options
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
     metavar="HOST:PORT",
     help=f"Its gRPC address. [localhost:{TRITON.grpc}; TorchServe: localhost:{TORCHSERVE.grpc}]",
 )
+@click.option("--model", metavar="NAME", help=f"Which of the server's models. [{STABLE_DIFFUSION}]")
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
@@ -77,6 +79,7 @@ def command(
     force: bool,
     kind: str | None,
     url: str | None,
+    model: str | None,
     key_file: Path | None,
     retries: int,
     describe: bool,
@@ -95,17 +98,23 @@ def command(
     """
     if not (prompts or prompt_file or describe):
         raise click.UsageError('Nothing to draw. Give a prompt, such as "a slice of pizza", or a file with --prompts.')
-    if local and (url is not None or kind is not None):
-        raise click.UsageError("--local needs no server, and --url or --server names one. Drop one of the two.")
+    if local and (url is not None or kind is not None or model is not None):
+        raise click.UsageError(
+            "--local needs no server, and --url, --server or --model names one. Drop one of the two."
+        )
     if key_file is not None and kind != "torchserve":
         raise click.UsageError("--key-file is TorchServe's. Add --server torchserve or drop --key-file.")
     if bundle is not None and not local:
         raise click.UsageError("--bundle is for --local; a server has its own. Add --local or drop --bundle.")
+
+    def open_client() -> TextToImage:
+        return _local_client(bundle) if local else _client(kind, url, model or STABLE_DIFFUSION, key_file, retries)
+
     if describe:
         if prompts or prompt_file:
             raise click.UsageError("--describe draws nothing. Drop it, or the prompts.")
         with _reported():
-            _print_description(_local_client(bundle) if local else _client(kind, url, key_file, retries))
+            _print_description(open_client())
         return
 
     from diffuserve_client.batch import Job
@@ -133,7 +142,7 @@ def command(
     from diffuserve_client.run import Run
 
     work = Run(jobs, fields, output=output, format=image_format, grid=grid, overwrite=force, quiet=quiet)
-    with _reported(), closing(_local_client(bundle) if local else _client(kind, url, key_file, retries)) as client:
+    with _reported(), closing(open_client()) as client:
         failed = work.draw(client)
     if failed:
         raise click.exceptions.Exit(1)
@@ -158,15 +167,16 @@ def _print_description(client: TextToImage) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(client.describe()), indent=2))
 
 
-def _client(kind: str | None, url: str | None, key_file: Path | None, retries: int) -> TextToImage:
+def _client(kind: str | None, url: str | None, model: str, key_file: Path | None, retries: int) -> TextToImage:
     from diffuserve_client.client import Client
 
     if kind != "torchserve":
-        return Client(url, retries=retries)
+        return Client(url, model=model, retries=retries)
     from diffuserve.torchserve.keys import read_inference_token
     from diffuserve_client.torchserve import TorchServe
 
-    return Client(url, server=TorchServe(read_inference_token(key_file or KEY_FILE)), retries=retries)
+    server = TorchServe(read_inference_token(key_file or KEY_FILE))
+    return Client(url, server=server, model=model, retries=retries)
 
 
 def _local_client(bundle: Path | None) -> TextToImage:

@@ -3,7 +3,7 @@ for threads and for asyncio take the same arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from diffuserve.description import Description
@@ -51,4 +51,12 @@ class Server(Protocol):
 
     def is_ready(self, answer: Any) -> bool:
         """What the answer says."""
+        ...
+
+    def ask_models(self, channel: Any, timeout_s: float) -> Any:
+        """Asks which models there are, as `ask_ready` does; None if this kind of server tells nobody."""
+        ...
+
+    def models(self, answer: Any) -> Sequence[str]:
+        """Those that take requests, sorted."""
         ...

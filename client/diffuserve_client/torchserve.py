@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -74,6 +74,12 @@ class TorchServe:
             response_deserializer=_message("TorchServeHealthResponse").FromString,
         )
         return call(b"", timeout=timeout_s, metadata=self._metadata())
+
+    def ask_models(self, channel: Any, timeout_s: float) -> Any:
+        return None  # TorchServe tells them only to who has its management key
+
+    def models(self, answer: Any) -> Sequence[str]:
+        return ()
 
     def is_ready(self, answer: Any) -> bool:
         return bool(json.loads(answer.health).get("status") == "Healthy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from diffuserve.description import Description
 from diffuserve.errors import DiffuserveError
+from diffuserve.triton.stage_models import inflight_models
 from diffuserve_client.endpoint import DEFAULT_URL
 from diffuserve_client.failures import error_from_text
 from diffuserve_client.result import Progress, Result
@@ -49,3 +50,11 @@ class Triton:
 
     def is_ready(self, answer: Any) -> bool:
         return bool(answer.ready)
+
+    def ask_models(self, channel: Any, timeout_s: float) -> Any:
+        # The index of the repository is restricted to the launcher; the statistics of all models name them too.
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=timeout_s)
+
+    def models(self, answer: Any) -> Sequence[str]:
+        return inflight_models(each.name for each in answer.model_stats)

@@ -16,7 +16,7 @@ from diffuserve.bundle.manifest import Manifest
 from diffuserve.errors import LaunchError
 from diffuserve.limits import Limits
 from diffuserve.serving.address import ServerAddress
-from diffuserve.serving.lifecycle import DrainFiles
+from diffuserve.serving.lifecycle import DrainRequest
 from diffuserve.serving.process import ServerProcess, check_ports, make_run_folder, remove_leftovers_of_the_dead
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves, for whoever started it.
+    """One model that a server serves, for whoever started it.
 
     `places`: where, by what each is; `draw_with`: the arguments with which `diffuserve generate` finds it.
     """
@@ -71,8 +71,8 @@ class ServerLauncher(ABC, Generic[Address]):
 
     @property
     @abstractmethod
-    def served(self) -> Served:
-        """Once it runs."""
+    def served(self) -> tuple[Served, ...]:
+        """Its models, once it runs."""
 
     def _check(self) -> None:
         """Raises whatever keeps the server from being started; before anything is made."""
@@ -109,7 +109,7 @@ class ServerLauncher(ABC, Generic[Address]):
         check_ports(self.address.host, self.address.ports)
         remove_leftovers_of_the_dead()
         self._run_folder = make_run_folder()
-        self._drain_files = DrainFiles(self._run_folder)
+        self._drain_request = DrainRequest(self._run_folder)
         try:
             process = self._process = self._start(self._run_folder)
             process.wait_until(lambda: self._is_ready(process), self._ready_timeout_s)
@@ -146,7 +146,7 @@ class ServerLauncher(ABC, Generic[Address]):
         Returns:
             Whether all were answered.
         """
-        self._drain_files.request_drain()
+        self._drain_request.make()
         asked_s = time.monotonic()
         end_s = asked_s + grace_s
         while self.running and time.monotonic() < end_s and not (give_up and give_up.is_set()):

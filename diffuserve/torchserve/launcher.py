@@ -71,7 +71,7 @@ class TorchServeServer(ServerLauncher[TorchServeAddress]):
         self._busy_s = 0.0
 
     @property
-    def served(self) -> Served:
+    def served(self) -> tuple[Served, ...]:
         address = self.address
         places = {
             "gRPC": address.grpc,
@@ -81,7 +81,7 @@ class TorchServeServer(ServerLauncher[TorchServeAddress]):
         }
         url = "" if address.grpc_port == TorchServeAddress().grpc_port else f" --url {address.grpc}"
         key = "" if self.key_file == KEY_FILE.absolute() else f" --key-file {self.key_file}"
-        return Served(self.archive.manifest, self.archive.limits, places, f" --server torchserve{url}{key}")
+        return (Served(self.archive.manifest, self.archive.limits, places, f" --server torchserve{url}{key}"),)
 
     def _has_failed(self, process: ServerProcess) -> str:
         """Whether it has had no worker for a while."""

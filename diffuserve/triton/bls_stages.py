@@ -37,11 +37,15 @@ class BlsStages:
     """Implements `diffuserve.stages.Stages`.
 
     Args:
+        models: the Triton model that runs each stage.
         outputs: the names of each stage's outputs.
         ranges: the profiles of each stage that runs a TensorRT plan; its calls are made in pieces that a profile allows.
     """
 
-    def __init__(self, outputs: dict[str, list[str]], ranges: Mapping[str, Sequence[Profile]]) -> None:
+    def __init__(
+        self, models: Mapping[str, str], outputs: Mapping[str, list[str]], ranges: Mapping[str, Sequence[Profile]]
+    ) -> None:
+        self._models = models
         self._outputs = outputs
         self._ranges = ranges
         # The loop works on numpy arrays, so outputs of engines on a GPU are asked for in the host's memory.
@@ -90,13 +94,13 @@ class BlsStages:
             response = await self._infer(stage, inputs)
         if response.has_error():
             message = response.error().message()
-            raise from_wire(message) or StageFailed(f"The stage {stage} failed: {message}")
+            raise from_wire(message) or StageFailed(f"The stage {self._models[stage]} failed: {message}")
         # Copied, since the arrays lie in shared memory that Triton reuses once the response is gone.
         return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
 
     async def _infer(self, stage: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
         request = pb_utils.InferenceRequest(
-            model_name=stage,
+            model_name=self._models[stage],
             requested_output_names=self._outputs[stage],
             inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
             preferred_memory=self._memory,
@@ -110,22 +114,23 @@ class BlsStages:
         return self._loads[stage]
 
     async def _load(self, stage: str) -> str | None:
+        model = self._models[stage]
         if self._model_control is None:
-            return f"The process of {stage} has died. Start Triton again, best by `diffuserve serve`."
-        log.warning("the process of %s has died; loading the model again", stage)
+            return f"The process of {model} has died. Start Triton again, best by `diffuserve serve`."
+        log.warning("the process of %s has died; loading the model again", model)
         started_s = time.monotonic()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._loader, self._model_control.reload, stage)
+            await asyncio.get_running_loop().run_in_executor(self._loader, self._model_control.reload, model)
         except Exception as error:
-            log.error("%s could not be loaded again: %s", stage, error)
-            return f"The process of {stage} has died, and it could not be loaded again. {error}"
-        log.warning("%s is loaded again, %.1f s", stage, time.monotonic() - started_s)
+            log.error("%s could not be loaded again: %s", model, error)
+            return f"The process of {model} has died, and it could not be loaded again. {error}"
+        log.warning("%s is loaded again, %.1f s", model, time.monotonic() - started_s)
         return None
 
     async def _wait_for(self, load: asyncio.Task[str | None], stage: str) -> None:
         try:
             failure = await asyncio.wait_for(asyncio.shield(load), _LOAD_TIMEOUT_S)
         except TimeoutError:
-            failure = f"The process of {stage} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
+            failure = f"The process of {self._models[stage]} has died, and loading it again takes longer than {_LOAD_TIMEOUT_S:g} s."
         if failure:
             raise StageFailed(failure)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from diffuserve.options import from_parameters
 from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve.triton.placement import described_placement
+from diffuserve.triton.stage_models import split_parameters
 
 Read = TypeVar("Read")
 CONFIG_NAME = "config.pbtxt"
@@ -36,53 +38,78 @@ def read_config(model_folder: Path) -> Any:
         ) from error
 
 
-def read_options(repository: Path) -> tuple[Limits, Serving]:
-    """What the in-flight model's config.pbtxt says.
+def read_stage_models(repository: Path, name: str) -> dict[str, str]:
+    """The Triton model of each stage that a model calls, by stage; empty if it is not an in-flight model.
+
+    Raises:
+        ConfigurationError: its config.pbtxt is missing or cannot be parsed.
+    """
+    stage_models, _ = split_parameters(_parameters(read_config(repository / name)))
+    return stage_models
+
+
+def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits, Serving]:
+    """What an in-flight model's config.pbtxt says.
 
     Raises:
         BundleError: nothing was assembled here.
         ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
     """
-    model = described_placement(repository / STABLE_DIFFUSION / "1").model
+    model = described_placement(repository / name / "1").model
     return _from_parameters(
-        repository / STABLE_DIFFUSION,
-        read_config(repository / STABLE_DIFFUSION),
-        lambda parameters: limits_and_serving(model, parameters),
+        repository / name,
+        read_config(repository / name),
+        lambda parameters: limits_and_serving(model, split_parameters(parameters)[1]),
     )
 
 
-def check_stages(repository: Path, limits: Limits, serving: Serving) -> None:
-    """Compares what the in-flight model will ask of the stages with their own configurations, as far as they lie in this
+def check_stages(
+    repository: Path, name: str, stage_models: Mapping[str, str], limits: Limits, serving: Serving
+) -> None:
+    """Compares what an in-flight model will ask of its stages with their own configurations, as far as they lie in this
     repository: Triton may serve several.
+
+    Args:
+        repository: the folder.
+        name: of the in-flight model.
+        stage_models: the Triton model of each stage.
+        limits: what is accepted.
+        serving: how it is served.
 
     Raises:
         ConfigurationError: a stage takes fewer rows, runs fewer calls at a time, or ends itself sooner.
     """
-    for name, rows in max_batch_sizes(limits).items():
-        folder = repository / name
+    rows = max_batch_sizes(limits)
+    for stage, model in stage_models.items():
+        folder = repository / model
         if not folder.is_dir():
             continue
         config = read_config(folder)
-        _check_at_least(folder, "max_batch_size", config.max_batch_size, rows)
-        if name == UNET:
+        check_at_least = partial(_check_at_least, folder, name)
+        check_at_least("max_batch_size", config.max_batch_size, rows[stage])
+        if stage == UNET:
             instances = sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
-            _check_at_least(folder, "number of instances", instances, serving.unet_instances)
+            check_at_least("number of instances", instances, serving.unet_instances)
         if _CALL_TIMEOUT in config.parameters:  # only the Python backend's models have it
-            stage = _from_parameters(folder, config, lambda parameters: from_parameters(Serving(), parameters))
-            _check_at_least(folder, _CALL_TIMEOUT, stage.call_timeout_s, serving.call_timeout_s)
+            options = _from_parameters(folder, config, lambda parameters: from_parameters(Serving(), parameters))
+            check_at_least(_CALL_TIMEOUT, options.call_timeout_s, serving.call_timeout_s)
 
 
-def _check_at_least(folder: Path, what: str, found: float, asked: float) -> None:
+def _check_at_least(folder: Path, name: str, what: str, found: float, asked: float) -> None:
     if found < asked:
         raise ConfigurationError(
-            f"{folder / CONFIG_NAME}: the {what} is {found:g}, and {STABLE_DIFFUSION} is configured for {asked:g}. Set both "
+            f"{folder / CONFIG_NAME}: the {what} is {found:g}, and {name} is configured for {asked:g}. Set both "
             "by assembling the repository again; see its options: diffuserve assemble --help"
         )
+
+
+def _parameters(config: Any) -> dict[str, str]:
+    return {name: each.string_value for name, each in config.parameters.items()}
 
 
 def _from_parameters(folder: Path, config: Any, read: Callable[[dict[str, str]], Read]) -> Read:
     """What `read` makes of a configuration's parameters; its errors name the file."""
     try:
-        return read({name: each.string_value for name, each in config.parameters.items()})
+        return read(_parameters(config))
     except ConfigurationError as error:
         raise ConfigurationError(f"{folder / CONFIG_NAME}: {error}") from None

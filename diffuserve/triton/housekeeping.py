@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffuserve.pipeline import Pipeline
-from diffuserve.serving.lifecycle import DrainFiles
+from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.triton.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,17 @@ class Housekeeping:
         is_idle: whether every request has had its last response and every call to another model has returned, so that
             Triton can be stopped.
         model_name: the label of its metrics.
+        signs: by which it is asked to drain, and reports that it has; None without a launcher.
     """
 
-    def __init__(self, pipeline: Pipeline, is_idle: Callable[[], bool], model_name: str) -> None:
+    def __init__(
+        self, pipeline: Pipeline, is_idle: Callable[[], bool], model_name: str, signs: ModelSigns | None
+    ) -> None:
         self._pipeline = pipeline
         self._is_idle = is_idle
         self._was_idle = False
         self._metrics = Metrics(model_name)
-        self._drain_files = DrainFiles.from_environment()
+        self._signs = signs
         self._watched: dict[int, tuple[Any, asyncio.Task[Any], asyncio.AbstractEventLoop]] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -84,7 +87,7 @@ class Housekeeping:
                     loop.call_soon_threadsafe(task.cancel)
 
     def _drain_if_asked(self) -> None:
-        if self._drain_files is None or not self._drain_files.drain_requested:
+        if self._signs is None or not self._signs.drain_requested:
             return
         self._pipeline.drain()
         # Twice in a row, since a request that has just been answered may still be on its way out of `execute`.
@@ -93,4 +96,4 @@ class Housekeeping:
             gc.collect()  # Triton's objects that some reference cycle still holds; see StableDiffusionModel._answer
             # The launcher stops Triton now, and a call that Triton does not answer any more would hold the model's end up.
             self._stopped.set()
-            self._drain_files.report_drained()
+            self._signs.report_drained()

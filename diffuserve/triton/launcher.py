@@ -1,9 +1,10 @@
 """Starts Triton on a model repository, waits until it serves, drains it and leaves nothing behind.
 
-Triton does not start a model's process again when it has died. For the stages the in-flight model sees to that
-(`diffuserve.triton.bls_stages`). When its own process dies, Triton 2.51 keeps its clients' streams open for good, and
-crashes when the model is loaded again. So the launcher then ends Triton at once: the streams break, which clients notice,
-and `diffuserve serve` ends with an error, so that whatever supervises it can start it again.
+Triton does not start a model's process again when it has died. For the stages their in-flight model sees to that
+(`diffuserve.triton.bls_stages`). When an in-flight model's own process dies, Triton 2.51 keeps its clients' streams open for
+good, and crashes when the model is loaded again. So the launcher then ends Triton at once, with whatever other models it
+serves: the streams break, which clients notice, and `diffuserve serve` ends with an error, so that whatever supervises it can
+start it again.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.serving.launcher import Served, ServerLauncher
-from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, LifeSign
+from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, ModelSigns
 from diffuserve.serving.process import SHARED_MEMORY, ServerProcess, answers_ok
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.configuration import read_options
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
+from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.repository import check_repository
 
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
@@ -59,46 +61,57 @@ class TritonServer(ServerLauncher[TritonAddress]):
     ) -> None:
         super().__init__(address, log_level=log_level, ready_timeout_s=ready_timeout_s)
         self.repository = repository
+        self.models: tuple[str, ...] = ()
+        """The names that requests may ask for, known once it is started."""
+        self._signs: tuple[ModelSigns, ...] = ()
         self._shared_memory_prefix = f"diffuserve_{os.getpid()}_{address.grpc_port}_"
 
     @property
-    def served(self) -> Served:
+    def served(self) -> tuple[Served, ...]:
+        return tuple(map(self._served, self.models))
+
+    def _served(self, model: str) -> Served:
         address = self.address
         places = {
             "gRPC": address.grpc,
-            "HTTP": f"{address.http}/v2/models/{STABLE_DIFFUSION}/generate",
+            "HTTP": f"{address.http}/v2/models/{model}/generate",
             "metrics": address.metrics,
         }
-        limits, _ = read_options(self.repository)
-        draw_with = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
-        return Served(read_manifest(self.repository / STABLE_DIFFUSION / "1"), limits, places, draw_with)
+        limits, _ = read_options(self.repository, model)
+        url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
+        name = "" if model == STABLE_DIFFUSION else f" --model {model}"
+        return Served(read_manifest(self.repository / model / "1"), limits, places, f"{url}{name}")
 
     def _check(self) -> None:
-        check_repository(self.repository)
+        self.models = check_repository(self.repository)
 
     def _is_ready(self, process: ServerProcess) -> bool:
         return answers_ok(f"{self.address.http}/v2/health/ready")
 
     def _has_failed(self, process: ServerProcess) -> str:
-        if not self._life_sign.lost:
-            return ""
-        return f"The process of {STABLE_DIFFUSION} has died, so Triton was ended. Start it again."
+        dead = [signs.model for signs in self._signs if signs.died]
+        return f"The process of {' and '.join(dead)} has died, so Triton was ended. Start it again." if dead else ""
 
     def _is_drained(self, asked_s: float) -> bool:
-        return self._drain_files.drained
+        return self._drained
 
     @property
     def _stop_timeout_s(self) -> float:
         """A Triton that has drained gets time to unload its models. One that has not would wait in vain for calls between
         its models, which it can no longer carry out."""
-        return _UNLOAD_TIMEOUT_S if self._drain_files.drained else _ABORT_TIMEOUT_S
+        return _UNLOAD_TIMEOUT_S if self._drained else _ABORT_TIMEOUT_S
+
+    @property
+    def _drained(self) -> bool:
+        return all(signs.drained for signs in self._signs)
 
     def _clean_up(self) -> None:
         for path in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             path.unlink(missing_ok=True)
 
     def _start(self, run_folder: Path) -> ServerProcess:
-        self._life_sign = LifeSign(run_folder)
+        self._signs = tuple(ModelSigns(run_folder, model) for model in self.models)
+        RunFolderNeighbours.prepare(run_folder, self.models)
         installation = find_installation(run_folder)
         warnings, info = _LOG_FLAGS[self._log_level]
         address = self.address

@@ -24,8 +24,8 @@ _AGAIN = "Assemble the repository again: diffuserve assemble BUNDLE"
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A bundle's part in one Triton model; `component` is None for stable_diffusion, which runs no engine itself.
-    `bundle_sha256` is the same in all models of a repository (`diffuserve.triton.repository`)."""
+    """A bundle's part in one Triton model; `component` is None for an in-flight model, which runs no engine itself.
+    `bundle_sha256` is the same in an in-flight model and its stages (`diffuserve.triton.repository`)."""
 
     model: ModelSpec
     bundle_sha256: str

@@ -1,4 +1,5 @@
-"""The Triton model stable_diffusion: a thin, decoupled shell around the pipeline and its in-flight loop.
+"""The in-flight model, stable_diffusion unless it was given another name: a thin, decoupled shell around the pipeline and its
+in-flight loop.
 
 Each request is an asyncio task that reads the pipeline's events and sends a response for each. Whatever happens, it ends
 with exactly one final response, since a client would wait forever for a missing one.
@@ -24,15 +25,17 @@ from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRe
 from diffuserve.events import Completed
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import TextToImageRequest
-from diffuserve.serving.lifecycle import LifeSign
+from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.configuration import check_stages
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
+from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event, tensors_from_values
+from diffuserve.triton.stage_models import check_all_named, split_parameters
 from diffuserve.wire import REQUEST_INPUTS, request_from_wire
 
 log = logging.getLogger(__name__)
@@ -51,47 +54,52 @@ class StableDiffusionModel:
     """Owns the pipeline. Triton runs one instance of it, whose `execute` calls overlap on one event loop."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        log_to_triton(args["model_name"])
+        name = args["model_name"]
+        log_to_triton(name)
         version_folder = Path(args["model_repository"]) / args["model_version"]
         try:
             parameters = {
-                name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+                key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
             }
             placement = read_placement(version_folder)
-            limits, serving = limits_and_serving(placement.model, parameters)
+            models, options = split_parameters(parameters)
+            limits, serving = limits_and_serving(placement.model, options)
             manifest = read_manifest(version_folder)
             check_limits(limits, manifest)
             components = manifest.components
+            check_all_named(models, components)
             # Also for a Triton that the launcher has not started.
-            check_one_bundle(version_folder.parents[1], components, args["model_version"])
-            check_stages(version_folder.parents[1], limits, serving)
+            repository = version_folder.parents[1]
+            check_one_bundle(repository, name, models.values(), args["model_version"])
+            check_stages(repository, name, models, limits, serving)
             outputs = {
-                name: [spec.name for spec in component.tensors.outputs] for name, component in components.items()
+                stage: [spec.name for spec in component.tensors.outputs] for stage, component in components.items()
             }
             ranges = {
-                name: profiles_of(component, placement.model)
-                for name, component in components.items()
+                stage: profiles_of(component, placement.model)
+                for stage, component in components.items()
                 if component.engine == "tensorrt"
             }
-            self._stages = BlsStages(outputs, ranges)
-            self._pipeline = Pipeline(version_folder, self._stages, limits, serving)
+            self._stages = BlsStages(models, outputs, ranges)
+            neighbours = RunFolderNeighbours.from_environment(name)
+            self._pipeline = Pipeline(version_folder, self._stages, limits, serving, neighbours=neighbours)
         except DiffuserveError as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
         # A pool of its own for the blocking round trips of `send`; BLS calls use the event loop's default pool.
         self._senders = ThreadPoolExecutor(4, thread_name_prefix="response sender")
         self._unanswered = 0
-        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, args["model_name"])
-        self._life_sign = LifeSign.from_environment()
-        if self._life_sign:
-            self._life_sign.give()
+        self._signs = ModelSigns.from_environment(name)
+        self._housekeeping = Housekeeping(self._pipeline, self._is_idle, name, self._signs)
+        if self._signs:
+            self._signs.live()
 
     async def execute(self, requests: list[Any]) -> None:
         await asyncio.gather(*(self._answer(request) for request in requests))
         await asyncio.sleep(_LEAST_EXECUTE_S)
 
     def finalize(self) -> None:
-        if self._life_sign:
-            self._life_sign.withdraw()
+        if self._signs:
+            self._signs.end()
         self._housekeeping.stop()
         self._senders.shutdown(wait=False)
 

@@ -29,7 +29,7 @@ from diffuserve.http_answers import (
     json_from_event,
 )
 from diffuserve.local_pipeline import LocalPipeline
-from diffuserve.serving.lifecycle import BusySign, DrainFiles
+from diffuserve.serving.lifecycle import BusySign, DrainRequest
 from diffuserve.torchserve.configuration import options_from_config
 from diffuserve_handlers.metrics import Metrics
 from diffuserve_handlers.requests import Received, received_from_data
@@ -76,7 +76,7 @@ class TextToImageHandler:
         self._local.warm()
         self._pipeline = self._local.pipeline
         self._metrics = Metrics(context.metrics, context.model_name)
-        self._drain_files = DrainFiles.from_environment()
+        self._drain_request = DrainRequest.from_environment()
         self._busy_sign = BusySign.from_environment() or nullcontext()
 
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
@@ -92,7 +92,7 @@ class TextToImageHandler:
 
     def preprocess(self, data: Sequence[dict[str, Any]], context: Any) -> list[Received]:
         """Reads and checks each request; what is wrong with one stays with it."""
-        if self._drain_files is not None and self._drain_files.drain_requested:
+        if self._drain_request is not None and self._drain_request.made:
             self._pipeline.drain()
         return [
             received_from_data(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client import AsyncClient
 from diffuserve_faults.known_answers import GRACE_S, KnownAnswer, ask
 from diffuserve_faults.tally import Tally
@@ -21,6 +22,7 @@ class Background:
         address: HOST:PORT of gRPC.
         answers: what they ask for, in turn.
         tally: where they count.
+        model: which of the server's.
         users: how many.
         retries: of their client.
         timeout_s: of each request.
@@ -32,6 +34,7 @@ class Background:
         answers: Sequence[KnownAnswer],
         tally: Tally,
         *,
+        model: str = STABLE_DIFFUSION,
         users: int = 6,
         retries: int = 20,
         timeout_s: float = 60.0,
@@ -39,6 +42,7 @@ class Background:
         self._address = address
         self._answers = answers
         self._tally = tally
+        self._model = model
         self._users = users
         self._retries = retries
         self._timeout_s = timeout_s
@@ -64,7 +68,7 @@ class Background:
             time.sleep(0.02)
 
     async def _run(self) -> None:
-        async with AsyncClient(self._address, retries=self._retries) as client:
+        async with AsyncClient(self._address, model=self._model, retries=self._retries) as client:
 
             async def user(number: int) -> None:
                 turn = number

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.launcher import TritonServer
+from diffuserve_client import Client
+from diffuserve_faults.background import Background
 from diffuserve_faults.tally import Tally
+from diffuserve_loadtest.server.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +26,7 @@ class Trial:
     Args:
         repository: made by `diffuserve assemble`.
         address: where the server listens, and each successor.
+        model: which of the server's is attacked.
         scale: share of the usual number of requests and seconds; tests use small ones.
 
     Attributes:
@@ -34,9 +39,12 @@ class Trial:
         files_left: open files that Triton is known to keep after what the case did to it.
     """
 
-    def __init__(self, repository: Path, address: TritonAddress, scale: float = 1.0) -> None:
+    def __init__(
+        self, repository: Path, address: TritonAddress, model: str = STABLE_DIFFUSION, scale: float = 1.0
+    ) -> None:
         self.repository = repository
         self.address = address
+        self.model = model
         self.scale = scale
         self.server = TritonServer(repository, address)
         self.warm: TritonServer | None = None
@@ -64,6 +72,18 @@ class Trial:
         self.server.stop()
         self.server = TritonServer(self.repository, self.address)
         self.server.__enter__()
+
+    def client(self, **settings: Any) -> Client:
+        """A client of the model."""
+        return Client(self.address.grpc, model=self.model, **settings)
+
+    def background(self, tally: Tally | None = None, **settings: Any) -> Background:
+        """Ordinary requests to the model, counted in the case's tally unless another is given."""
+        return Background(self.address.grpc, self.answers, tally or self.tally, model=self.model, **settings)
+
+    def metrics(self) -> dict[str, float]:
+        """The model's, by the names of `diffuserve.stats.METRICS`."""
+        return read_metrics(self.address.metrics, self.model)
 
     def times(self, count: int) -> int:
         """`count`, scaled; at least one."""

@@ -15,9 +15,9 @@ from diffuserve.serving.process import SHARED_MEMORY
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import AsyncClient
-from diffuserve_faults.known_answers import KnownAnswer, ask
+from diffuserve_faults.case import Trial
+from diffuserve_faults.known_answers import ask
 from diffuserve_faults.tally import Tally
-from diffuserve_loadtest.server.metrics import read_metrics
 from diffuserve_loadtest.server.processes import family_of, model_of
 
 _GAUGES = ("requests_waiting", "requests_running", "rows_waiting", "rows_running")
@@ -78,34 +78,35 @@ def _resident_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssFile:")))
 
 
-def differences(server: TritonServer, before: Snapshot, answers: list[KnownAnswer], files_left: int = 0) -> list[str]:
+def differences(trial: Trial, before: Snapshot) -> list[str]:
     """What is not as it was: nothing runs, the files and memory are back, and a known image is drawn right. Waits for
     up to a minute until that is so."""
+    server = trial.server
     if not server.running:
         return ["the server is not running"]
-    wrong = _known_image_wrong(server, answers)
+    wrong = _known_image_wrong(trial)
     end_s = time.monotonic() + _SETTLE_S
     while True:
-        found = wrong + _busy(server) + _grown(take_snapshot(server), before, files_left)
+        found = wrong + _busy(trial) + _grown(take_snapshot(server), before, trial.files_left)
         if not found or time.monotonic() > end_s:
             return found
         time.sleep(0.25)
 
 
-def _known_image_wrong(server: TritonServer, answers: list[KnownAnswer]) -> list[str]:
+def _known_image_wrong(trial: Trial) -> list[str]:
     tally = Tally()
 
     async def draw() -> None:
-        async with AsyncClient(server.address.grpc) as client:
-            for known in answers[:3]:
+        async with AsyncClient(trial.address.grpc, model=trial.model) as client:
+            for known in trial.answers[:3]:
                 await ask(client, known, tally, 60.0)
 
     asyncio.run(draw())
     return [*tally.lost, *(f"a known image: {code}" for code in tally.refused)]
 
 
-def _busy(server: TritonServer) -> list[str]:
-    metrics = read_metrics(server.address.metrics)
+def _busy(trial: Trial) -> list[str]:
+    metrics = trial.metrics()
     return [f"{name} is {metrics[name]:g}" for name in _GAUGES if metrics[name]]
 
 

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from diffuserve.errors import DiffuserveError
 from diffuserve_client import Client
 from diffuserve_faults import raw_http
-from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
 from diffuserve_faults.proxy import Proxy
-from diffuserve_loadtest.server.metrics import read_metrics
 
 _USERS = 3
 _CLIENTS = 4
@@ -29,7 +27,7 @@ _LONG = {"prompt": "a rocket", "steps": 150, "width": 64, "height": 64}
 _CLIENT = """
 import sys, threading, time
 from diffuserve_client import Client
-client = Client(sys.argv[1])
+client = Client(sys.argv[1], model=sys.argv[3])
 def stream(number):
     for event in client.stream("a rocket", steps=150, width=64, height=64, seed=number):
         if event.step == 1:
@@ -45,7 +43,7 @@ def cut_clients(trial: Trial) -> None:
     clients = trial.times(_CLIENTS)
 
     def attack() -> int:
-        command = [sys.executable, "-c", _CLIENT, trial.address.grpc, str(_STREAMS)]
+        command = [sys.executable, "-c", _CLIENT, trial.address.grpc, str(_STREAMS), trial.model]
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(clients)]
         try:
             for process in processes:
@@ -65,7 +63,7 @@ def cut_http(trial: Trial) -> None:
 
     def attack() -> int:
         for number in range(trial.times(_RESETS)):
-            connection = raw_http.open_stream(trial.address.http_port, {**_LONG, "seed": number, "progress": True})
+            connection = raw_http.open_stream(trial, {**_LONG, "seed": number, "progress": True})
             connection.recv(1 << 14)
             if number % 2:  # some right at the start, some in the middle
                 time.sleep(0.1)
@@ -92,7 +90,10 @@ def cut_grpc(trial: Trial) -> None:
     def attack() -> int:
         for _ in range(rounds):
             started = threading.Semaphore(0)
-            with Proxy("127.0.0.1", trial.address.grpc_port) as proxy, Client(proxy.address, retries=5) as client:
+            with (
+                Proxy("127.0.0.1", trial.address.grpc_port) as proxy,
+                Client(proxy.address, model=trial.model, retries=5) as client,
+            ):
                 threads = [threading.Thread(target=stream, args=(client, started)) for _ in range(_STREAMS)]
                 for thread in threads:
                     thread.start()
@@ -111,13 +112,13 @@ def cut_grpc(trial: Trial) -> None:
 
 def _expect_cancelled(trial: Trial, attack: Callable[[], int]) -> None:
     """The server has to notice all but a few as cancelled; the background shares the batches with them."""
-    before = read_metrics(trial.server.address.metrics)["requests_cancelled"]
-    with Background(trial.address.grpc, trial.answers, trial.tally, users=_USERS) as background:
+    before = trial.metrics()["requests_cancelled"]
+    with trial.background(users=_USERS) as background:
         count = attack()
         background.wait_for_answers(1)
         end_s = time.monotonic() + _NOTICE_S
         while True:
-            noticed = int(read_metrics(trial.server.address.metrics)["requests_cancelled"] - before)
+            noticed = int(trial.metrics()["requests_cancelled"] - before)
             if noticed >= count or time.monotonic() > end_s:
                 break
             time.sleep(0.1)

@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from diffuserve.request import FIELDS
-from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
 
 _REQUESTS = 10_000
@@ -50,7 +48,7 @@ def send_garbage(trial: Trial) -> None:
             trial.tally.lose(f"number {number}, {chosen.__name__}: {error!r}")
 
     with (
-        Background(trial.address.grpc, trial.answers, trial.tally, users=2) as background,
+        trial.background(users=2) as background,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="garbage") as pool,
     ):
         list(pool.map(attack, range(trial.times(_REQUESTS))))
@@ -58,7 +56,7 @@ def send_garbage(trial: Trial) -> None:
 
 
 def _bytes_to_http(trial: Trial, choose: random.Random) -> None:
-    start = choose.choice((b"", b"GET / HTTP/1.1\r\n", b"POST /v2/models/stable_diffusion/generate HTTP/1.1\r\n"))
+    start = choose.choice((b"", b"GET / HTTP/1.1\r\n", f"POST /v2/models/{trial.model}/generate HTTP/1.1\r\n".encode()))
     _send_bytes(trial, trial.address.http_port, start + choose.randbytes(choose.randrange(1, 2000)))
 
 
@@ -90,7 +88,7 @@ def _json(trial: Trial, choose: random.Random) -> None:
     action = choose.choice(("generate", "generate_stream"))
     connection = http.client.HTTPConnection("127.0.0.1", trial.address.http_port, timeout=_TIMEOUT_S)
     try:
-        connection.request("POST", f"/v2/models/{STABLE_DIFFUSION}/{action}", body)
+        connection.request("POST", f"/v2/models/{trial.model}/{action}", body)
         response = connection.getresponse()
         answer = response.read()
     finally:
@@ -150,7 +148,7 @@ def _messages(trial: Trial, choose: random.Random) -> None:
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    model = STABLE_DIFFUSION if choose.random() < 0.8 else choose.choice(("", "unet", "x" * 300))
+    model = trial.model if choose.random() < 0.8 else choose.choice(("", "unet", "x" * 300))
     request = service_pb2.ModelInferRequest(model_name=model)
     for _ in range(choose.randrange(4)):
         name = choose.choice(_NAMES)

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-from diffuserve.tensors import STABLE_DIFFUSION, UNET
-from diffuserve_faults.background import Background
+from diffuserve.tensors import UNET
+from diffuserve.triton.configuration import read_stage_models
 from diffuserve_faults.case import Cases, Trial
 from diffuserve_faults.checks import processes_by_name
 
@@ -19,7 +19,7 @@ _NOTICE_S = 60.0
 
 def kill_server(trial: Trial) -> None:
     """SIGKILL to tritonserver; what was in flight fails, the rest finds the successor."""
-    with _background(trial) as background:
+    with trial.background() as background:
         for _ in range(trial.times(_KILLS)):
             background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
             os.kill(trial.server.pid, signal.SIGKILL)
@@ -29,10 +29,10 @@ def kill_server(trial: Trial) -> None:
 
 def kill_inflight_model(trial: Trial) -> None:
     """SIGKILL to the in-flight model's process; the launcher ends Triton, and a successor is started."""
-    with _background(trial) as background:
+    with trial.background() as background:
         for _ in range(trial.times(_KILLS)):
             background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
-            _kill_model(trial, STABLE_DIFFUSION)
+            _kill_model(trial, trial.model)
             end_s = time.monotonic() + _NOTICE_S
             while trial.server.running and time.monotonic() < end_s:
                 time.sleep(0.02)
@@ -44,10 +44,10 @@ def kill_inflight_model(trial: Trial) -> None:
 
 def kill_stage(trial: Trial) -> None:
     """SIGKILL to the UNet's process; the server loads it again, and no request fails."""
-    with _background(trial) as background:
+    with trial.background() as background:
         for _ in range(trial.times(_KILLS)):
             background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
-            _kill_model(trial, UNET)
+            _kill_model(trial, read_stage_models(trial.repository, trial.model)[UNET])
             trial.files_left += 1  # Triton 2.51 keeps the shared memory of a model's process that was killed
             background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
     _expect_no_error(trial)
@@ -55,7 +55,7 @@ def kill_stage(trial: Trial) -> None:
 
 def restart(trial: Trial) -> None:
     """The server drains and is started anew; clients that send refused requests again see no error."""
-    with _background(trial) as background:
+    with trial.background() as background:
         for _ in range(trial.times(_KILLS)):
             background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
             if not trial.server.drain(_DRAIN_S):
@@ -63,10 +63,6 @@ def restart(trial: Trial) -> None:
             trial.succeed()
         background.wait_for_answers(trial.times(_ANSWERS_BETWEEN))
     _expect_no_error(trial)
-
-
-def _background(trial: Trial) -> Background:
-    return Background(trial.address.grpc, trial.answers, trial.tally)
 
 
 def _kill_model(trial: Trial, model: str) -> None:

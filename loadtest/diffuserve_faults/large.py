@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from diffuserve.errors import DiffuserveError, InvalidRequest
-from diffuserve_client import Client
 from diffuserve_faults import raw_http
-from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
 
 _HUGE_BYTES = 100 * 2**20
@@ -16,7 +14,7 @@ _LARGE = 20
 def send_large(trial: Trial) -> None:
     """Prompts of 100 MiB and many of 5 MiB, over HTTP and gRPC; each must be refused by name."""
     sizes = [_HUGE_BYTES, *[_LARGE_BYTES] * trial.times(_LARGE)]
-    with Background(trial.address.grpc, trial.answers, trial.tally, users=2):
+    with trial.background(users=2):
         for size in sizes:
             _over_http(trial, size)
             _over_grpc(trial, size)
@@ -24,7 +22,7 @@ def send_large(trial: Trial) -> None:
 
 def _over_http(trial: Trial, size: int) -> None:
     try:
-        status, answer = raw_http.generate(trial.address.http_port, raw_http.body_of({"prompt": "x" * size}))
+        status, answer = raw_http.generate(trial, raw_http.body_of({"prompt": "x" * size}))
     except OSError as error:
         trial.tally.lose(f"HTTP, {size >> 20} MiB: {error!r}")
         return
@@ -35,7 +33,7 @@ def _over_http(trial: Trial, size: int) -> None:
 
 
 def _over_grpc(trial: Trial, size: int) -> None:
-    with Client(trial.address.grpc, retries=0) as client:
+    with trial.client(retries=0) as client:
         try:
             client.generate("x" * size)
         except InvalidRequest:

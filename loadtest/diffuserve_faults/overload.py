@@ -40,15 +40,9 @@ class _Run:
 
 def overload(trial: Trial) -> None:
     """Requests without retries, each with a timeout, as strangers send them."""
-    address = trial.address.grpc
-    capacity_per_s = asyncio.run(_capacity(address, trial.answers, trial.seconds(_CAPACITY_S)))
+    capacity_per_s = asyncio.run(_capacity(trial))
     timeout_s = _PATIENCE * _USERS / capacity_per_s
-    runs = {
-        load: asyncio.run(
-            _open_loop(address, trial.answers, load * capacity_per_s, trial.seconds(_DURATION_S), timeout_s)
-        )
-        for load in _LOADS
-    }
+    runs = {load: asyncio.run(_open_loop(trial, load * capacity_per_s, timeout_s)) for load in _LOADS}
     for run in runs.values():
         trial.tally.answered += run.tally.answered
         trial.tally.refused += run.tally.refused
@@ -72,11 +66,11 @@ def overload(trial: Trial) -> None:
         trial.problems.append("nothing was refused")
 
 
-async def _capacity(address: str, answers: list[KnownAnswer], duration_s: float) -> float:
+async def _capacity(trial: Trial) -> float:
     """Requests a second when there is always one more."""
-    tally, end_s = Tally(), time.monotonic() + duration_s
-    started_s = time.monotonic()
-    async with AsyncClient(address) as client:
+    tally, answers, started_s = Tally(), trial.answers, time.monotonic()
+    end_s = started_s + trial.seconds(_CAPACITY_S)
+    async with AsyncClient(trial.address.grpc, model=trial.model) as client:
 
         async def user(number: int) -> None:
             turn = number
@@ -88,12 +82,10 @@ async def _capacity(address: str, answers: list[KnownAnswer], duration_s: float)
     return max(tally.answered, 1) / (time.monotonic() - started_s)
 
 
-async def _open_loop(
-    address: str, answers: list[KnownAnswer], rate_per_s: float, duration_s: float, timeout_s: float
-) -> _Run:
+async def _open_loop(trial: Trial, rate_per_s: float, timeout_s: float) -> _Run:
     choose = random.Random(3)  # noqa: S311 - a load, no secret
     run = _Run()
-    async with AsyncClient(address, retries=0) as client:
+    async with AsyncClient(trial.address.grpc, model=trial.model, retries=0) as client:
 
         async def one(known: KnownAnswer) -> None:
             sent_s = time.monotonic()
@@ -102,9 +94,9 @@ async def _open_loop(
 
         started_s = time.monotonic()
         due_s, tasks = started_s, []
-        while due_s < started_s + duration_s:
+        while due_s < started_s + trial.seconds(_DURATION_S):
             await asyncio.sleep(due_s - time.monotonic())
-            tasks.append(asyncio.create_task(one(choose.choice(answers))))
+            tasks.append(asyncio.create_task(one(choose.choice(trial.answers))))
             due_s += choose.expovariate(rate_per_s)
         await asyncio.gather(*tasks)
         run.duration_s = time.monotonic() - started_s

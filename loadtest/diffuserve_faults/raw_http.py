@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from diffuserve.tensors import STABLE_DIFFUSION
+from diffuserve_faults.case import Trial
 
 _TIMEOUT_S = 60.0
 
@@ -18,23 +18,23 @@ def body_of(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields).encode()
 
 
-def generate(port: int, body: bytes) -> tuple[int, bytes]:
+def generate(trial: Trial, body: bytes) -> tuple[int, bytes]:
     """Status and answer of a `generate`.
 
     Raises:
         OSError: the connection failed, or nothing came for a minute.
         http.client.HTTPException: the answer is no HTTP.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    connection = http.client.HTTPConnection("127.0.0.1", trial.address.http_port, timeout=_TIMEOUT_S)
     try:
-        connection.request("POST", _path("generate"), body, {"Content-Type": "application/json"})
+        connection.request("POST", _path(trial, "generate"), body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
     finally:
         connection.close()
 
 
-def open_stream(port: int, fields: Mapping[str, Any], receive_bytes: int | None = None) -> socket.socket:
+def open_stream(trial: Trial, fields: Mapping[str, Any], receive_bytes: int | None = None) -> socket.socket:
     """A connection on which a `generate_stream` has been sent and nothing read; with `receive_bytes`, with so small a buffer
     for what comes."""
     connection = socket.socket()
@@ -42,9 +42,11 @@ def open_stream(port: int, fields: Mapping[str, Any], receive_bytes: int | None 
         if receive_bytes is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         connection.settimeout(_TIMEOUT_S)
-        connection.connect(("127.0.0.1", port))
+        connection.connect(("127.0.0.1", trial.address.http_port))
         body = body_of(fields)
-        head = f"POST {_path('generate_stream')} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {_path(trial, 'generate_stream')} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + body)
     except OSError:
         connection.close()
@@ -58,5 +60,5 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def _path(action: str) -> str:
-    return f"/v2/models/{STABLE_DIFFUSION}/{action}"
+def _path(trial: Trial, action: str) -> str:
+    return f"/v2/models/{trial.model}/{action}"

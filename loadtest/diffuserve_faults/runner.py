@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
-from diffuserve_client import Client
+from diffuserve.triton.repository import check_serves
 from diffuserve_faults import connections, garbage, killed, large, overload, silence
-from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial, merged
 from diffuserve_faults.checks import differences, pools_bytes, shared_memory_left, take_snapshot
 from diffuserve_faults.known_answers import draw_known_answers
@@ -25,22 +25,25 @@ _WARM_UP_ANSWERS = 100
 _WARM_UP_USERS = 24
 
 
-def run_cases(names: Sequence[str], repository: Path, *, scale: float = 1.0) -> Report:
+def run_cases(names: Sequence[str], repository: Path, *, model: str = STABLE_DIFFUSION, scale: float = 1.0) -> Report:
     """Each case on the server that the last one left, and the checks after it.
 
     Args:
         names: of `CASES`.
         repository: made by `diffuserve assemble`.
+        model: which of the repository's is attacked.
         scale: share of the usual number of requests and seconds.
     """
     results: list[dict[str, Any]] = []
-    with Trial(repository, TritonAddress.on_free_ports(), scale) as trial:
-        trial.answers = draw_known_answers(trial.address.grpc)
+    check_serves(repository, model)
+    with Trial(repository, TritonAddress.on_free_ports(), model, scale) as trial:
+        with trial.client() as client:
+            trial.answers = draw_known_answers(client)
         for name in names:
             click.echo(f"{name}: {CASES[name][0]} ...", err=True)
             results.append(_run_case(name, trial))
     left = [path.name for path in shared_memory_left(trial.address)]
-    return _report(results, left, {"repository": str(repository), "scale": scale})
+    return _report(results, left, {"repository": str(repository), "model": model, "scale": scale})
 
 
 def _run_case(name: str, trial: Trial) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def _run_case(name: str, trial: Trial) -> dict[str, Any]:
     duration_s = time.monotonic() - started_s
     if trial.server.running:  # a new one has yet to become as warm as the last one was
         _warm_up(trial)
-    problems = trial.problems + differences(trial.server, before, trial.answers, trial.files_left)
+    problems = trial.problems + differences(trial, before)
     pools_grew_bytes = pools_bytes(trial.address) - before.pools_bytes
     if not trial.server.running:
         trial.succeed()
@@ -81,11 +84,11 @@ def _warm_up(trial: Trial) -> None:
     if trial.server is trial.warm:
         return
     trial.warm = trial.server
-    with Client(trial.address.grpc) as client:
+    with trial.client() as client:
         for side_px in (64, 128):
             client.generate("a rocket", steps=1, num_images=_WARM_UP_IMAGES, width=side_px, height=side_px)
     tally = Tally()
-    with Background(trial.address.grpc, trial.answers, tally, users=_WARM_UP_USERS) as background:
+    with trial.background(tally, users=_WARM_UP_USERS) as background:
         background.wait_for_answers(trial.times(_WARM_UP_ANSWERS))
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_client.wire import infer_request_from_fields
 from diffuserve_faults import raw_http
-from diffuserve_faults.background import Background
 from diffuserve_faults.case import Cases, Trial
 from diffuserve_faults.checks import take_snapshot
 
@@ -40,14 +38,12 @@ def never_read(trial: Trial) -> None:
         for number in range(count)
     ]
     sockets = []
-    with Background(trial.address.grpc, trial.answers, trial.tally, users=3) as background:
+    with trial.background(users=3) as background:
         try:
             calls = []
             for number, channel in enumerate(channels):
-                sockets.append(raw_http.open_stream(trial.address.http_port, {**_MUCH, "seed": number}, _RECEIVE_BYTES))
-                request = infer_request_from_fields(
-                    STABLE_DIFFUSION, f"unread-{number}", {**_MUCH, "encoding": "binary"}
-                )
+                sockets.append(raw_http.open_stream(trial, {**_MUCH, "seed": number}, _RECEIVE_BYTES))
+                request = infer_request_from_fields(trial.model, f"unread-{number}", {**_MUCH, "encoding": "binary"})
                 stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
                 calls.append(stub.ModelStreamInfer(iter([request])))
             answered = trial.tally.answered

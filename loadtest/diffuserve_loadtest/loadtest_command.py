@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffuserve.defaults import ARCHIVES, LOADTEST_RESULTS, REPOSITORY, TRITON
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_loadtest.sending.target import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def command() -> None:
 @click.option("--repository", type=_PATH, default=REPOSITORY, show_default=True, help="For Triton.")
 @click.option("--archive", type=_PATH, help=f"For TorchServe.  [default: the only one in {ARCHIVES}]")
 @click.option("--url", help="A server that runs already: HOST:PORT for gRPC, http://HOST:PORT for HTTP.")
+@click.option("--model", default=STABLE_DIFFUSION, show_default=True, help="Which of the server's models.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="[default: triton-grpc, or torchserve-grpc]")
 @click.option(
     "--metrics-url", help=f"Of a server at --url.  [default: http://HOST:{TRITON.metrics}/metrics for Triton]"
@@ -118,6 +120,7 @@ def run(
     repository: Path,
     archive: Path | None,
     url: str | None,
+    model: str,
     protocol: str | None,
     metrics_url: str | None,
     pid: int | None,
@@ -146,7 +149,9 @@ def run(
     chosen = _overridden(read_workload(workload), duration_s, rate_per_s)
     name = Path(workload).stem
     opened = (
-        _running(url, protocol, metrics_url, pid, key_file) if url else _started(server, repository, archive, protocol)
+        _running(url, model, protocol, metrics_url, pid, key_file)
+        if url
+        else _started(server, repository, model, archive, protocol)
     )
     with opened as under_test:
         bound_per_s = engine_bound_per_s(chosen, bundle, under_test.max_rows or _MAX_ROWS) if bundle else None
@@ -187,7 +192,7 @@ def _overridden(workload: Workload, duration_s: float | None, rate_per_s: float 
 
 
 def _running(
-    url: str, protocol: str | None, metrics_url: str | None, pid: int | None, key_file: Path | None
+    url: str, model: str, protocol: str | None, metrics_url: str | None, pid: int | None, key_file: Path | None
 ) -> AbstractContextManager[UnderTest]:
     from diffuserve_loadtest.sending.target import Protocol, Target
     from diffuserve_loadtest.server.under_test import UnderTest
@@ -196,20 +201,22 @@ def _running(
     if metrics_url is None and kind.startswith("triton"):
         host = url.split("://")[-1].rpartition(":")[0] or "localhost"
         metrics_url = f"http://{host}:{TRITON.metrics}/metrics"
-    return nullcontext(UnderTest(Target(kind, url), metrics_url, pid, key_file))
+    return nullcontext(UnderTest(Target(kind, url, model=model), metrics_url, pid, key_file))
 
 
 def _started(
-    server: str, repository: Path, archive: Path | None, protocol: str | None
+    server: str, repository: Path, model: str, archive: Path | None, protocol: str | None
 ) -> AbstractContextManager[UnderTest]:
     from diffuserve.torchserve.configuration import only_archive
     from diffuserve_loadtest.server.under_test import started_torchserve, started_triton
 
     if protocol is not None and not protocol.startswith(server):
         raise click.UsageError(f"{protocol} is not a protocol of --server {server}.")
+    if server == "torchserve" and model != STABLE_DIFFUSION:
+        raise click.UsageError(f"An archive's model is called {STABLE_DIFFUSION}. Drop --model {model}.")
     click.echo(f"Starting {server} ...", err=True)
     if server == "triton":
-        return started_triton(repository, protocol or "triton-grpc")  # type: ignore[arg-type]
+        return started_triton(repository, protocol or "triton-grpc", model)  # type: ignore[arg-type]
     return started_torchserve(archive or only_archive(), protocol or "torchserve-grpc")  # type: ignore[arg-type]
 
 

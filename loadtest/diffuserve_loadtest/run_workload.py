@@ -40,7 +40,7 @@ def run_workload(
 ) -> Run:
     """Raises `GeneratorFailed` and `NothingMeasured`."""
     workload = workload if capacity_per_s is None else workload.at_capacity(capacity_per_s)
-    with Watch(server.metrics_url, server.pid) as watch:
+    with Watch(server.metrics_url, server.pid, server.target.model) as watch:
         recording, kept_up = generate(workload, server.target, key_file=server.key_file, workers=workers)
         time.sleep(_SETTLE_S)  # metrics are brought up to date at intervals
     measures = measure(recording, watch.samples, slo)
@@ -75,7 +75,7 @@ def measure_capacity(workload: Workload, server: UnderTest, *, duration_s: float
         duration_s=_CAPACITY_WARM_UP_S + duration_s,
         warm_up_s=_CAPACITY_WARM_UP_S,
     )
-    with Watch(server.metrics_url, server.pid) as watch:
+    with Watch(server.metrics_url, server.pid, server.target.model) as watch:
         recording, _ = generate(closed, server.target, key_file=server.key_file)
     rate = rows_per_s(watch.samples, recording)
     if rate is None:

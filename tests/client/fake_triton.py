@@ -89,11 +89,12 @@ def fields_from_request(request: service_pb2.ModelInferRequest) -> dict[str, Any
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """A context manager; `address` is where it listens, `requests` what came but for the `wire_versions`, `cancelled` set
-    when one was cancelled."""
+    when one was cancelled, `models` what it says that it has, None for one that says nothing."""
 
     def __init__(self, port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
         self.request_ids: list[str] = []
+        self.models: list[str] | None = ["stable_diffusion"]
         self.wire_versions: list[int | None] = []
         self.cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(64)
@@ -112,6 +113,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelReady(self, request: Any, context: Any) -> service_pb2.ModelReadyResponse:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=request.name == "stable_diffusion")
+
+    def ModelStatistics(self, request: Any, context: Any) -> service_pb2.ModelStatisticsResponse:  # noqa: N802
+        assert not request.name
+        if self.models is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'diffuserve-key'")
+        return service_pb2.ModelStatisticsResponse(model_stats=[{"name": name, "version": "1"} for name in self.models])
 
     def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         for request in request_iterator:

@@ -148,7 +148,23 @@ def test_errors(triton: FakeTriton, generate: Generate, prompt: str, error: type
 
 @both
 def test_unknown_model(triton: FakeTriton, generate: Generate) -> None:
-    with pytest.raises(ServerUnavailable, match="does not serve the model 'other'"):
+    triton.models = ["unet", "vae_decoder", "stable_diffusion", "photos_unet", "photos", "photos_safety_checker"]
+    with pytest.raises(ServerUnavailable) as caught:
+        generate(triton.address, "a cat", settings={"model": "other"})
+    assert str(caught.value) == (
+        f"The server at {triton.address} does not serve the model 'other'. It serves: photos, stable_diffusion."
+    )
+
+
+@both
+@pytest.mark.parametrize("models", [None, []])
+def test_unknown_model_of_a_server_that_does_not_say_which_it_has(
+    triton: FakeTriton, generate: Generate, models: list[str] | None
+) -> None:
+    triton.models = models
+    with pytest.raises(
+        ServerUnavailable, match=r"model 'other' \(Request for unknown model.*\)\. It may serve another"
+    ):
         generate(triton.address, "a cat", settings={"model": "other"})
 
 

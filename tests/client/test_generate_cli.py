@@ -50,6 +50,7 @@ def names(folder: Path) -> list[str]:
         (["a", "--prompts", "missing.txt"], "missing.txt"),
         (["a", "--bundle", "."], "--bundle is for --local"),
         (["a", "--local", "--url", "localhost:8001"], "--local needs no server"),
+        (["a", "--local", "--model", "photos"], "--local needs no server"),
         (["a", "--local"], "holds no bundle"),
         (["a", "-n", "0"], "num-images"),
         (["a", "--describe"], "--describe draws nothing"),
@@ -71,6 +72,12 @@ def test_no_server_is_said_once() -> None:
     assert result.exit_code == 1
     assert result.stderr.count("No server answers at 127.0.0.1:1") == 1
     assert "diffuserve serve" in result.stderr
+
+
+def test_the_model_is_asked_for_by_its_name(triton: FakeTriton) -> None:
+    result = draw(triton, "a", "b", "--model", "photos")
+    assert result.exit_code == 1
+    assert result.stderr.count("does not serve the model 'photos'. It serves: stable_diffusion.") == 1
 
 
 def test_one_image(triton: FakeTriton, folder: Path) -> None:

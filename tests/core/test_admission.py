@@ -91,6 +91,13 @@ def test_who_is_late_in_any_case_keeps_nobody_out() -> None:
     assert admission.excess_s(entry(10, end_s=5.0), 0.0) == 0
 
 
+def test_who_may_be_late_only_with_the_margin_is_not_given_up() -> None:
+    admission = admission_with(0.0, 0.01)
+    admission._ledger.add(entry(10, end_s=0.12))
+    assert admission.excess_s(entry(10), 0.0) == pytest.approx(_MARGIN * 0.2 - 0.12)
+    assert admission.excess_s(entry(10, priority=6), 0.0) == 0  # which goes after it
+
+
 def test_who_goes_first_does_not_wait_for_the_others() -> None:
     admission = admission_with(0.0, 0.01)
     admission._ledger.add(entry(1000, rows=10))

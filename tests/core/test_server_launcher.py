@@ -41,7 +41,7 @@ class Listener(ServerLauncher[ServerAddress]):
         self.cleaned_up = 0
 
     @property
-    def served(self) -> Served:
+    def served(self) -> tuple[Served, ...]:
         raise NotImplementedError
 
     def _start(self, run_folder: Path) -> ServerProcess:
@@ -57,7 +57,7 @@ class Listener(ServerLauncher[ServerAddress]):
         return self.complaint
 
     def _is_drained(self, asked_s: float) -> bool:
-        assert self._drain_files.drain_requested
+        assert self._drain_request.made
         assert asked_s <= time.monotonic()
         return self.idle.is_set()
 

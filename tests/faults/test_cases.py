@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from diffuserve.errors import LaunchError
+from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_faults import faults_command, runner
 from diffuserve_faults.case import Trial
 from diffuserve_faults.runner import CASES, run_cases
@@ -18,8 +20,8 @@ from diffuserve_faults.runner import CASES, run_cases
 QUICK = ("cut-http", "cut-grpc", "garbage")
 
 
-def assert_nothing_lost(repository: Path, *names: str, scale: float) -> None:
-    report = run_cases(names, repository, scale=scale)
+def assert_nothing_lost(repository: Path, *names: str, scale: float, model: str = "stable_diffusion") -> None:
+    report = run_cases(names, repository, model=model, scale=scale)
     assert report.measured["lost"] == 0
     assert report.measured["left"] == []
     assert report.remarks == []
@@ -92,12 +94,25 @@ def test_what_is_lost_or_not_as_before_sets_the_exit_code(
 ) -> None:
     good = {"case": "garbage", "tried": 9, "survived": 9, "lost": 0, "answered": 4, "errors": {"http_400": 5}, "cut": 0}
     result = {**good, "losses": [], "problems": [], **change}
-    monkeypatch.setattr(runner, "run_cases", lambda names, repository, scale: runner._report([result], [], {}))
+    monkeypatch.setattr(runner, "run_cases", lambda names, repository, model, scale: runner._report([result], [], {}))
     outcome = CliRunner().invoke(faults_command.command, ["--output", str(tmp_path)])
     assert outcome.exit_code == (1 if words else 0)
     assert re.search(r"^garbage +9 +9 ", outcome.output, re.MULTILINE)
     assert words is None or words in outcome.output
     assert json.loads((tmp_path / "faults.json").read_text())["cases"] == [result]
+
+
+@pytest.mark.slow
+def test_cases_on_one_of_two_models_lose_nothing(bundle: Path, tmp_path: Path) -> None:
+    for name in ("stable_diffusion", "photos"):
+        repository_from_bundle(bundle, tmp_path, name=name)
+    names = ("killed-inflight", "killed-stage", "restarted", "cut-clients", "garbage")
+    assert_nothing_lost(tmp_path, *names, scale=0.02, model="photos")
+
+
+def test_a_model_that_is_not_there(repository: Path) -> None:
+    with pytest.raises(LaunchError, match=r"does not serve the model 'photos'\. It serves: stable_diffusion\."):
+        run_cases(QUICK, repository, model="photos")
 
 
 def test_what_is_left_in_shared_memory_fails_the_run() -> None:

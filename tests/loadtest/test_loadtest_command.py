@@ -122,6 +122,7 @@ def test_a_signal_ends_the_generator_too(how: signal.Signals, tmp_path: Path) ->
         (["single", "--url", "example.org:8001"], "is not this machine"),
         (["single", "--protocol", "torchserve-grpc"], "is not a protocol of --server triton"),
         (["single", "--repository", "nowhere"], "nowhere"),
+        (["single", "--server", "torchserve", "--model", "photos"], "An archive's model is called stable_diffusion"),
         (["compare", "one.json", "two.json"], "one.json cannot be compared"),
     ],
 )

@@ -18,12 +18,17 @@ from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.limits import MAX_DECODE_BATCH, Limits
 from diffuserve.options import options_of
 from diffuserve.serving_options import Serving
-from diffuserve.triton.configuration import check_stages, read_config, read_options
+from diffuserve.triton.configuration import check_stages, read_config, read_options, read_stage_models
 from diffuserve.triton.placement import PLACEMENT_NAME, read_placement
 from diffuserve.triton.repository import check_repository
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command
-from diffuserve_export.repository.triton_config import configs_from_manifest, model_py, text_from_config
+from diffuserve_export.repository.triton_config import (
+    INFLIGHT_MODEL_PY,
+    STAGE_MODEL_PY,
+    configs_from_manifest,
+    text_from_config,
+)
 from tests.core.fakes import make_bundle
 
 COMMITTED = Path(__file__).parents[2] / "triton_repo"
@@ -44,7 +49,8 @@ def test_the_committed_repository_is_up_to_date(bundle: Path) -> None:
         head = re.match("(# .*\n){3}", text)
         assert head
         assert text == text_from_config(config, head[0])
-        assert (COMMITTED / name / "1" / "model.py").read_text() == model_py(name)
+        model_py = INFLIGHT_MODEL_PY if name == "stable_diffusion" else STAGE_MODEL_PY
+        assert (COMMITTED / name / "1" / "model.py").read_text() == model_py
 
 
 def test_the_timestep_is_batched_and_the_loops_model_is_not(bundle: Path) -> None:
@@ -165,7 +171,7 @@ def test_options_are_configured_named_in_the_head_and_said_to_be_lost(tmp_path: 
     limits, serving = read_options(repository)
     assert (limits.max_steps, limits.max_rows) == (200, 64)
     assert serving == Serving(policy="fair", unet_instances=2, call_timeout_s=600, require_safety_checker=True)
-    check_stages(repository, limits, serving)
+    check_stages(repository, "stable_diffusion", read_stage_models(repository, "stable_diffusion"), limits, serving)
     unet = read_config(repository / "unet")
     assert (unet.max_batch_size, unet.instance_group[0].count) == (64, 2)
     assert unet.parameters["call_timeout_s"].string_value == "600.0"
@@ -265,7 +271,32 @@ def test_a_start_refuses_options_that_the_stages_were_not_assembled_for(
 def test_a_start_takes_stages_that_can_do_more(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     assemble(tmp_path, "--limit", "max_rows=64", "--unet-instances", "2", "--call-timeout", "600")
-    check_stages(tmp_path / "repository", Limits(), Serving())
+    repository = tmp_path / "repository"
+    stage_models = read_stage_models(repository, "stable_diffusion")
+    check_stages(repository, "stable_diffusion", stage_models, Limits(), Serving())
+
+
+def test_options_are_those_of_one_model(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    assemble(tmp_path, "--limit", "max_rows=64")
+    said = assemble(tmp_path, "--name", "photos", "--limit", "max_steps=99", "--policy", "fair")
+    assert "as photos" in said
+    assert "Not kept" not in said
+    repository = tmp_path / "repository"
+    assert read_options(repository)[0].max_rows == 64
+    limits, serving = read_options(repository, "photos")
+    assert (limits.max_steps, limits.max_rows, serving.policy) == (99, Limits().max_rows, "fair")
+    assert "# Options: --limit max_steps=99 --policy fair --name photos.\n" in (
+        (repository / "photos_unet" / "config.pbtxt").read_text()
+    )
+    assert "Not kept from before: --policy fair." in assemble(tmp_path, "--name", "photos", "--limit", "max_steps=99")
+    assert "Not kept from before: --limit max_rows=64." in assemble(tmp_path)
+
+    config = read_config(repository / "photos_unet")
+    config.max_batch_size = 8
+    (repository / "photos_unet" / "config.pbtxt").write_text(text_from_config(config, ""))
+    with pytest.raises(ConfigurationError, match=r"photos_unet/.* is 8, and photos is configured for 32"):
+        check_repository(repository)
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -138,14 +138,26 @@ def check(images: Sequence[Any], pipeline: Any, requests: Sequence[dict[str, Any
     assert min(figures) >= MIN_PSNR_DB, "\n".join(lines)
 
 
-def test_each_family_as_served(family: Family, tmp_path: Path) -> None:
-    repository_from_bundle(family.bundle, tmp_path / "repository")
+def test_each_family_as_served_beside_another(
+    family: Family, bundle: Path, reference_pipeline: Any, tmp_path: Path
+) -> None:
+    repository_from_bundle(bundle, tmp_path / "repository")
+    repository_from_bundle(family.bundle, tmp_path / "repository", name=family.name)
     requests = requests_to(family)
+    others: list[dict[str, Any]] = [
+        {"prompt": "a red heart, flat", "sampler": sampler, "steps": 6, "guidance_scale": 5.0, "seed": seed}
+        for seed, sampler in enumerate(("ddim", "euler", "dpmpp_2m"))
+    ]
+    others = [{**other, "width": 128, "height": 128} for other in others]
     with (
         TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()) as server,
-        Client(server.address.grpc) as client,
+        Client(server.address.grpc, model=family.name) as client,
+        Client(server.address.grpc) as other,
+        ThreadPoolExecutor(2) as pool,
     ):
+        beside = pool.submit(served, other, others)
         images = served(client, requests)
+        check(beside.result(), reference_pipeline, others)
     check(images, family.pipeline, requests)
 
 

@@ -25,9 +25,9 @@ from tests.metrics import counted, values, waiting_and_running
 from tests.waiting import LONG_S, wait_for, wait_until
 
 
-def post(server: TritonServer, endpoint: str, body: Any) -> tuple[int, str]:
+def post(server: TritonServer, endpoint: str, body: Any, model: str = "stable_diffusion") -> tuple[int, str]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    url = f"{server.address.http}/v2/models/stable_diffusion/{endpoint}"
+    url = f"{server.address.http}/v2/models/{model}/{endpoint}"
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=LONG_S) as response:

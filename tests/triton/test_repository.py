@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 from diffuserve.bundle.manifest import FusedLora, read_manifest, write_manifest
 from diffuserve.errors import BundleError, LaunchError
-from diffuserve.tensors import STABLE_DIFFUSION, UNET, VAE_DECODER
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES, UNET, VAE_DECODER
 from diffuserve.triton import launcher
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
 from diffuserve.triton.placement import PLACEMENT_NAME, described_placement, write_placement
-from diffuserve.triton.repository import check_one_bundle, check_repository
+from diffuserve.triton.repository import check_one_bundle, check_repository, read_stage_models
 from diffuserve_export.repository.assemble import repository_from_bundle
 from diffuserve_export.repository.assemble_command import command as assemble
 from tests.core.fakes import make_bundle
@@ -37,8 +37,8 @@ def give_another_bundle(repository: Path, name: str) -> None:
 
 
 def test_a_whole_repository_is_accepted(assembled: Path) -> None:
-    check_repository(assembled)
-    check_one_bundle(assembled, [UNET, VAE_DECODER, "in_another_repository"])
+    assert check_repository(assembled) == (STABLE_DIFFUSION,)
+    check_one_bundle(assembled, STABLE_DIFFUSION, [UNET, VAE_DECODER, "in_another_repository"])
 
 
 @pytest.mark.parametrize("name", [UNET, VAE_DECODER, STABLE_DIFFUSION])
@@ -54,7 +54,7 @@ def test_models_of_different_bundles_are_named(assembled: Path, name: str) -> No
 
 def test_a_model_that_was_not_finished_is_named(assembled: Path) -> None:
     (assembled / UNET / "1" / PLACEMENT_NAME).unlink()
-    for check in (check_repository, lambda repository: check_one_bundle(repository, [UNET])):
+    for check in (check_repository, lambda repository: check_one_bundle(repository, STABLE_DIFFUSION, [UNET])):
         with pytest.raises(BundleError, match="unet/1 holds no engine"):
             check(assembled)
 
@@ -86,7 +86,7 @@ def test_a_triton_that_the_launcher_did_not_check_refuses_them_too(
 ) -> None:
     shutil.copytree(repository, tmp_path / "repository")
     spoil(tmp_path / "repository")
-    monkeypatch.setattr(launcher, "check_repository", lambda repository: None)
+    monkeypatch.setattr(launcher, "check_repository", lambda repository: (STABLE_DIFFUSION,))
     with (
         pytest.raises(LaunchError, match=message),
         TritonServer(tmp_path / "repository", TritonAddress.on_free_ports()),
@@ -121,6 +121,93 @@ def test_nothing_is_assembled_among_other_files(assembled: Path, tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="file is a file"):
         repository_from_bundle(tmp_path / "bundle", tmp_path / "file")
+
+
+def test_a_stage_that_is_missing_or_that_nothing_calls_is_named(assembled: Path) -> None:
+    (assembled / UNET).rename(assembled / "another")
+    with pytest.raises(BundleError, match=r"repository/unet is missing, which stable_diffusion calls"):
+        check_repository(assembled)
+    shutil.copytree(assembled / "another", assembled / UNET)
+    with pytest.raises(LaunchError, match=r"No model of .* calls another, and Triton would load it"):
+        check_repository(assembled)
+
+
+# -- several models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(assembled: Path, tmp_path: Path) -> Path:
+    """A repository with another bundle under the name photos beside the default one."""
+    make_bundle(tmp_path / "photos", safety_checker=True, bundle_sha256="ab" * 32)
+    repository_from_bundle(tmp_path / "photos", assembled, name="photos")
+    return assembled
+
+
+def files_of(repository: Path, prefix: str) -> dict[str, tuple[bytes, int]]:
+    """Content and inode of what lies in the folders whose names begin so."""
+    return {
+        str(path.relative_to(repository)): (path.read_bytes(), path.stat().st_ino)
+        for path in repository.rglob("*")
+        if path.is_file() and path.relative_to(repository).parts[0].startswith(prefix)
+    }
+
+
+def test_models_of_two_bundles_lie_side_by_side(two: Path) -> None:
+    assert check_repository(two) == ("photos", STABLE_DIFFUSION)
+    assert {folder.name for folder in two.iterdir()} == {
+        *(STABLE_DIFFUSION, *STAGES),
+        *("photos", *(f"photos_{stage}" for stage in (*STAGES, SAFETY_CHECKER))),
+    }
+    assert read_stage_models(two, STABLE_DIFFUSION) == {stage: stage for stage in STAGES}
+    assert read_stage_models(two, "photos") == {stage: f"photos_{stage}" for stage in (*STAGES, SAFETY_CHECKER)}
+    assert read_stage_models(two, "photos_unet") == {}
+
+
+def test_bundles_are_compared_for_each_model(two: Path) -> None:
+    give_another_bundle(two, "photos_unet")
+    with pytest.raises(
+        BundleError, match=r"photos in .* its stages are of different bundles: .*photos_unet of 5e5e5.* --name photos"
+    ) as caught:
+        check_repository(two)
+    assert "stable_diffusion" not in str(caught.value)
+    check_one_bundle(two, STABLE_DIFFUSION, STAGES)
+
+
+def test_assembling_again_replaces_only_its_own(two: Path, tmp_path: Path) -> None:
+    others = {prefix: files_of(two, prefix) for prefix in (STABLE_DIFFUSION, *STAGES)}
+    make_bundle(tmp_path / "newer", safety_checker_left_out=True, bundle_sha256="cd" * 32)
+    repository_from_bundle(tmp_path / "newer", two, name="photos")
+    assert check_repository(two) == ("photos", STABLE_DIFFUSION)
+    assert {prefix: files_of(two, prefix) for prefix in others} == others
+    assert described_placement(two / "photos" / "1").bundle_sha256 == "cd" * 32
+    assert not (two / "photos_safety_checker").exists()  # that of the earlier bundle
+
+
+@pytest.mark.parametrize("name", [UNET, "photos_unet", "photos_safety_checker"])
+def test_a_model_does_not_replace_what_another_needs(two: Path, tmp_path: Path, name: str) -> None:
+    before = files_of(two, "")
+    with pytest.raises(BundleError, match=rf"{name} would replace {name} in .*Choose another --name or --output"):
+        repository_from_bundle(tmp_path / "bundle", two, name=name)
+    assert files_of(two, "") == before
+
+
+def test_a_stage_does_not_replace_a_model(assembled: Path, tmp_path: Path) -> None:
+    repository_from_bundle(tmp_path / "bundle", assembled, name="photos_unet")
+    with pytest.raises(
+        BundleError, match=r"The model photos would replace photos_unet in .* which the model photos_unet"
+    ):
+        repository_from_bundle(tmp_path / "bundle", assembled, name="photos")
+
+
+@pytest.mark.parametrize("name", ["", ".photos", "a/b", "..", "a b", "a" * 65, "é"])
+def test_a_name_that_cannot_be_a_models(tmp_path: Path, name: str) -> None:
+    make_bundle(tmp_path / "bundle")
+    refused = CliRunner().invoke(
+        assemble, [str(tmp_path / "bundle"), "-o", str(tmp_path / "repository"), "--name", name]
+    )
+    assert isinstance(refused.exception, BundleError)
+    assert f"The name {name!r} cannot be a model's" in str(refused.exception)
+    assert not (tmp_path / "repository").exists()
 
 
 def test_loras_are_told_beside_the_models_name(assembled: Path, tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ triton_repo/
     unet/1/*.onnxruntime/       what the engine has compiled of it on this machine, so that the first start is a fast one
     unet/1/placement.json       what was placed; written last, so a folder without it is incomplete
     stable_diffusion/1/...      manifest.json and tokenizer/ instead of an engine
+
+A repository may hold several bundles under names of their own: NAME/ beside NAME_unet/ and the other stages.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from diffuserve.bundle.checksums import verify
@@ -21,31 +25,39 @@ from diffuserve.bundle.manifest import MANIFEST_NAME, Component, Manifest, read_
 from diffuserve.engines import ENGINES
 from diffuserve.engines.compiled_cache import compiled_beside
 from diffuserve.engines.tensorrt_profiles import check_limits
-from diffuserve.errors import BundleError
+from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.files import write_whole
 from diffuserve.images.safety import refuse_without_safety_checker
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
-from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES
-from diffuserve.triton.configuration import CONFIG_NAME
+from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION
+from diffuserve.triton.configuration import CONFIG_NAME, read_stage_models
 from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
+from diffuserve.triton.stage_models import check_model_name, stage_model
 from diffuserve_export.repository.triton_backends import PYTHON
 from diffuserve_export.repository.triton_config import (
+    INFLIGHT_MODEL_PY,
+    STAGE_MODEL_PY,
     configs_from_manifest,
     given_arguments,
-    model_py,
     sources,
     text_from_config,
 )
 
 
 def repository_from_bundle(
-    bundle: Path, output: Path, limits: Limits | None = None, serving: Serving | None = None, *, backend: str = PYTHON
+    bundle: Path,
+    output: Path,
+    limits: Limits | None = None,
+    serving: Serving | None = None,
+    *,
+    backend: str = PYTHON,
+    name: str = STABLE_DIFFUSION,
 ) -> Manifest:
     """Verifies every checksum of the bundle, then writes or refreshes the models below `output`.
 
-    A safety checker that an earlier bundle had and this one lacks is removed. Other folders of `output` are left alone,
-    but Triton takes each of them for a model.
+    A safety checker that an earlier bundle of the same name had and this one lacks is removed. Other folders of `output` are
+    left alone, but Triton takes each of them for a model.
 
     Args:
         bundle: its folder.
@@ -53,10 +65,12 @@ def repository_from_bundle(
         limits: what is accepted; by default the model's own.
         serving: how it is served.
         backend: of Triton, for the stages; one of `diffuserve_export.repository.triton_backends.BACKENDS`.
+        name: of the model that requests name; those of its stages follow from it.
 
     Raises:
         BundleError: the bundle is damaged or lacks the safety checker that `serving` requires, the backend does not run
-            one of its engines, `output` holds something else than models, or it cannot be written.
+            one of its engines, `name` cannot be a model's, `output` holds something else than models or a model of another
+            name with the same folders, or it cannot be written.
         ConfigurationError: the limits allow what the bundle's TensorRT plans were not built for.
     """
     serving = serving or Serving()
@@ -64,21 +78,23 @@ def repository_from_bundle(
     limits = limits or Limits.for_model(manifest.model)
     if serving.require_safety_checker:
         refuse_without_safety_checker(manifest)
+    components = {stage_model(check_model_name(name), stage): each for stage, each in manifest.components.items()}
+    checker = stage_model(name, SAFETY_CHECKER)
     check_limits(limits, manifest)
-    check_output(output)
+    check_output(output, name, {name, checker, *components})
     verify(bundle, manifest)
-    head = sources(manifest, given_arguments(manifest.model, limits, serving, backend))
+    head = sources(manifest, given_arguments(manifest.model, limits, serving, backend, name))
     try:
-        for name, config in configs_from_manifest(manifest, limits, serving, backend).items():
-            folder = output / name / "1"
+        for model, config in configs_from_manifest(manifest, limits, serving, backend, name=name).items():
+            folder = output / model / "1"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
-            _write(output / name / CONFIG_NAME, text_from_config(config, head))
+            _write(output / model / CONFIG_NAME, text_from_config(config, head))
             if config.backend == PYTHON:
-                _write(folder / "model.py", model_py(name))
+                _write(folder / "model.py", INFLIGHT_MODEL_PY if model == name else STAGE_MODEL_PY)
             else:
                 (folder / "model.py").unlink(missing_ok=True)
-            component = manifest.components.get(name)
+            component = components.get(model)
             if component is not None:
                 # Weights beside an .onnx file are found by their names relative to it.
                 first = bundle / component.files[0].path
@@ -88,30 +104,44 @@ def repository_from_bundle(
                 ]
                 _place_compiled(first, component, folder)
             else:
-                names = [
+                paths = [
                     MANIFEST_NAME,
                     *(file.path for file in manifest.files if file.path.startswith("tokenizer")),
                 ]
-                placed = [_place(bundle / path, folder / path) for path in names]
+                placed = [_place(bundle / path, folder / path) for path in paths]
             files = tuple(sample_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
-        earlier = output / SAFETY_CHECKER
-        if not manifest.has_safety_checker and (earlier / "1" / PLACEMENT_NAME).is_file():
-            shutil.rmtree(earlier)
+        if not manifest.has_safety_checker and (output / checker / "1" / PLACEMENT_NAME).is_file():
+            shutil.rmtree(output / checker)
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error
     return manifest
 
 
-def check_output(output: Path) -> None:
-    """Raises BundleError if `output` holds something else than models of Triton."""
+def check_output(output: Path, name: str, folders: Collection[str]) -> None:
+    """Looks at what the repository holds already, before the model `name` is put into `folders`.
+
+    Raises:
+        BundleError: it holds something else than models of Triton, or one of the folders belongs to a model of another name.
+    """
     if output.is_file():
         raise BundleError(f"{output} is a file. Name a folder with --output.")
     for path in sorted(output.iterdir()) if output.is_dir() else ():
-        ours = path.name in (STABLE_DIFFUSION, *STAGES, SAFETY_CHECKER)
-        if not (path.name.startswith(".") or (path.is_dir() and (ours or (path / CONFIG_NAME).is_file()))):
+        if path.name.startswith("."):
+            continue
+        if not (path.is_dir() and (path.name in folders or (path / CONFIG_NAME).is_file())):
             raise BundleError(
                 f"{output} exists and is not a model repository: it holds {path.name}, which is not a model. Name another --output."
+            )
+        if path.name == name:
+            continue
+        stages: dict[str, str] = {}
+        with suppress(ConfigurationError):  # what cannot be read is not served either
+            stages = read_stage_models(output, path.name)
+        if stages and (taken := {path.name, *stages.values()}.intersection(folders)):
+            raise BundleError(
+                f"The model {name} would replace {' and '.join(sorted(taken))} in {output}, which the model {path.name} needs. "
+                "Choose another --name or --output."
             )
 
 

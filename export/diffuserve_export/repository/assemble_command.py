@@ -12,6 +12,7 @@ from diffuserve.errors import BundleError, ConfigurationError
 from diffuserve.limit_argument import CommandWithLimits, limits_argument
 from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_export.repository.serving_arguments import (
     arguments_of,
     options_from_arguments,
@@ -30,6 +31,12 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     show_default=True,
     help="The model repository.",
 )
+@click.option(
+    "--name",
+    default=STABLE_DIFFUSION,
+    show_default=True,
+    help="What requests call the model; its stages are named after it.",
+)
 @limits_argument()
 @arguments_of(
     Serving,
@@ -44,12 +51,14 @@ from diffuserve_export.repository.triton_backends import BACKENDS, PYTHON
     show_default=True,
     help="Triton's backend for all models that run an engine; all but python need the Triton of NVIDIA's container.",
 )
-def command(bundle: Path, output: Path, limits: tuple[tuple[str, str], ...], backend: str, **arguments: Any) -> None:
+def command(
+    bundle: Path, output: Path, name: str, limits: tuple[tuple[str, str], ...], backend: str, **arguments: Any
+) -> None:
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
-    engines. One repository serves one bundle; choose another --output for another bundle. A repository that is there is
-    refreshed, and options that it had and this command was not given are told.
+    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone. One
+    that is there is refreshed, and options that it had and this command was not given are told.
     """
     from diffuserve.bundle.manifest import read_manifest
     from diffuserve_export.repository.assemble import repository_from_bundle
@@ -57,23 +66,26 @@ def command(bundle: Path, output: Path, limits: tuple[tuple[str, str], ...], bac
 
     accepted = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
     serving = options_from_arguments(Serving, arguments)
-    before = _given_before(output)
-    manifest = repository_from_bundle(bundle, output, accepted, serving, backend=backend)
+    before = _given_before(output, name)
+    manifest = repository_from_bundle(bundle, output, accepted, serving, backend=backend, name=name)
     click.echo(
-        f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}). Start it: diffuserve serve --repository {output}"
+        f"{output} serves {manifest.title} ({manifest.bundle_sha256[:10]}) as {name}. Start it: diffuserve serve --repository "
+        f"{output}"
     )
-    tell_what_is_lost(before, given_arguments(manifest.model, accepted, serving, backend))
+    tell_what_is_lost(before, given_arguments(manifest.model, accepted, serving, backend, name))
 
 
-def _given_before(output: Path) -> dict[str, str]:
-    """What a repository that is to be refreshed was made with; nothing if there is none that can be read."""
-    from diffuserve.tensors import STABLE_DIFFUSION, UNET
+def _given_before(output: Path, name: str) -> dict[str, str]:
+    """What a model that is to be refreshed was made with; nothing if there is none that can be read."""
+    from diffuserve.tensors import UNET
     from diffuserve.triton.configuration import read_config, read_options
     from diffuserve.triton.placement import described_placement
+    from diffuserve.triton.stage_models import stage_model
     from diffuserve_export.repository.triton_config import given_arguments
 
     try:
-        model = described_placement(output / STABLE_DIFFUSION / "1").model
-        return given_arguments(model, *read_options(output), read_config(output / UNET).backend)
+        model = described_placement(output / name / "1").model
+        backend = read_config(output / stage_model(name, UNET)).backend
+        return given_arguments(model, *read_options(output, name), backend, name)
     except (BundleError, ConfigurationError):
         return {}

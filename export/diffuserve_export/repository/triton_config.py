@@ -11,7 +11,8 @@ from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
 from diffuserve.response_tensors import RESPONSE
 from diffuserve.serving_options import Serving
-from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, TensorSpec
+from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
+from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
 from diffuserve.wire import REQUEST_INPUTS
 from diffuserve_export.repository.serving_arguments import given, words
 from diffuserve_export.repository.triton_backends import PYTHON, set_backend
@@ -20,55 +21,51 @@ from diffuserve_export.repository.triton_backends import PYTHON, set_backend
 # already: a delay there would be paid at every step.
 TEXT_ENCODER_DELAY_US = 2000
 
-_MODEL_PY = {
-    True: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
-    "from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n",
-    False: '"""Entry point for Triton; the model lives in the installed package."""\n\n'
-    "from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n",
-}
-
-
-def model_py(name: str) -> str:
-    """The text of a model's 1/model.py."""
-    return _MODEL_PY[name == STABLE_DIFFUSION]
+_MODEL_PY = '"""Entry point for Triton; the model lives in the installed package."""\n\n'
+INFLIGHT_MODEL_PY = f"{_MODEL_PY}from diffuserve.triton.stable_diffusion import StableDiffusionModel as TritonPythonModel  # noqa: F401\n"
+"""The text of an in-flight model's 1/model.py."""
+STAGE_MODEL_PY = f"{_MODEL_PY}from diffuserve.triton.stage import StageModel as TritonPythonModel  # noqa: F401\n"
+"""That of a stage's."""
 
 
 def configs_from_manifest(
-    manifest: Manifest, limits: Limits, serving: Serving, backend: str = PYTHON
+    manifest: Manifest, limits: Limits, serving: Serving, backend: str = PYTHON, *, name: str = STABLE_DIFFUSION
 ) -> dict[str, Any]:
-    """A `ModelConfig` for each Triton model that serves the bundle, by model name.
+    """A `ModelConfig` for each Triton model that serves the bundle, by model name; that of the in-flight model is the last.
 
     Args:
         manifest: the bundle's.
         limits: what is accepted.
         serving: how it is served.
         backend: one of `diffuserve_export.repository.triton_backends.BACKENDS`, for the stages.
+        name: of the in-flight model; its stages are named after it (`diffuserve.triton.stage_models`).
 
     Raises:
         BundleError: the backend does not run a component as it is.
     """
     rows = max_batch_sizes(limits)
-    configs = {
-        name: _stage_config(name, component.tensors.inputs, component.tensors.outputs, rows[name])
-        for name, component in manifest.components.items()
-    }
-    for name, config in configs.items():
-        instances = serving.unet_instances if name == UNET else 1
+    stage_models = {stage: stage_model(name, stage) for stage in manifest.components}
+    configs = {}
+    for stage, component in manifest.components.items():
+        config = _stage_config(stage, stage_models[stage], component.tensors, rows[stage])
+        configs[config.name] = config
+        instances = serving.unet_instances if stage == UNET else 1
         if backend == PYTHON:
             config.instance_group[0].count = instances
             config.parameters["call_timeout_s"].string_value = to_parameters(serving)["call_timeout_s"]
         else:
-            set_backend(config, backend, manifest.components[name], manifest.model, instances)
-    configs[STABLE_DIFFUSION] = _stable_diffusion_config(limits, serving)
+            set_backend(config, backend, component, manifest.model, instances)
+    configs[name] = _inflight_config(name, limits, serving, stage_models)
     return configs
 
 
-def given_arguments(model: ModelSpec, limits: Limits, serving: Serving, backend: str) -> dict[str, str]:
+def given_arguments(model: ModelSpec, limits: Limits, serving: Serving, backend: str, name: str) -> dict[str, str]:
     """What `diffuserve assemble` must be given for these, as `diffuserve_export.repository.serving_arguments.given`."""
     return {
         **given(limits, Limits.for_model(model)),
         **given(serving, Serving()),
         **({} if backend == PYTHON else {"--backend": backend}),
+        **({} if name == STABLE_DIFFUSION else {"--name": name}),
     }
 
 
@@ -97,22 +94,21 @@ def text_from_config(config: Any, head: str) -> str:
     return head + text
 
 
-def _stage_config(
-    name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch_size: int
-) -> Any:
+def _stage_config(stage: str, name: str, tensors: StageSpec, max_batch_size: int) -> Any:
     from tritonclient.grpc.model_config_pb2 import ModelDynamicBatching
 
-    config = _config(name, inputs, outputs, max_batch_size)
-    delay_us = TEXT_ENCODER_DELAY_US if name == TEXT_ENCODER else 0
+    config = _config(name, tensors.inputs, tensors.outputs, max_batch_size)
+    delay_us = TEXT_ENCODER_DELAY_US if stage == TEXT_ENCODER else 0
     config.dynamic_batching.CopyFrom(ModelDynamicBatching(max_queue_delay_microseconds=delay_us))
     return config
 
 
-def _stable_diffusion_config(limits: Limits, serving: Serving) -> Any:
-    config = _config(STABLE_DIFFUSION, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
+def _inflight_config(name: str, limits: Limits, serving: Serving, stage_models: Mapping[str, str]) -> Any:
+    config = _config(name, REQUEST_INPUTS, RESPONSE, max_batch_size=0)
     config.model_transaction_policy.decoupled = True
-    for name, text in to_parameters(limits, serving).items():
-        config.parameters[name].string_value = text
+    parameters = {**to_parameters(limits, serving), **parameters_from_stage_models(stage_models)}
+    for parameter, text in parameters.items():
+        config.parameters[parameter].string_value = text
     return config
 
 

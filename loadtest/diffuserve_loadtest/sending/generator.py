@@ -104,6 +104,7 @@ def _started(workload: Workload, target: Target, key_file: Path | None, workers:
         file, path = Path(name) / "workload.yaml", Path(name) / "recording.json"
         file.write_text(to_yaml(workload))
         options = ["--workload", str(file), "--protocol", target.protocol, "--host", target.url]
+        options += ["--model", target.model]
         options += ["--recording", str(path)]
         options += ["--key-file", str(key_file)] if key_file else []
         directing: list[str] = []

@@ -23,7 +23,7 @@ class GrpcTransport:
         gevent.get_hub().threadpool.maxsize = _MAX_WAITING
         server = Triton() if target.protocol == "triton-grpc" else TorchServe(target.token)
         # The generator has a patience of its own, for all protocols the same, and retries nothing: it is to see errors.
-        self._client = Client(target.url, server=server, idle_timeout_s=None, retries=0)
+        self._client = Client(target.url, server=server, model=target.model, idle_timeout_s=None, retries=0)
 
     def send(self, request: PlannedRequest) -> Answer:
         fields = dict(request.fields)

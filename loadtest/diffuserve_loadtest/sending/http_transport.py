@@ -12,7 +12,6 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from diffuserve.errors import from_wire
-from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_loadtest.sending.target import Target
 from diffuserve_loadtest.sending.transport import Answer, TransportFailed
 from diffuserve_loadtest.workload.plan import PlannedRequest
@@ -28,7 +27,7 @@ class HttpTransport:
     def __init__(self, target: Target, max_in_flight: int, *, timeout_s: float | None = None) -> None:
         self._timeout_s = timeout_s
         path, self._extra, self._read = _PROTOCOLS[target.protocol]
-        self._url = target.url.rstrip("/") + path
+        self._url = target.url.rstrip("/") + path.format(model=target.model)
         self._session = requests.Session()
         self._session.trust_env = False  # no proxies: the server is the one at the address
         self._session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=max_in_flight))
@@ -102,8 +101,8 @@ def _answer_from(text: bytes, size_bytes: int) -> Answer:
 
 # protocol: (path, fields beside the request's own, how to read an answer)
 _PROTOCOLS: dict[str, tuple[str, dict[str, Any], Callable[[requests.Response], Answer]]] = {
-    "triton-http": (f"/v2/models/{STABLE_DIFFUSION}/generate", {}, _json),
-    "triton-stream": (f"/v2/models/{STABLE_DIFFUSION}/generate_stream", {"progress": True}, _events),
-    "torchserve-http": (f"/predictions/{STABLE_DIFFUSION}", {}, _image_or_json),
+    "triton-http": ("/v2/models/{model}/generate", {}, _json),
+    "triton-stream": ("/v2/models/{model}/generate_stream", {"progress": True}, _events),
+    "torchserve-http": ("/predictions/{model}", {}, _image_or_json),
     "image-http": ("", {}, _images),
 }

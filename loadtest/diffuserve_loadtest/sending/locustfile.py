@@ -10,6 +10,7 @@ from locust.exception import StopUser
 
 from diffuserve.defaults import TORCHSERVE, TRITON
 from diffuserve.errors import DiffuserveError, InvalidRequest
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.torchserve.keys import read_inference_token
 from diffuserve_loadtest.sending.distributed import open_generation
 from diffuserve_loadtest.sending.generation import Generation
@@ -45,6 +46,7 @@ def _add_options(parser: Any) -> None:
     group.add_argument(
         "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=f"How requests travel [{PROTOCOLS[0]}]"
     )
+    group.add_argument("--model", default=STABLE_DIFFUSION, help=f"Which of the server's models [{STABLE_DIFFUSION}]")
     group.add_argument("--capacity-per-s", type=float, help="Requests a second that make a load of 1")
     group.add_argument("--recording", help="File for a record of every request, JSON")
     group.add_argument("--key-file", help="TorchServe's file of keys")
@@ -77,4 +79,5 @@ def _generation(environment: Any) -> Generation:
     recording = Path(options.recording) if options.recording else None
     if recording is not None and not recording.absolute().parent.is_dir():
         raise InvalidRequest(f"{recording} cannot be written: there is no such folder.")
-    return open_generation(environment, workload, Target(options.protocol, host, token), recording)
+    target = Target(options.protocol, host, token, options.model)
+    return open_generation(environment, workload, target, recording)

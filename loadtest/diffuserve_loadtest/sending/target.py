@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from diffuserve.errors import InvalidRequest
+from diffuserve.tensors import STABLE_DIFFUSION
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -24,11 +25,13 @@ class Target(msgspec.Struct, frozen=True):
         protocol: one of `PROTOCOLS`.
         url: HOST:PORT for gRPC, http://HOST:PORT for HTTP, with the whole path for image-http.
         token: TorchServe's inference key; None if the server asks for none.
+        model: what requests ask for; other servers than Triton and TorchServe have one only.
     """
 
     protocol: Protocol
     url: str
     token: str | None = None
+    model: str = STABLE_DIFFUSION
 
     def __post_init__(self) -> None:
         scheme = "" if self.protocol.endswith("grpc") else "http"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_loadtest.sending.target import Protocol, Target
 from diffuserve_loadtest.server.metrics import read_metrics
 
@@ -30,7 +31,7 @@ class UnderTest:
         give_up_s = time.monotonic() + limit_s
         while self.metrics_url is not None and time.monotonic() < give_up_s:
             try:
-                metrics = read_metrics(self.metrics_url)
+                metrics = read_metrics(self.metrics_url, self.target.model)
             except OSError:
                 return
             if not metrics.get("requests_waiting", 0) + metrics.get("requests_running", 0):
@@ -39,16 +40,18 @@ class UnderTest:
 
 
 @contextlib.contextmanager
-def started_triton(repository: Path, protocol: Protocol) -> Iterator[UnderTest]:
-    """Triton on free ports of loopback; raises as `TritonServer`."""
+def started_triton(repository: Path, protocol: Protocol, model: str = STABLE_DIFFUSION) -> Iterator[UnderTest]:
+    """Triton on free ports of loopback; raises as `TritonServer`, and LaunchError if it has no such model."""
     from diffuserve.triton.address import TritonAddress
     from diffuserve.triton.configuration import read_options
     from diffuserve.triton.launcher import TritonServer
+    from diffuserve.triton.repository import check_serves
 
+    check_serves(repository, model)
     with TritonServer(repository, TritonAddress.on_free_ports()) as server:
         url = server.address.grpc if protocol == "triton-grpc" else server.address.http
-        max_rows = read_options(repository)[0].max_rows
-        yield UnderTest(Target(protocol, url), server.address.metrics, server.pid, max_rows=max_rows)
+        max_rows = read_options(repository, model)[0].max_rows
+        yield UnderTest(Target(protocol, url, model=model), server.address.metrics, server.pid, max_rows=max_rows)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import msgspec
 
+from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve_loadtest.server.metrics import read_text, values_and_buckets
 from diffuserve_loadtest.server.processes import family_of, memory_bytes, model_of
 
@@ -57,10 +58,12 @@ class Watch:
     Args:
         metrics_url: Prometheus text; None for a server that has none.
         pid: of the server's first process, whose children are watched too; None for a server elsewhere.
+        model: whose metrics are read.
     """
 
-    def __init__(self, metrics_url: str | None, pid: int | None) -> None:
+    def __init__(self, metrics_url: str | None, pid: int | None, model: str = STABLE_DIFFUSION) -> None:
         self._metrics_url = metrics_url
+        self._model = model
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diffuserve-watch", daemon=True)
@@ -85,7 +88,7 @@ class Watch:
         if self._metrics_url is not None:
             # It may be down or end within its answer, which is one of the things to see.
             with contextlib.suppress(OSError, HTTPException):
-                metrics, buckets = values_and_buckets(read_text(self._metrics_url))
+                metrics, buckets = values_and_buckets(read_text(self._metrics_url), self._model)
         return Sample(time.time(), metrics, buckets, processes_of(self._pid), _shared_memory_files())
 
     def _run(self) -> None:

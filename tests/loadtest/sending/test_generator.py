@@ -27,6 +27,7 @@ from diffuserve_loadtest.workload.due_times import due_times
 from diffuserve_loadtest.workload.files import to_yaml
 from diffuserve_loadtest.workload.plan import plan
 from diffuserve_loadtest.workload.workload import Requests, Workload
+from tests.client.fake_triton import FakeTriton
 from tests.loadtest.held_server import HeldServer
 from tests.loadtest.sending.test_http_transport import server
 from tests.ports import reserved_port
@@ -42,6 +43,14 @@ def workload(arrivals: Arrivals, **fields: object) -> Workload:
 
 def outcomes(recording: Recording) -> Counter[str]:
     return Counter(record.outcome for record in recording.records)
+
+
+def test_requests_ask_for_the_targets_model() -> None:
+    with FakeTriton() as triton:  # which has stable_diffusion
+        load = workload(Constant(rate_per_s=5))
+        recording, _ = generate(load, Target("triton-grpc", triton.address, model="photos"))
+    assert outcomes(recording) == {"server_unavailable": 5}
+    assert "does not serve the model 'photos'. It serves: stable_diffusion." in recording.records[0].message
 
 
 @pytest.mark.parametrize("protocol", ["triton-grpc", "triton-http"])
@@ -115,7 +124,7 @@ def test_what_is_sent_beside_a_block_ends_with_it() -> None:
 
 def test_a_block_may_end_before_anything_was_sent() -> None:
     with generating(workload(Closed(1)), Target("triton-grpc", "localhost:1")):
-        [locust] = _locusts()
+        locust = _the_locust()
     assert not locust.is_running()
 
 
@@ -128,8 +137,15 @@ def test_a_failure_beside_a_block_is_told() -> None:
         ),
         generating(load, Target("triton-grpc", grpc)),
     ):
-        [locust] = _locusts()
+        locust = _the_locust()
         wait_until(lambda: not locust.is_running() or locust.status() == psutil.STATUS_ZOMBIE)
+
+
+def _the_locust() -> psutil.Process:
+    """Once it runs: a process that has just been started is still called as what started it."""
+    wait_until(lambda: len(_locusts()) == 1)
+    [locust] = _locusts()
+    return locust
 
 
 def _locusts() -> list[psutil.Process]:

@@ -55,8 +55,8 @@ def server(status: int, content_type: str, body: bytes) -> Iterator[tuple[str, l
             thread.join()
 
 
-def send(protocol: Protocol, url: str, token: str | None = None) -> Answer:
-    return HttpTransport(Target(protocol, url, token), 8).send(REQUEST)
+def send(protocol: Protocol, url: str, token: str | None = None, **target: str) -> Answer:
+    return HttpTransport(Target(protocol, url, token, **target), 8).send(REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,16 @@ def test_the_image_arrives_by_every_protocol(
     assert headers["Authorization"] == "Bearer secret"
     progress = {"progress": True} if protocol == "triton-stream" else {}
     assert fields == {**REQUEST.fields, **progress}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "path"),
+    [("triton-http", "/v2/models/photos/generate"), ("torchserve-http", "/predictions/photos")],
+)
+def test_the_model_is_in_the_path(protocol: Protocol, path: str) -> None:
+    with server(200, "application/json", json.dumps({"image": TEXT}).encode()) as (url, came):
+        send(protocol, url, model="photos")
+    assert [asked for asked, _, _ in came] == [path]
 
 
 def test_several_images_arrive_together() -> None:

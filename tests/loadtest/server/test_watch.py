@@ -78,6 +78,12 @@ def test_a_watch_has_samples_of_before_and_after(address: str) -> None:
     assert before.proportional_bytes >= own.proportional_bytes
 
 
+def test_a_watch_reads_the_metrics_of_one_model(address: str) -> None:
+    with Watch(f"{address}/metrics", None, "another") as watch:
+        pass
+    assert watch.samples[0].metrics == {"unet_rows": 7.0}
+
+
 @pytest.mark.parametrize("path", ["/broken", None])
 def test_a_server_that_fails_while_it_is_watched_has_no_metrics(address: str, path: str | None) -> None:
     with Watch(address + path if path else "http://127.0.0.1:1/metrics", None) as watch:
