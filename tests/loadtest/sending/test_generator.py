@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
@@ -102,36 +100,19 @@ def test_a_closed_loop_ends_when_all_has_been_sent() -> None:
 
 
 def test_several_processes_share_the_users_of_a_closed_loop() -> None:
-    all_are_there = threading.Barrier(4, timeout=30)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            with contextlib.suppress(threading.BrokenBarrierError):
-                all_are_there.wait()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(noise_png())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    load = workload(Closed(4, requests=8), duration_s=3600, patience_s=60)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http, ThreadPoolExecutor() as pool:
-        pool.submit(http.serve_forever)
-        try:
-            recording, _ = generate(load, Target("image-http", f"http://127.0.0.1:{http.server_port}"), workers=2)
-        finally:
-            http.shutdown()
+    load = workload(Closed(4, requests=8), duration_s=3600)
+    # Four have to be there for any of them to be answered.
+    with HeldServer(lambda server, number: number < server.came - server.came % 4) as server:
+        recording, _ = generate(load, Target("triton-grpc", server.address), workers=2)
     assert outcomes(recording) == {OK: 8}
 
 
 def test_users_begin_one_after_another() -> None:
-    load = workload(Closed(4, requests=4, ramp_s=4), duration_s=3600, patience_s=8)
-    with stub("--stall", "4") as (grpc, _):
-        recording, _ = generate(load, Target("triton-grpc", grpc))
-    assert outcomes(recording) == {"timeout": 4}
-    assert max(record.sent_s for record in recording.records) > 2
+    load = workload(Closed(4, requests=4, ramp_s=2), duration_s=3600)
+    with HeldServer(lambda server, number: server.came == 4) as server:  # so each user sends one
+        recording, _ = generate(load, Target("triton-grpc", server.address))
+    assert outcomes(recording) == {OK: 4}
+    assert max(record.sent_s for record in recording.records) > 0.5
 
 
 def test_what_is_sent_beside_a_block_ends_with_it() -> None:
