@@ -43,11 +43,10 @@ def test_generate(command: str, tmp_path: Path, server: TritonServer) -> None:
 
 
 def test_curl(tmp_path: Path, server: TritonServer) -> None:
-    [command] = re.findall(r"^    (curl .*\\\n.*)$", README, re.MULTILINE)
-    command = command.replace(
-        "jq -r .image", f"{sys.executable} -c 'import json, sys; print(json.load(sys.stdin)[\"image\"])'"
-    )
-    run(command, tmp_path, server)
+    [command] = re.findall(r"^    (curl .*\\\n.*\n.*)$", README, re.MULTILINE)
+    jq = f'{sys.executable} -c \'import json, sys; print(json.load(open("answer.json"))["image"])\''
+    command = command.replace("jq -er .image answer.json", jq)
+    run(f"set -o pipefail; {command}", tmp_path, server)
     assert (tmp_path / "pizza.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -21,7 +21,7 @@ _OWN: dict[str, Decorator | None] = {
         "--seed", "seeds", type=int, multiple=True, help="Of the first image; repeat it for several. [random]"
     ),
     "num_images": click.option(
-        "-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images a prompt and seed. [1]"
+        "-n", "--num-images", type=click.IntRange(min=1), default=1, help="Images per prompt and seed. [1]"
     ),
     "timeout_ms": click.option(
         "--timeout", "timeout_s", metavar="SECONDS", type=float, help="Give a request up after so long."

@@ -38,7 +38,7 @@ _TOLD = ("steps", "guidance_scale", "seed")
 _NEGATIVE_PROMPT = "Negative prompt:"
 # JSON leaves these as they are, and some readers end a line at them.
 _LINE_ENDS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
-# Readers that know no quotes split at these, and take what follows for another setting.
+# Readers that do not understand quotes split at these, and take what follows for another setting.
 _SEPARATORS = str.maketrans({character: f"\\u{ord(character):04x}" for character in ",:"})
 # Beyond this, prompts are not repeated: no limit of a file's format is then met with the usual limits of a request.
 _MAX_REPEATED_CHARACTERS = 8000

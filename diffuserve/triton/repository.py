@@ -71,8 +71,8 @@ def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
         check_stages(repository, name, models, *read_options(repository, name))
     if unused:
         raise LaunchError(
-            f"No model of {repository} calls {' and '.join(sorted(unused))}, and Triton would load it nevertheless. Move it "
-            f"elsewhere, or assemble the bundle that it is of again: diffuserve assemble BUNDLE --output {repository}"
+            f"No model of {repository} calls {', '.join(sorted(unused))}, and Triton would load them nevertheless. Delete "
+            f"or move them, or assemble their bundle again: diffuserve assemble BUNDLE --output {repository}"
         )
     return tuple(inflight)
 

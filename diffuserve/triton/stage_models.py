@@ -34,7 +34,7 @@ def check_model_name(name: str) -> str:
     """Raises BundleError if it cannot be the name of an in-flight model."""
     if not _NAME.fullmatch(name):
         raise BundleError(
-            f"The name {name!r} cannot be a model's. It must have 1 to 64 letters, digits, '_', '-' and '.', and begin with "
+            f"The name {name!r} is not valid for a model. It must have 1 to 64 letters, digits, '_', '-' and '.', and begin with "
             "a letter or a digit."
         )
     return name

@@ -57,8 +57,9 @@ def command(
     """Makes a Triton model repository that serves BUNDLE.
 
     Checks every file of the bundle against its checksum, writes config.pbtxt and model.py for each model and places the
-    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone. One
-    that is there is refreshed, and options that it had and this command was not given are told.
+    engines. A repository may serve several bundles, each under another --name; assembling one leaves the others alone. A
+    model that is there already is written again; options that it had and that are not given again are reported. A running
+    server keeps what it has loaded until it is restarted.
     """
     from diffuserve.bundle.manifest import read_manifest
     from diffuserve.triton.stage_models import check_model_name

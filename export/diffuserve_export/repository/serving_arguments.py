@@ -63,7 +63,7 @@ def tell_what_is_lost(before: Mapping[str, str]) -> None:
     now = _given_to(click.get_current_context())
     lost = {argument: value for argument, value in before.items() if argument not in now}
     if lost:
-        click.echo(f"Not kept from before: {words(lost)}. To keep it, run the command again with it.", err=True)
+        click.echo(f"Not kept from before: {words(lost)}. To keep them, give them again.", err=True)
 
 
 def _given_to(context: click.Context) -> set[str]:
