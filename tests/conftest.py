@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ LONG_FIRST = (
 )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Ctrl-C works in the programs under test even where a shell started the tests in the background, whose children
-    inherit that it is ignored. No property test is judged by its time."""
+    inherit that it is ignored. No property test is judged by its time. PyTorch's compiler, which makes a folder when it is
+    imported, leaves none."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    compiled = tempfile.TemporaryDirectory(prefix="diffuserve-tests-")
+    config.add_cleanup(compiled.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
     settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any speed")
 
@@ -73,12 +78,6 @@ def own_ports() -> Iterator[None]:
         mock.patch.object(diffuserve_loadtest.sending.generator, "free_ports", reserved_ports),
     ):
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """PyTorch would leave a folder among the temporary ones."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ from tritonclient.utils import serialize_byte_tensor
 from diffuserve.errors import InvalidRequest
 from diffuserve.triton.launcher import TritonServer
 from diffuserve_client import Client
+from tests.waiting import LONG_S
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def error_of(server: TritonServer, inputs: list[Input], **parameters: tuple[str,
         setattr(request.parameters[name], kind, value)
     with grpc.insecure_channel(server.address.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return "".join(answer.error_message for answer in stub.ModelStreamInfer(iter([request]), timeout=30))
+        return "".join(answer.error_message for answer in stub.ModelStreamInfer(iter([request]), timeout=LONG_S))
 
 
 PROMPT = text_input("prompt", b"x")
@@ -154,4 +155,4 @@ def test_plain_infer_says_that_it_cannot_work(server: TritonServer) -> None:
     request = service_pb2.ModelInferRequest(model_name="stable_diffusion", raw_input_contents=[raw])
     request.inputs.add(name=name, datatype=datatype, shape=shape)
     with grpc.insecure_channel(server.address.grpc) as channel, pytest.raises(grpc.RpcError, match="decoupled"):
-        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=LONG_S)

@@ -22,6 +22,7 @@ from diffuserve_client import AsyncClient, Client
 from diffuserve_client import exchange as exchanges
 from tests.triton.test_bad_requests import PROMPT, error_of
 from tests.triton.test_http import post
+from tests.waiting import LONG_S
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_documented_code(server: TritonServer) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
     [code] = re.findall(r"^```python\n(.*?)^```$", docs, re.MULTILINE | re.DOTALL)
     code = code.replace("localhost:8001", server.address.grpc)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("tiny-emoji ")
     assert "steps: 20 by default, at most 150" in done.stdout
