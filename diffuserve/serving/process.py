@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +35,7 @@ class ServerProcess:
         environment: its variables, all of them.
         folder: where it runs; by default here.
         show: whether a line of its log goes to this process's standard error.
+        orphaned: what the kernel sends it when this process dies without a word.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ServerProcess:
         *,
         folder: Path | None = None,
         show: Callable[[str], bool],
+        orphaned: signal.Signals = signal.SIGTERM,
     ) -> None:
         self._name = name
         self._show = show
@@ -59,7 +62,7 @@ class ServerProcess:
             errors="replace",
             # A session of its own: Ctrl-C in the terminal reaches the launcher only, which drains first.
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
+            preexec_fn=partial(_end_with_parent, orphaned),  # noqa: PLW1509 - it makes one system call and takes no lock
         )
         self._log_pump = threading.Thread(target=self._pump_log, args=(self._process.stdout,), daemon=True)
         self._log_pump.start()
@@ -195,6 +198,6 @@ def accepts_connections(host: str, port: int) -> bool:
     return False
 
 
-def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM to the server when the launcher dies without a word; runs in the child."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent(orphaned: signal.Signals) -> None:
+    """Has the kernel send a signal to the server when the launcher dies without a word; runs in the child."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphaned)

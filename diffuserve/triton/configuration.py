@@ -64,6 +64,18 @@ def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits
     )
 
 
+def check_one_instance(repository: Path, name: str) -> None:
+    """Raises ConfigurationError if an in-flight model is to run in several processes: each would have a loop of its own, and
+    they would not share calls."""
+    groups = read_config(repository / name).instance_group
+    count = sum(group.count * max(1, len(group.gpus)) for group in groups)
+    if count != 1:
+        raise ConfigurationError(
+            f"{repository / name / CONFIG_NAME}: the number of instances is {count}; an in-flight model runs in 1. For more UNet "
+            "calls at a time: diffuserve assemble BUNDLE --unet-instances N"
+        )
+
+
 def check_stages(
     repository: Path, name: str, stage_models: Mapping[str, str], limits: Limits, serving: Serving
 ) -> None:

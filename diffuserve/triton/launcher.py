@@ -10,6 +10,7 @@ start it again.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -141,7 +142,12 @@ class TritonServer(ServerLauncher[TritonAddress]):
             command.append(f"--backend-directory={installation.backend_directory}")
         environment = _environment(installation.library_paths, run_folder, control)
         return ServerProcess(
-            self.name, command, environment, show=lambda line: not any(words in line for words in _HARMLESS)
+            self.name,
+            command,
+            environment,
+            show=lambda line: not any(words in line for words in _HARMLESS),
+            # On SIGTERM Triton would wait half a minute for requests that nobody drains, and keep the ports from a successor.
+            orphaned=signal.SIGKILL,
         )
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from diffuserve.bundle.manifest import MANIFEST_NAME
 from diffuserve.errors import BundleError, LaunchError
 from diffuserve.tensors import STABLE_DIFFUSION
-from diffuserve.triton.configuration import CONFIG_NAME, check_stages, read_options, read_stage_models
+from diffuserve.triton.configuration import (
+    CONFIG_NAME,
+    check_one_instance,
+    check_stages,
+    read_config,
+    read_options,
+    read_stage_models,
+)
 from diffuserve.triton.placement import described_placement, read_placement
 
 _VERSION = "1"
@@ -47,6 +54,11 @@ def check_repository(repository: Path) -> tuple[str, ...]:
                 "move it elsewhere."
             )
         read_placement(folder / _VERSION)
+        if read_config(folder).backend == "python" and not (folder / _VERSION / "model.py").is_file():
+            raise BundleError(
+                f"{folder / _VERSION / 'model.py'} is missing. Assemble the repository again: diffuserve assemble BUNDLE "
+                f"--output {repository}"
+            )
     return _check_models(repository, [folder.name for folder in folders])
 
 
@@ -63,11 +75,13 @@ def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
     for name, models in inflight.items():
         check_one_bundle(repository, name, models.values())
         unused -= {name, *models.values()}
-        for model in models.values():
+        for stage, model in models.items():
             if not (repository / model).is_dir():
                 raise BundleError(
                     f"{repository / model} is missing, which {name} calls. Assemble it again: {_assemble(repository, name)}"
                 )
+            _check_is_stage(repository, name, stage, model)
+        check_one_instance(repository, name)
         check_stages(repository, name, models, *read_options(repository, name))
     if unused:
         raise LaunchError(
@@ -75,6 +89,16 @@ def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
             f"or move them, or assemble their bundle again: diffuserve assemble BUNDLE --output {repository}"
         )
     return tuple(inflight)
+
+
+def _check_is_stage(repository: Path, name: str, stage: str, model: str) -> None:
+    component = described_placement(repository / model / _VERSION).component
+    placed = component.files[0].path.partition("/")[0] if component else "an in-flight model"
+    if placed != stage:
+        raise BundleError(
+            f"{name} in {repository} calls {model} for its {stage}, and that is {placed}. Assemble it again: "
+            f"{_assemble(repository, name)}"
+        )
 
 
 def check_one_bundle(repository: Path, name: str, stages: Iterable[str], version: str = _VERSION) -> None:

@@ -113,8 +113,13 @@ def test_a_launcher_killed_at_once_takes_triton_with_it_and_the_next_one_cleans_
         read_until_served(process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert shared_memory_of(process.pid)
-        process.kill()
-        process.wait()
+        with Client(address.grpc) as client:
+            drawing = client.stream("a rocket", steps=150, num_images=16)
+            next(drawing)
+            process.kill()
+            process.wait()
+            with pytest.raises(ServerUnavailable):  # nobody could drain it, so Triton does not wait for it
+                list(drawing)
         psutil.wait_procs(children, timeout=LONG_S)
         assert not still_running(children)
     with TritonServer(repository, TritonAddress.on_free_ports()):

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffuserve.bundle.manifest import FusedLora, read_manifest, write_manifest
-from diffuserve.errors import BundleError, LaunchError
+from diffuserve.errors import BundleError, ConfigurationError, LaunchError
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION, STAGES, UNET, VAE_DECODER
 from diffuserve.triton import launcher
 from diffuserve.triton.address import TritonAddress
@@ -135,6 +135,30 @@ def test_a_stage_that_is_missing_or_that_nothing_calls_is_named(assembled: Path)
         check_repository(assembled)
     shutil.copytree(assembled / "another", assembled / UNET)
     with pytest.raises(LaunchError, match=r"No model of .* calls another, and Triton would load them"):
+        check_repository(assembled)
+
+
+def test_a_model_without_its_program_is_named(assembled: Path) -> None:
+    (assembled / UNET / "1" / "model.py").unlink()
+    with pytest.raises(BundleError, match=r"unet/1/model\.py is missing\. Assemble the repository again"):
+        check_repository(assembled)
+
+
+def test_stages_in_each_others_place_are_named(assembled: Path) -> None:
+    config = assembled / STABLE_DIFFUSION / "config.pbtxt"
+    text = config.read_text()
+    assert text.count('"unet"') == text.count('"vae_encoder"') == 1
+    config.write_text(
+        text.replace('"unet"', '"swap"').replace('"vae_encoder"', '"unet"').replace('"swap"', '"vae_encoder"')
+    )
+    with pytest.raises(BundleError, match=r"calls (vae_encoder for its unet|unet for its vae_encoder), and that is"):
+        check_repository(assembled)
+
+
+def test_an_in_flight_model_in_several_processes_is_refused(assembled: Path) -> None:
+    config = assembled / STABLE_DIFFUSION / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    with pytest.raises(ConfigurationError, match=r"the number of instances is 2; an in-flight model runs in 1"):
         check_repository(assembled)
 
 
