@@ -19,7 +19,7 @@ from diffuserve.defaults import READY_TIMEOUT_S
 from diffuserve.serving.http import answers_ok
 from diffuserve.serving.launcher import Served, ServerLauncher
 from diffuserve.serving.lifecycle import RUN_FOLDER_VARIABLE, ModelSigns
-from diffuserve.serving.process import SHARED_MEMORY, ServerProcess
+from diffuserve.serving.process import SHARED_MEMORY, ServerProcess, accepts_connections
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.configuration import read_options
@@ -88,7 +88,9 @@ class TritonServer(ServerLauncher[TritonAddress]):
         self.models = check_repository(self.repository)
 
     def _is_ready(self, process: ServerProcess) -> bool:
-        return answers_ok(f"{self.address.http}/v2/health/ready")
+        # Triton opens the port of its metrics last, a moment after it calls itself ready.
+        metrics = self.address.metrics_port
+        return answers_ok(f"{self.address.http}/v2/health/ready") and accepts_connections(self.address.host, metrics)
 
     def _has_failed(self, process: ServerProcess) -> str:
         dead = [signs.model for signs in self._signs if signs.died]

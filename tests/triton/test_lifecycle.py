@@ -338,7 +338,7 @@ def test_the_log_names_requests_and_keeps_prompts_to_itself(faults: Faults, caps
     def logged() -> bool:
         nonlocal log
         log += capsys.readouterr().err
-        return all(id in log for id in ("id-of-done done", "id-of-failed", "id-of-refused"))
+        return all(id in log for id in ("'id-of-done' done", "id-of-failed", "id-of-refused"))
 
     wait_until(logged)
     assert "xyzzy" not in log
