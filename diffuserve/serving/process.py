@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -16,14 +15,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO
 
 from diffuserve.errors import DiffuserveError, LaunchError, from_wire
 
+# Waits for the end of its input, which the kernel closes when whoever started it ends, in whatever way; then kills the process
+# group whose number is its argument. A program of its own, since a launcher that is killed with SIGKILL can do nothing, a signal to
+# the server alone (PR_SET_PDEATHSIG) does not reach its children, and Triton's own watch over them misses some.
+_GUARD = ("/bin/sh", "-c", 'read -r _; kill -9 -"$0"')
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend keeps its regions, not a temporary folder
-_PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
@@ -35,7 +36,6 @@ class ServerProcess:
         environment: its variables, all of them.
         folder: where it runs; by default here.
         show: whether a line of its log goes to this process's standard error.
-        orphaned: what the kernel sends it when this process dies without a word.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class ServerProcess:
         *,
         folder: Path | None = None,
         show: Callable[[str], bool],
-        orphaned: signal.Signals = signal.SIGTERM,
     ) -> None:
         self._name = name
         self._show = show
@@ -62,7 +61,9 @@ class ServerProcess:
             errors="replace",
             # A session of its own: Ctrl-C in the terminal reaches the launcher only, which drains first.
             start_new_session=True,
-            preexec_fn=partial(_end_with_parent, orphaned),  # noqa: PLW1509 - it makes one system call and takes no lock
+        )
+        self._guard = subprocess.Popen(
+            [*_GUARD, str(self._process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         self._log_pump = threading.Thread(target=self._pump_log, args=(self._process.stdout,), daemon=True)
         self._log_pump.start()
@@ -111,6 +112,8 @@ class ServerProcess:
                 self._process.wait(timeout_s)
         self.kill()
         self._process.wait()
+        self._guard.kill()
+        self._guard.communicate()
         self._log_pump.join()
 
     def kill(self) -> None:
@@ -196,8 +199,3 @@ def accepts_connections(host: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
     return False
-
-
-def _end_with_parent(orphaned: signal.Signals) -> None:
-    """Has the kernel send a signal to the server when the launcher dies without a word; runs in the child."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphaned)

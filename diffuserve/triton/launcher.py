@@ -10,7 +10,6 @@ start it again.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -148,8 +147,6 @@ class TritonServer(ServerLauncher[TritonAddress]):
             command,
             environment,
             show=lambda line: not any(words in line for words in _HARMLESS),
-            # On SIGTERM Triton would wait half a minute for requests that nobody drains, and keep the ports from a successor.
-            orphaned=signal.SIGKILL,
         )
 
 

@@ -34,7 +34,6 @@ from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
 from diffuserve.triton.parameters import without_tritons_own
-from diffuserve.triton.parent import end_with_parent
 from diffuserve.triton.placement import read_placement
 from diffuserve.triton.repository import check_one_bundle
 from diffuserve.triton.responses import tensors_from_event, tensors_from_values
@@ -58,7 +57,6 @@ class StableDiffusionModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         name = args["model_name"]
-        end_with_parent()
         log_to_triton(name)
         version_folder = Path(args["model_repository"]) / args["model_version"]
         try:

@@ -27,7 +27,6 @@ from diffuserve.options import from_parameters
 from diffuserve.serving_options import Serving
 from diffuserve.triton.inherited import close_inherited_sockets
 from diffuserve.triton.log import log_to_triton
-from diffuserve.triton.parent import end_with_parent
 from diffuserve.triton.placement import read_placement
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,6 @@ class StageModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         close_inherited_sockets()
-        end_with_parent()
         self._name = args["model_name"]
         log_to_triton(self._name)
         config = json.loads(args["model_config"])
