@@ -127,7 +127,7 @@ class Pipeline:
         self._encoders.shutdown()
 
     async def generate(self, request: TextToImageRequest) -> AsyncGenerator[Event, None]:
-        """Yields `Accepted`, if the request asks for progress a `Progressed` a step, and `Completed`.
+        """Yields `Accepted`, if the request asks for progress a `Progressed` per step, and `Completed`.
 
         Closing the iterator, or cancelling the task that reads it, frees the request's rows at the next step.
 
@@ -195,17 +195,21 @@ class Pipeline:
         if self._draining:
             self.stats.count("requests_refused")
             raise Draining("The server is shutting down and takes no new requests. Send it to another, or again later.")
-        waiting = len(self._ledger.waiting)
-        rows = sum(entry.rows for entry in self._ledger.waiting)
-        full = waiting >= self.limits.max_waiting_requests or rows + request.rows > self.limits.max_waiting_rows
+        waiting = self._ledger.waiting
+        rows = sum(entry.rows for entry in waiting)
+        full = len(waiting) >= self.limits.max_waiting_requests or rows + request.rows > self.limits.max_waiting_rows
         if waiting and full:
-            self.stats.count("requests_refused")
             rows_per_s = self._loop.rows_per_s
-            retry_after_s = min(60.0, max(0.1, self._ledger.rows_left / rows_per_s)) if rows_per_s else 1.0
-            raise QueueFull(
-                f"{waiting} requests of {rows} rows are waiting, and no more are queued. Try again in {retry_after_s:.1f} s.",
-                retry_after_s,
+            raise self._queue_full(
+                f"{len(waiting)} requests of {rows} rows are waiting, and no more are queued.",
+                self._ledger.rows_left / rows_per_s if rows_per_s else 1.0,
             )
+
+    def _queue_full(self, why: str, seconds: float) -> QueueFull:
+        """Counts a refusal; `seconds`: after which there is room again, as far as can be told."""
+        self.stats.count("requests_refused")
+        retry_after_s = min(60.0, max(0.1, seconds))
+        return QueueFull(f"{why} Try again in {retry_after_s:.1f} s.", retry_after_s)
 
     def _entry(self, request: TextToImageRequest) -> Entry:
         """Raises QueueFull if it, or one that has been accepted, would be late."""
@@ -221,14 +225,12 @@ class Pipeline:
         )
         excess_s = self._admission.excess_s(entry, now_s)
         if excess_s > 0:
-            self.stats.count("requests_refused")
-            retry_after_s = min(60.0, max(0.1, excess_s))
             here, elsewhere = len(self._ledger), self._admission.requests_elsewhere
             others = f", {elsewhere} of them by other models on the same device" if elsewhere else ""
-            raise QueueFull(
+            raise self._queue_full(
                 f"{here + elsewhere} requests are being drawn{others}, so that this one or one of them would not be "
-                f"finished within its timeout_ms. Try again in {retry_after_s:.1f} s.",
-                retry_after_s,
+                "finished within its timeout_ms.",
+                excess_s,
             )
         return entry
 

@@ -135,6 +135,8 @@ class Admission:
 
     def _excess_elsewhere_s(self, newcomer: Entry, now_s: float) -> float:
         """As `excess_s`, of what the other models have accepted."""
+        if not self._others:
+            return 0.0
         before_s, after_s = self._all_s(self._ledger), self._all_s([*self._ledger, newcomer])
         excess_s = 0.0
         for number, load in enumerate(self._others):
