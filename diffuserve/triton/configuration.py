@@ -13,7 +13,7 @@ from diffuserve.options import check_known, from_parameters
 from diffuserve.serving_options import Serving, limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve.triton.parameters import without_tritons_own
-from diffuserve.triton.placement import described_placement
+from diffuserve.triton.placement import VERSION, described_placement
 from diffuserve.triton.stage_models import split_parameters
 
 Read = TypeVar("Read")
@@ -56,7 +56,7 @@ def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits
         BundleError: nothing was assembled here.
         ConfigurationError: the file is missing or cannot be parsed, or a parameter is unknown or not allowed.
     """
-    model = described_placement(repository / name / "1").model
+    model = described_placement(repository / name / VERSION).model
     return _from_parameters(
         repository / name,
         read_config(repository / name),
@@ -67,8 +67,7 @@ def read_options(repository: Path, name: str = STABLE_DIFFUSION) -> tuple[Limits
 def check_one_instance(repository: Path, name: str) -> None:
     """Raises ConfigurationError if an in-flight model is to run in several processes: each would have a loop of its own, and
     they would not share calls."""
-    groups = read_config(repository / name).instance_group
-    count = sum(group.count * max(1, len(group.gpus)) for group in groups)
+    count = _instances(read_config(repository / name))
     if count != 1:
         raise ConfigurationError(
             f"{repository / name / CONFIG_NAME}: the number of instances is {count}; an in-flight model runs in 1. For more UNet "
@@ -102,11 +101,15 @@ def check_stages(
         check_at_least = partial(_check_at_least, folder, name)
         check_at_least("max_batch_size", config.max_batch_size, rows[stage])
         if stage == UNET:
-            instances = sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
-            check_at_least("number of instances", instances, serving.unet_instances)
+            check_at_least("number of instances", _instances(config), serving.unet_instances)
         if config.backend == "python":  # models of Triton's other backends are not ours, nor are their parameters
             options = _from_parameters(folder, config, _stage_options)
             check_at_least(_CALL_TIMEOUT, options.call_timeout_s, serving.call_timeout_s)
+
+
+def _instances(config: Any) -> int:
+    """Processes that Triton runs a model in: a group's count is for each of its GPUs."""
+    return sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
 
 
 def _stage_options(parameters: Mapping[str, str]) -> Serving:

@@ -25,6 +25,7 @@ from diffuserve.triton.configuration import read_options
 from diffuserve.triton.installation import find_installation
 from diffuserve.triton.model_control import MODEL_CONTROL_VARIABLE, ModelControl
 from diffuserve.triton.neighbours import RunFolderNeighbours
+from diffuserve.triton.placement import VERSION
 from diffuserve.triton.repository import check_repository
 
 _LOG_FLAGS = {"error": (False, False), "warning": (True, False), "info": (True, True)}
@@ -81,7 +82,7 @@ class TritonServer(ServerLauncher[TritonAddress]):
         limits, _ = read_options(self.repository, model)
         url = "" if address.grpc_port == TritonAddress().grpc_port else f" --url {address.grpc}"
         name = "" if model == STABLE_DIFFUSION else f" --model {model}"
-        return Served(read_manifest(self.repository / model / "1"), limits, places, f"{url}{name}")
+        return Served(read_manifest(self.repository / model / VERSION), limits, places, f"{url}{name}")
 
     def _check(self) -> None:
         self.models = check_repository(self.repository)
@@ -143,10 +144,7 @@ class TritonServer(ServerLauncher[TritonAddress]):
             command.append(f"--backend-directory={installation.backend_directory}")
         environment = _environment(installation.library_paths, run_folder, control)
         return ServerProcess(
-            self.name,
-            command,
-            environment,
-            show=lambda line: not any(words in line for words in _HARMLESS),
+            self.name, command, environment, show=lambda line: not any(words in line for words in _HARMLESS)
         )
 
 

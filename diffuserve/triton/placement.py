@@ -20,6 +20,8 @@ from diffuserve.errors import BundleError
 from diffuserve.files import write_whole
 
 PLACEMENT_NAME = "placement.json"
+VERSION = "1"
+"""The folder of the only version that `assemble` makes of a model."""
 _AGAIN = "Assemble the repository again: diffuserve assemble BUNDLE"
 
 

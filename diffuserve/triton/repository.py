@@ -17,9 +17,7 @@ from diffuserve.triton.configuration import (
     read_options,
     read_stage_models,
 )
-from diffuserve.triton.placement import described_placement, read_placement
-
-_VERSION = "1"
+from diffuserve.triton.placement import VERSION, described_placement, read_placement
 
 
 def check_repository(repository: Path) -> tuple[str, ...]:
@@ -53,10 +51,10 @@ def check_repository(repository: Path) -> tuple[str, ...]:
                 f"{folder} is not a model: it has no {CONFIG_NAME}. Triton takes every folder of a repository for a model, so "
                 "move it elsewhere."
             )
-        read_placement(folder / _VERSION)
-        if read_config(folder).backend == "python" and not (folder / _VERSION / "model.py").is_file():
+        read_placement(folder / VERSION)
+        if read_config(folder).backend == "python" and not (folder / VERSION / "model.py").is_file():
             raise BundleError(
-                f"{folder / _VERSION / 'model.py'} is missing. Assemble the repository again: diffuserve assemble BUNDLE "
+                f"{folder / VERSION / 'model.py'} is missing. Assemble the repository again: diffuserve assemble BUNDLE "
                 f"--output {repository}"
             )
     return _check_models(repository, [folder.name for folder in folders])
@@ -92,7 +90,7 @@ def _check_models(repository: Path, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_is_stage(repository: Path, name: str, stage: str, model: str) -> None:
-    component = described_placement(repository / model / _VERSION).component
+    component = described_placement(repository / model / VERSION).component
     placed = component.files[0].path.partition("/")[0] if component else "an in-flight model"
     if placed != stage:
         raise BundleError(
@@ -101,7 +99,7 @@ def _check_is_stage(repository: Path, name: str, stage: str, model: str) -> None
         )
 
 
-def check_one_bundle(repository: Path, name: str, stages: Iterable[str], version: str = _VERSION) -> None:
+def check_one_bundle(repository: Path, name: str, stages: Iterable[str], version: str = VERSION) -> None:
     """Compares the bundle of an in-flight model with those of its stages, as far as they lie in this repository: Triton may
     serve several. Stages of another bundle would draw other images, or none.
 

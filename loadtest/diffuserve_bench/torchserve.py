@@ -22,6 +22,7 @@ from diffuserve.torchserve.keys import read_inference_token
 from diffuserve.torchserve.launcher import TorchServeServer
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
+from diffuserve.triton.placement import VERSION
 from diffuserve_bench.mixture import GUIDANCE_SCALE, PROMPT, SAMPLER
 from diffuserve_client import Client
 from diffuserve_loadtest.report.report import Report, Table
@@ -129,7 +130,7 @@ def _round_s(server: TorchServeServer, steps: int, in_flight: int) -> float:
 def _triton_bytes(repository: Path, steps: int, in_flight: int) -> dict[str, int]:
     """PSS of Triton's models after a round of the same requests, by name; the VAE's encoder, which TorchServe's worker does
     not load, is left out."""
-    names = {STABLE_DIFFUSION, *read_manifest(repository / STABLE_DIFFUSION / "1").components} - {VAE_ENCODER}
+    names = {STABLE_DIFFUSION, *read_manifest(repository / STABLE_DIFFUSION / VERSION).components} - {VAE_ENCODER}
     with (
         TritonServer(repository, TritonAddress.on_free_ports()) as server,
         Client(server.address.grpc) as client,

@@ -32,7 +32,7 @@ from diffuserve.limits import Limits
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import SAFETY_CHECKER, STABLE_DIFFUSION
 from diffuserve.triton.configuration import CONFIG_NAME, read_stage_models
-from diffuserve.triton.placement import PLACEMENT_NAME, Placement, write_placement
+from diffuserve.triton.placement import PLACEMENT_NAME, VERSION, Placement, write_placement
 from diffuserve.triton.stage_models import check_model_name, inflight_models, stage_model
 from diffuserve_export.repository.triton_backends import PYTHON
 from diffuserve_export.repository.triton_config import (
@@ -86,7 +86,7 @@ def repository_from_bundle(
     head = sources(manifest, given_arguments(manifest.model, limits, serving, backend, name))
     try:
         for model, config in configs_from_manifest(manifest, limits, serving, backend, name=name).items():
-            folder = output / model / "1"
+            folder = output / model / VERSION
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLACEMENT_NAME).unlink(missing_ok=True)
             _write(output / model / CONFIG_NAME, text_from_config(config, head))
@@ -111,7 +111,7 @@ def repository_from_bundle(
                 placed = [_place(bundle / path, folder / path) for path in paths]
             files = tuple(sample_file(folder, path) for path in placed)
             write_placement(folder, Placement(manifest.model, manifest.bundle_sha256, component, files))
-        if not manifest.has_safety_checker and (output / checker / "1" / PLACEMENT_NAME).is_file():
+        if not manifest.has_safety_checker and (output / checker / VERSION / PLACEMENT_NAME).is_file():
             shutil.rmtree(output / checker)
     except OSError as error:
         raise BundleError(f"The repository {output} cannot be written: {error}") from error

@@ -81,12 +81,12 @@ def _given_before(output: Path, name: str) -> dict[str, str]:
     """What a model that is to be refreshed was made with; nothing if there is none that can be read."""
     from diffuserve.tensors import UNET
     from diffuserve.triton.configuration import read_config, read_options
-    from diffuserve.triton.placement import described_placement
+    from diffuserve.triton.placement import VERSION, described_placement
     from diffuserve.triton.stage_models import stage_model
     from diffuserve_export.repository.triton_config import given_arguments
 
     try:
-        model = described_placement(output / name / "1").model
+        model = described_placement(output / name / VERSION).model
         backend = read_config(output / stage_model(name, UNET)).backend
         return given_arguments(model, *read_options(output, name), backend, name)
     except (BundleError, ConfigurationError):

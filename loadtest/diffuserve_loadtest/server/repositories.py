@@ -10,7 +10,7 @@ from pathlib import Path
 from diffuserve.serving_options import limits_and_serving
 from diffuserve.tensors import STABLE_DIFFUSION
 from diffuserve.triton.configuration import CONFIG_NAME, read_config
-from diffuserve.triton.placement import described_placement
+from diffuserve.triton.placement import VERSION, described_placement
 
 
 def repository_with(repository: Path, folder: Path, parameters: Mapping[str, str]) -> Path:
@@ -30,7 +30,7 @@ def repository_with(repository: Path, folder: Path, parameters: Mapping[str, str
     """
     from google.protobuf import text_format
 
-    limits_and_serving(described_placement(repository / STABLE_DIFFUSION / "1").model, parameters)
+    limits_and_serving(described_placement(repository / STABLE_DIFFUSION / VERSION).model, parameters)
     config = read_config(repository / STABLE_DIFFUSION)
     for name, value in parameters.items():
         config.parameters[name].string_value = value
