@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from diffuserve.errors import InvalidRequest
-from diffuserve.samplers import SAMPLERS, NoiseSchedule, Trajectory, advance, noised_state, trajectory
+from diffuserve.samplers import SAMPLERS, NoiseSchedule, Trajectory, noised_state, trajectory
 from diffuserve.samplers.noise import Generator
-from tests.core.test_samplers import MODEL, SHAPE, STABLE_DIFFUSION, _reference
+from tests.core.test_samplers import SHAPE, STABLE_DIFFUSION, _reference, drawn, drawn_by_diffusers
 
 STEPS = 20
 STARTS = (0, 1, 7, 18, 19)
@@ -27,12 +26,7 @@ IMAGE = np.random.default_rng(3).standard_normal(SHAPE, dtype=np.float32)
 
 def _latents(table: Trajectory, seed: int = 5) -> NDArray[np.float32]:
     generator = Generator(seed)
-    state = noised_state(IMAGE, generator.randn(SHAPE), table)
-    for i in range(table.evaluations):
-        output = MODEL(table.input_scale[i] * state[0], float(table.timesteps[i]))
-        noise = generator.randn(SHAPE) if table.draws_noise[i] else np.zeros(SHAPE, np.float32)
-        [state] = advance([state], output[None], noise[None], [table.update[i]])
-    return state[0]
+    return drawn(table, noised_state(IMAGE, generator.randn(SHAPE), table), generator)
 
 
 def _reference_latents(scheduler: Any, start: int, seed: int = 5) -> NDArray[np.float32]:
@@ -44,13 +38,7 @@ def _reference_latents(scheduler: Any, start: int, seed: int = 5) -> NDArray[np.
         scheduler.set_begin_index(start * scheduler.order)
     noise = torch.randn((1, *SHAPE), generator=generator)
     latents = scheduler.add_noise(torch.from_numpy(IMAGE)[None], noise, timesteps[:1])
-    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in timesteps:
-        sample = scheduler.scale_model_input(latents, t)
-        output = torch.from_numpy(MODEL(sample.numpy(), float(t)))[None]
-        latents = scheduler.step(output, t, latents, **draws).prev_sample
-    result: NDArray[np.float32] = latents[0].numpy()
-    return result
+    return drawn_by_diffusers(scheduler, timesteps, latents, generator)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -77,12 +65,10 @@ def test_pndm_begins_as_it_does_at_the_top(start: int) -> None:
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn((1, *SHAPE), generator=generator)
     latents = scheduler.add_noise(torch.from_numpy(IMAGE)[None], noise, spaced[:1])
-    for t in scheduler.timesteps:
-        output = torch.from_numpy(MODEL(latents.numpy(), float(t)))[None]
-        latents = scheduler.step(output, t, latents).prev_sample
+    expected = drawn_by_diffusers(scheduler, scheduler.timesteps, latents, generator)
     table = trajectory(NoiseSchedule.from_config(STABLE_DIFFUSION), "pndm", STEPS, start)
     np.testing.assert_allclose(table.timesteps, scheduler.timesteps.numpy())
-    error = float(np.abs(_latents(table) - latents[0].numpy()).max() / latents.abs().max())
+    error = float(np.abs(_latents(table) - expected).max() / np.abs(expected).max())
     assert error < 1e-5
 
 

@@ -89,7 +89,13 @@ MODEL = _model()
 
 def _latents(table: Trajectory, seed: int = 5, model: Model = MODEL) -> NDArray[np.float32]:
     generator = Generator(seed)
-    state = initial_state(generator.randn(SHAPE), table)
+    return drawn(table, initial_state(generator.randn(SHAPE), table), generator, model)
+
+
+def drawn(
+    table: Trajectory, state: NDArray[np.float32], generator: Generator, model: Model = MODEL
+) -> NDArray[np.float32]:
+    """The latents after the whole trajectory from a state."""
     for i in range(table.evaluations):
         output = model(table.input_scale[i] * state[0], float(table.timesteps[i]))
         noise = generator.randn(SHAPE) if table.draws_noise[i] else np.zeros(SHAPE, np.float32)
@@ -104,8 +110,15 @@ def _reference_latents(scheduler: Any, steps: int, seed: int = 5) -> NDArray[np.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # where the first timestep occurs twice, it would start at the second
     latents = torch.randn((1, *SHAPE), generator=generator) * scheduler.init_noise_sigma
+    return drawn_by_diffusers(scheduler, scheduler.timesteps, latents, generator)
+
+
+def drawn_by_diffusers(
+    scheduler: Any, timesteps: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
+) -> NDArray[np.float32]:
+    """The latents after these timesteps, as diffusers' pipelines loop over them."""
     draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
+    for t in timesteps:
         sample = scheduler.scale_model_input(latents, t)
         output = torch.from_numpy(MODEL(sample.numpy(), float(t)))[None]
         latents = scheduler.step(output, t, latents, **draws).prev_sample
