@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "torch", "onnxruntime-cuda", "torch-cuda", "tensorrt")
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -39,6 +39,10 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         from diffuserve.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(model_path, component, threads)
+    if component.engine in ("torch", "torch-cuda"):
+        from diffuserve.engines.torch import TorchEngine
+
+        return TorchEngine(model_path, component, threads)
     if component.engine == "tensorrt":
         from diffuserve.engines.tensorrt import TensorRtEngine
 
