@@ -13,7 +13,7 @@ import torch
 
 from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.processor import usable_cores
-from diffuserve.engines.torch_compiler import compiler_lacks, inductor_folder, runs_triton
+from diffuserve.engines.torch_compiler import compiler_lacks, inductor_folder, runs_triton, scratch_folder
 from diffuserve.errors import BundleError
 from diffuserve.tensors import HEIGHT, LATENT_HEIGHT, LATENT_WIDTH, NUMPY_DTYPE, TOKENS, WIDTH
 from diffuserve.torch_graphs.cuda_graphs import GraphedCalls
@@ -114,21 +114,32 @@ def _compiled(
             return package, package.largest
     if device.type == "cuda" and runs_triton(device):
         _warn_once(
-            f"On {device} PyTorch compiles at every start, and again for some sizes, which stops requests for minutes: {lack}"
+            f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests wait: {lack}"
         )
-        traced = exported(module, free, _example(component, device)).module(check_guards=False)
-        compiled = torch.compile(traced, dynamic=True)
-        return lambda inputs: compiled(*inputs), 0
+        return _compiled_at_calls(exported(module, free, _example(component, device))), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")
     return lambda inputs: module(*inputs), 0
+
+
+def _compiled_at_calls(program: torch.export.ExportedProgram) -> Call:
+    """Compiled by PyTorch when a call needs it: for any number of rows from 2 on, and for each size of image and prompt. What
+    cannot be compiled runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    compiled = torch.compile(program.module(check_guards=False), dynamic=False)
+
+    def call(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        for tensor in inputs:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        outputs: Sequence[torch.Tensor] = compiled(*inputs)
+        return outputs
+
+    return call
 
 
 def _package(
     module: OnnxModule, free: FreeDims, path: Path, component: Component, device: torch.device, threads: int
 ) -> Package:
     """From the cache if it is there."""
-    from diffuserve.engines.torch_compiler import scratch_folder
-
     cache = CompiledCache(
         path,
         component,
