@@ -37,14 +37,24 @@ class Way:
 
 
 def ways(settings: Settings) -> list[Way]:
-    """Every engine for GPUs in each of its 16-bit precisions, those that cannot run here too; in a dry run the CPU's first."""
+    """Every engine for GPUs in each of its 16-bit precisions, those that cannot run here too; in a dry run what a CPU
+    runs in fp32."""
     if settings.device == "cpu":
-        return [Way("torch", "fp32"), Way("onnxruntime", "fp32")]
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it takes minutes, and a dry run only shows that everything runs
+        return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
     return [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
         if each.engine not in _ON_CPU and each.precision != "fp32"
     ]
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401 - asked whether it is there
+    except ImportError:
+        return False
+    return True
 
 
 def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:
@@ -75,8 +85,6 @@ def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
         BundleError: the engine cannot load it.
     """
     component = on_way(bundle, manifest, stage, way)
-    if way.engine == "torch":
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # this is a dry run, and compiling takes minutes
     return load_engine(bundle / component.files[0].path, component, threads=0)
 
 
