@@ -55,8 +55,7 @@ class Program:
         inductor_folder()
         if device.type == "cuda":
             # fp32 is to be fp32, and not to be multiplied with 10 digits.
-            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
             # cuDNN plans its attention anew for every number of rows, which changes in nearly every call.
             torch.backends.cuda.enable_cudnn_sdp(False)
         try:
