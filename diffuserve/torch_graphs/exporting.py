@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from diffuserve.errors import BundleError
 from diffuserve.torch_graphs.module import OnnxModule
 
 if TYPE_CHECKING:
     from onnx import GraphProto
 
-# The dims of each input by its name. A free one is `name`, or `4*name` where it is a multiple; those of one name are equal.
-Dims = Mapping[str, Sequence[int | str]]
+_FREE = re.compile(r"(?:([1-9]\d*)\*)?(\w+)")
+
+
+class FreeDim(NamedTuple):
+    """A dim of any length that is a multiple of `factor`; those of one name are the same multiple."""
+
+    name: str
+    factor: int = 1
+
+
+# The dims of each input, by its name.
+Dims = Mapping[str, Sequence[int | FreeDim]]
 
 
 def input_dims(graph: GraphProto) -> Dims:
-    """Of a graph."""
+    """Of a graph.
+
+    Raises:
+        BundleError: one is not written as the export writes it.
+    """
     return {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        value.name: [
+            _free_dim(dim.dim_param) if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim
+        ]
         for value in graph.input
     }
+
+
+def _free_dim(text: str) -> FreeDim:
+    """Of `name` or `4*name`."""
+    found = _FREE.fullmatch(text)
+    if found is None:
+        raise BundleError(f"An input of the graph has the dim {text!r}. Export the checkpoint again.")
+    return FreeDim(found[2], int(found[1] or 1))
 
 
 def check_shapes(shapes: Mapping[str, Sequence[int]], dims: Dims) -> None:
@@ -29,23 +55,19 @@ def check_shapes(shapes: Mapping[str, Sequence[int]], dims: Dims) -> None:
     lengths: dict[str, int] = {}
     for name, shape in shapes.items():
         fits = len(shape) == len(dims[name]) and all(
-            _length(side, dim, lengths) for side, dim in zip(shape, dims[name], strict=True)
+            _fits(side, dim, lengths) for side, dim in zip(shape, dims[name], strict=True)
         )
         if not fits:
-            raise ValueError(f"The shape of {name} is {tuple(shape)}; expected: {tuple(dims[name])}, with {lengths}.")
+            expected = ", ".join(str(dim) if isinstance(dim, int) else f"{dim.factor}*{dim.name}" for dim in dims[name])
+            raise ValueError(f"The shape of {name} is {tuple(shape)}; expected: ({expected}), with {lengths}.")
 
 
-def _length(side: int, dim: int | str, lengths: dict[str, int]) -> bool:
+def _fits(side: int, dim: int | FreeDim, lengths: dict[str, int]) -> bool:
     """Whether `side` may stand for `dim`; notes the length of a free one."""
     if isinstance(dim, int):
         return side == dim
-    factor, name = _factor(dim)
-    return side > 0 and side % factor == 0 and lengths.setdefault(name, side // factor) == side // factor
-
-
-def _factor(dim: str) -> tuple[int, str]:
-    factor, _, name = dim.rpartition("*")
-    return int(factor or 1), name
+    multiple = side // dim.factor
+    return side > 0 and side % dim.factor == 0 and lengths.setdefault(dim.name, multiple) == multiple
 
 
 def exported(module: OnnxModule, dims: Dims, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
@@ -61,14 +83,14 @@ def exported(module: OnnxModule, dims: Dims, example: Mapping[str, torch.Tensor]
     """
     free: dict[str, Any] = {}
 
-    def free_dim(dim: str, axis: int) -> Any:
-        factor, name = _factor(dim)
-        # All but rows are 2 at the least, which spares the tracer a case of their own for 1.
-        found = free.setdefault(name, torch.export.Dim(name, min=1 if factor > 1 or not axis else 2))
-        return factor * found if factor > 1 else found
+    def symbol(dim: FreeDim, axis: int) -> Any:
+        # All but rows are 2 at the least, which spares the tracer a case of their own for 1. No name is the file's.
+        least = 1 if dim.factor > 1 or not axis else 2
+        found = free.setdefault(dim.name, torch.export.Dim(f"free_{len(free)}", min=least))
+        return dim.factor * found if dim.factor > 1 else found
 
     shapes = tuple(
-        {axis: free_dim(dim, axis) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
+        {axis: symbol(dim, axis) for axis, dim in enumerate(dims[name]) if isinstance(dim, FreeDim)}
         for name in module.input_names
     )
     inputs = tuple(example[name] for name in module.input_names)

@@ -19,7 +19,7 @@ from diffuserve.errors import BundleError
 from diffuserve.graphs.sixteen_bit import sixteen_bit_from_onnx
 from diffuserve.tensors import SAFETY_CHECKER, STAGES, TEXT_ENCODER, UNET, StageSpec
 from diffuserve.torch_graphs.cuda_graphs import MOST_ROWS, GraphedCalls
-from diffuserve.torch_graphs.exporting import check_shapes
+from diffuserve.torch_graphs.exporting import FreeDim, check_shapes, input_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
 from diffuserve.torch_graphs.module import OnnxModule
 from diffuserve.trials.tolerance import tolerance_of
@@ -157,10 +157,17 @@ def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_shapes_that_are_not_the_graphs(shapes: dict[str, Sequence[int]]) -> None:
-    dims: dict[str, Sequence[int | str]] = {"x": ["rows", 4, "4*width"], "t": ["rows", 1]}
+    dims = {"x": [FreeDim("rows"), 4, FreeDim("width", 4)], "t": [FreeDim("rows"), 1]}
     check_shapes({"x": (3, 4, 8), "t": (3, 1)}, dims)
-    with pytest.raises(ValueError, match=r"The shape of [xt] is \(.*\); expected: \('rows', "):
+    with pytest.raises(ValueError, match=r"The shape of [xt] is \(.*\); expected: \(1\*rows, "):
         check_shapes(shapes, dims)
+
+
+def test_a_dim_that_no_export_writes_is_refused() -> None:
+    for dim in ("__import__('os')", "0*x", "x*4", "2*3*x", "*x", "a b"):
+        value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [dim, 4])
+        with pytest.raises(BundleError, match="An input of the graph has the dim "):
+            input_dims(onnx.helper.make_graph([], "g", [value], []))
 
 
 class Recorder:
