@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
 
     (first, *_), _ = program.example_inputs
     largest = largest_value(program) / first.numel()
-    settings = {
+    settings: dict[str, Any] = {
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.metadata": {_LARGEST: str(largest)},
         # Whoever calls a package keeps its values that small, by `Package.largest`.
@@ -41,6 +42,8 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
         # They would be compiled for this program alone.
         "aot_inductor.precompile_headers": False,
     }
+    if first.device.type != "cpu":
+        settings["cpp.vec_isa_ok"] = False  # finding out what the processor has takes as long as all else in C++
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 

@@ -40,10 +40,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def compiles(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch compiles, which the other tests do without."""
+def compiles(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch compiles, which the other tests do without; to code without vector instructions, since to find out which ones
+    there are it compiles for as long again."""
+    import torch._inductor.config
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        yield
 
 
 def unet_inputs(rows: int, height: int = 6, width: int = 8) -> Arrays:
