@@ -47,7 +47,7 @@ ROOMS = {
     "response_tensors": {"tensors"},
     "stages": {"defaults", "errors", "tensors"},
     "limits": {"bundle", "errors", "options", "tensors"},
-    "batching": {"errors", "samplers", "stages", "stats"},
+    "batching": {"errors", "samplers", "stages", "stats", "tensors"},
     "text": {"bundle", "errors", "stages", "stats", "tensors"},
     "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors"},
     "limit_argument": {"errors", "limits", "options"},

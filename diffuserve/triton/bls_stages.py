@@ -63,6 +63,11 @@ class BlsStages:
         """Calls that have not returned, those of cancelled requests included."""
         return len(self._calls)
 
+    @property
+    def unet_device(self) -> None:
+        """Tensors go from model to model through the host's memory."""
+        return None
+
     async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
         # stopped before it returns.
