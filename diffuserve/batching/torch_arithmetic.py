@@ -119,9 +119,11 @@ class TorchStep:
 
         states = [latent.state for latent in self._latents]
         shape = states[0].shape[1:]
-        padding = states[0].new_zeros((self._slots - min(map(len, states)), *shape))
-        parts = [part for state in states for part in (state, padding[: self._slots - len(state)])]
-        return torch.cat(parts).view(len(states), self._slots, *shape)
+        fewest = min(map(len, states))
+        if fewest < self._slots:
+            padding = states[0].new_zeros((self._slots - fewest, *shape))
+            states = [part for state in states for part in (state, padding[: self._slots - len(state)])]
+        return torch.cat(states).view(-1, self._slots, *shape)
 
     def _prediction(self, output: torch.Tensor) -> torch.Tensor:
         """With guidance where there is any: (B, C, h, w) float32."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from diffuserve.stages import checked
+from diffuserve.stages import Float32, checked
 from diffuserve.tensors import UNET
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ class TorchTransfers:
         # The driver copies pinned memory while the host goes on. PyTorch uses such memory again once it has been copied.
         self._pinned = device.type == "cuda"
 
-    def put(self, array: NDArray[Any]) -> torch.Tensor:
+    def put(self, array: Float32) -> torch.Tensor:
         """A copy of an array on the device, that nobody waits for."""
         import torch
 
-        return torch.tensor(array, pin_memory=self._pinned).to(self.device, non_blocking=True)
+        copy = torch.empty(array.shape, dtype=torch.float32, pin_memory=self._pinned)
+        copy.numpy()[...] = array
+        return copy.to(self.device, non_blocking=True)
 
     async def fetch(self, *tensors: torch.Tensor) -> list[NDArray[Any]]:
         """Copies in the host's memory, once the device has made the tensors; one wait for all of them, in another thread.
