@@ -41,13 +41,13 @@ class DeviceTensor(torch.Tensor):
 
 
 class CountedDevice(TorchDispatchMode):
-    """Bytes and copies, `to_device` and `to_host`; `calls`: operations on the device, views not counted."""
+    """Bytes and copies, `to_device` and `to_host`; `calls`: operations on the device but for views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.to_device: list[int] = []
         self.to_host: list[int] = []
-        self.calls = 0
+        self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ class CountedDevice(TorchDispatchMode):
             return func(*args, **kwargs)
         assert all(on_device), f"{func} of tensors in different places"
         assert func is not aten._local_scalar_dense.default, "a number is read from the device"
-        self.calls += not func.is_view
+        self.calls += [] if func.is_view else [func.overloadpacket.__name__]
         result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
         return tree_map(lambda each: DeviceTensor(each) if isinstance(each, torch.Tensor) else each, result)
 
