@@ -15,6 +15,7 @@ from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import StageFailed
+from diffuserve.limits import Limits
 from diffuserve.stages import Array, ArraysByName, Engine, device_of
 from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
@@ -86,9 +87,11 @@ class LocalStages(EngineStages):
         Raises:
             StageFailed: an engine cannot run.
         """
+        model = self._manifest.model
+        most_rows = {UNET: Limits.for_model(model).max_rows}
         for name, engine in self._engines.items():
             try:
-                warm(engine, self._manifest.components[name], self._manifest.model)
+                warm(engine, self._manifest.components[name], model, most_rows.get(name, 1))
             except Exception as error:
                 raise StageFailed(f"The stage {name} failed on its first call: {error}") from error
 

@@ -53,7 +53,7 @@ class StageModel:
             self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads=0)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
             started_s = time.monotonic()
-            warm(self._engine, placement.component, placement.model)
+            warm(self._engine, placement.component, placement.model, config["max_batch_size"])
             log.info("%s is warm, %.1f s", self._name, time.monotonic() - started_s)
         except (BundleError, ConfigurationError) as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
