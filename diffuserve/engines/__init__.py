@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffuserve.stages import Engine
 
 ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
+# Of them those whose `device` is the first GPU (`diffuserve.stages.Engine`).
+ON_FIRST_GPU = ("torch-cuda",)
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
