@@ -7,6 +7,7 @@ used nothing has run on a GPU yet.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def owned(array: Array) -> Array:
     return copy
 
 
-def joined(arrays: list[Array]) -> Array:
+def joined(arrays: Sequence[Array]) -> Array:
     """Rows of several requests one after another, where the first one's are."""
     first, *rest = arrays
     if not rest:

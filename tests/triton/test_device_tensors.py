@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
+import torch
 
+from diffuserve.bundle.manifest import read_manifest
 from diffuserve.tensors import STABLE_DIFFUSION, UNET
 from diffuserve.triton.address import TritonAddress
 from diffuserve.triton.launcher import TritonServer
@@ -109,3 +117,32 @@ def test_tensors_go_to_the_unet_and_back_or_by_way_of_the_host(bundle: Path, tmp
         assert len(images) == len(expected) == 3
         for image, reference in zip(images, expected, strict=True):
             assert np.abs(image - reference).max() <= 2
+
+
+@pytest.fixture
+def device_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module, outside of Triton's processes, where alone there is Triton's."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    yield importlib.import_module("diffuserve.triton.device_tensors")
+    sys.modules.pop("diffuserve.triton.device_tensors")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_process_that_cannot_use_the_gpu_keeps_latents_on_the_host(
+    bundle: Path, device_tensors: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = read_manifest(bundle).components[UNET]
+    assert device_tensors.device_for(unet) is None
+    assert not caplog.records
+    assert device_tensors.device_for(msgspec.structs.replace(unet, engine="torch-cuda")) is None
+    assert "PyTorch cannot use the GPU in this process" in caplog.text
+
+
+def test_rows_of_several_requests_are_joined_where_the_first_are(device_tensors: ModuleType) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    parts = rows[:1], torch.from_numpy(rows[1:3]), rows[3:]
+    assert device_tensors.joined(parts[:1]) is parts[0]
+    of_arrays, of_tensors = device_tensors.joined(parts), device_tensors.joined(parts[1:])
+    assert isinstance(of_tensors, torch.Tensor)
+    np.testing.assert_array_equal(of_arrays, rows)
+    np.testing.assert_array_equal(of_tensors.numpy(), rows[1:])
