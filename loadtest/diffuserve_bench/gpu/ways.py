@@ -36,14 +36,21 @@ class Way:
 
 
 def ways(settings: Settings) -> list[Way]:
-    """Every engine for GPUs in each of its 16-bit precisions, those that cannot run here too; in a dry run the CPU's first."""
-    if settings.device == "cpu":
-        return [Way("onnxruntime", "fp32")]
-    return [
+    """Those that were asked for. Else every engine for GPUs in each of its 16-bit precisions, those that cannot run here too;
+    in a dry run the CPU's first."""
+    known = [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
-        if each.engine not in _ON_CPU and each.precision != "fp32"
     ]
+    if settings.ways:
+        found = {f"{way.engine}:{way.precision}": way for way in known}
+        return [
+            found.get(name) or Way(*name.split(":"), lack=f"there is no {name}; there are: {', '.join(found)}")
+            for name in settings.ways
+        ]
+    if settings.device == "cpu":
+        return [Way("onnxruntime", "fp32")]
+    return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
 
 
 def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:

@@ -243,6 +243,17 @@ def test_every_engine_for_gpus_says_what_it_lacks(settings: Settings, written: W
         loop.measure(on_gpu, written.record)
 
 
+def test_ways_that_are_asked_for(settings: Settings, tmp_path: Path) -> None:
+    asked = dataclasses.replace(settings, ways=("openvino:fp32", "onnxruntime:fp32", "openvino:fp8"))
+    assert Settings.from_json(asked.to_json()) == asked
+    first, second, unknown = ways(asked)
+    assert [(way.engine, way.precision, way.lack) for way in (first, second)] == [
+        ("openvino", "fp32", ""),
+        ("onnxruntime", "fp32", ""),
+    ]
+    assert unknown.lack.startswith("there is no openvino:fp8; there are: onnxruntime:fp32, ")
+
+
 def test_a_graph_in_fp16_is_made_once_and_runs(settings: Settings) -> None:
     bundle, manifest = model.model_in(settings)
     way = Way("onnxruntime", "fp16")
