@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -309,6 +310,56 @@ def test_a_device_takes_what_numpy_makes() -> None:
     )
     for each, known in zip(latents, expected, strict=True):
         assert close(each.held.numpy(), known)
+
+
+@pytest.fixture
+def held_gpu(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The CPU in the place of a GPU, whose work is done when the event is set."""
+    finished = threading.Event()
+
+    class Recorded:
+        def record(self, stream: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            assert finished.wait(60)
+
+    def unpinned(*shape: Any, pin_memory: bool = False, empty: Any = torch.empty, **options: Any) -> Any:
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", unpinned)
+    return finished
+
+
+def on_held_gpu(timeout_s: float) -> TorchTransfers:
+    transfers = TorchTransfers(torch.device("cpu"), timeout_s)
+    transfers._pinned = True
+    return transfers
+
+
+def test_others_go_on_while_a_step_waits(held_gpu: threading.Event) -> None:
+    async def main() -> list[Any]:
+        fetched = asyncio.create_task(on_held_gpu(60).fetch(torch.ones(2)))
+        await asyncio.sleep(0)
+        assert not fetched.done()
+        held_gpu.set()
+        return await fetched
+
+    [ones] = asyncio.run(main())
+    assert ones.tolist() == [1, 1]
+
+
+def test_a_device_that_hangs_fails_the_call(held_gpu: threading.Event) -> None:
+    async def main() -> None:
+        try:
+            await on_held_gpu(0.01).fetch(torch.ones(2))
+        finally:
+            held_gpu.set()
+
+    with pytest.raises(StageFailed, match="The stage unet gave no answer in time; a call may take 0.01 s"):
+        asyncio.run(main())
 
 
 @pytest.mark.gpu
