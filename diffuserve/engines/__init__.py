@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "torch", "onnxruntime-cuda", "torch-cuda", "tensorrt")
 # Of them those whose `device` is the first GPU (`diffuserve.stages.Engine`).
 ON_FIRST_GPU = ("torch-cuda",)
 
@@ -41,6 +41,10 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         from diffuserve.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(model_path, component, threads)
+    if component.engine in ("torch", "torch-cuda"):
+        from diffuserve.engines.torch import TorchEngine
+
+        return TorchEngine(model_path, component, threads)
     if component.engine == "tensorrt":
         from diffuserve.engines.tensorrt import TensorRtEngine
 

@@ -10,7 +10,7 @@ from diffuserve.stages import Engine
 
 # On a GPU, libraries choose kernels by shape and load them at the first call. A CPU's have little to prepare, and a call
 # at the native size takes it minutes for large models.
-_ON_GPU = ("onnxruntime-cuda", "tensorrt")
+_ON_GPU = ("onnxruntime-cuda", "torch-cuda", "tensorrt")
 
 
 def warm(engine: Engine, component: Component, model: ModelSpec, most_rows: int = WARM_BATCHES[-1]) -> None:

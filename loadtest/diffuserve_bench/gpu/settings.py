@@ -110,6 +110,6 @@ class Settings:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Settings:
-        rest = {"device": fields["device"], "ways": tuple(fields["ways"])}
-        paths = {name: Path(value) for name, value in fields.items() if name not in rest and value is not None}
-        return cls(**rest, **paths)
+        others = ("device", "ways")
+        paths = {name: Path(value) for name, value in fields.items() if name not in others and value is not None}
+        return cls(device=fields["device"], ways=tuple(fields["ways"]), **paths)
