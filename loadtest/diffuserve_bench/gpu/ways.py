@@ -44,10 +44,9 @@ def ways(settings: Settings) -> list[Way]:
     ]
     if settings.ways:
         found = {f"{way.engine}:{way.precision}": way for way in known}
-        return [
-            found.get(name) or Way(*name.split(":"), lack=f"there is no {name}; there are: {', '.join(found)}")
-            for name in settings.ways
-        ]
+        asked = [name.split(":") for name in settings.ways]
+        lack = f"it is none of {', '.join(found)}"
+        return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
     if settings.device == "cpu":
         return [Way("onnxruntime", "fp32")]
     return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
