@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "torch", "onnxruntime-cuda", "torch-cuda", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", "tensorrt")
 # Of them those whose `device` is the first GPU (`diffuserve.stages.Engine`).
 ON_FIRST_GPU = ("torch-cuda",)
 

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+_DISABLE = "TORCH_COMPILE_DISABLE"  # PyTorch's own
 _COMPILING = threading.Lock()
 
 
 def compiler_lacks(device: torch.device) -> str:
     """What is missing to compile for a device ahead of time, and how to get it; empty if nothing is."""
+    if _is_disabled():
+        return f"${_DISABLE} is 1. Unset it"
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler}. Install one (apt-get install g++) or name another in $CXX"
@@ -52,6 +55,8 @@ def runs_triton(device: torch.device) -> bool:
     function."""
     import torch
 
+    if _is_disabled():
+        return False
     try:
         return bool(torch.compile(torch.neg)(torch.ones(1, device=device)).item() == -1)
     except Exception:  # PyTorch's compiler raises whatever comes
@@ -88,3 +93,7 @@ def scratch_folder() -> Iterator[Path]:
                     os.environ.pop(variable, None)
                 else:
                     os.environ[variable] = value
+
+
+def _is_disabled() -> bool:
+    return os.environ.get(_DISABLE) == "1"

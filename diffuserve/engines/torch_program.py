@@ -20,7 +20,7 @@ from diffuserve.torch_graphs.cuda_graphs import GraphedCalls
 from diffuserve.torch_graphs.exporting import FreeDims, exported, free_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
 from diffuserve.torch_graphs.module import OnnxModule
-from diffuserve.torch_graphs.packages import Call, Package, compile_package
+from diffuserve.torch_graphs.packages import MOST_ELEMENTS, Call, Package, compile_package
 
 if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
@@ -33,8 +33,6 @@ _REVISION = 1
 # What is compiled for most carefully; it runs at any other size too.
 _ROWS = 4
 _SIZES = {TOKENS: 77, LATENT_HEIGHT: 64, LATENT_WIDTH: 64, HEIGHT: 512, WIDTH: 512}
-# Compiled code counts elements in 32 bits.
-_MOST_ELEMENTS = 2**31 - 1
 _ALIGNED_BYTES = 16
 
 
@@ -59,6 +57,8 @@ class Program:
             # fp32 is to be fp32, and not to be multiplied with 10 digits.
             torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
             torch.backends.cuda.matmul.fp32_precision = "ieee"
+            # cuDNN plans its attention anew for every number of rows, which changes in nearly every call.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's exceptions are none that onnx tells of
@@ -81,7 +81,7 @@ class Program:
         self._set_threads()
         tensors = [inputs[name] for name in self._inputs]
         rows, first = len(tensors[0]), tensors[0]
-        most = max(1, int(_MOST_ELEMENTS / max(1.0, self._largest * first[0].numel())))
+        most = max(1, int(MOST_ELEMENTS / max(1.0, self._largest * first[0].numel())))
         pieces = [self._call([_ready(tensor[at : at + most]) for tensor in tensors]) for at in range(0, rows, most)]
         outputs = pieces[0] if len(pieces) == 1 else [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         return dict(zip(self._outputs, outputs, strict=True))
@@ -116,7 +116,7 @@ def _compiled(
         _warn_once(
             f"On {device} PyTorch compiles at every start, and again for some sizes, which stops requests for minutes: {lack}"
         )
-        traced = exported(module, free, _example(component, device)).module()
+        traced = exported(module, free, _example(component, device)).module(check_guards=False)
         compiled = torch.compile(traced, dynamic=True)
         return lambda inputs: compiled(*inputs), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")

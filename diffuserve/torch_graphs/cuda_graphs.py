@@ -27,8 +27,7 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class GraphedCalls:
-    """Calls of few rows become graphs the second time that there is one of the same shapes; the first one lets libraries
-    load and choose their kernels. Calls come one at a time.
+    """Calls of few rows become graphs the second time that there is one of the same shapes. Calls come one at a time.
 
     Args:
         call: runs on the device and waits for nothing.
@@ -76,6 +75,7 @@ class _Graph:
         def run() -> None:
             self._outputs = call(self._inputs)
 
+        call(self._inputs)  # libraries prepare themselves for each thread, which a capture does not allow
         self._replay = capture(run)
 
     def __call__(self, inputs: Tensors) -> Tensors:

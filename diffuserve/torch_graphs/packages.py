@@ -14,6 +14,8 @@ from diffuserve.torch_graphs.exporting import largest_value
 
 Call = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
+# Packages count elements in 32 bits.
+MOST_ELEMENTS = 2**31 - 1
 _LARGEST = "diffuserve_largest_value"
 
 
@@ -29,10 +31,13 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
     """
     import torch._inductor
 
-    largest = largest_value(program) / program.example_inputs[0][0].numel()
+    (first, *_), _ = program.example_inputs
+    largest = largest_value(program) / first.numel()
     settings = {
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.metadata": {_LARGEST: str(largest)},
+        # Whoever calls a package keeps its values that small, by `Package.largest`.
+        "assume_32bit_indexing": True,
         # They would be compiled for this program alone.
         "aot_inductor.precompile_headers": False,
     }
@@ -42,6 +47,10 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
 
 class Package:
     """A package that is loaded.
+
+    Attributes:
+        largest: how many elements its largest value has for each of the first input's. No value may have more than
+            `MOST_ELEMENTS`.
 
     Args:
         path: of the package. It must be one that this user has made: what is in it is run.

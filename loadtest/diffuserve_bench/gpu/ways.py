@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffuserve.trials.conversion import converted
 from diffuserve_bench.gpu.record import Skipped
 from diffuserve_bench.gpu.settings import Settings
 
-_ON_CPU = ("onnxruntime", "openvino")
+_ON_CPU = ("onnxruntime", "openvino", "torch")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def ways(settings: Settings) -> list[Way]:
         lack = f"it is none of {', '.join(found)}"
         return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
     if settings.device == "cpu":
-        return [Way("onnxruntime", "fp32")]
+        return [Way("torch", "fp32"), Way("onnxruntime", "fp32")]
     return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
 
 
@@ -80,6 +81,8 @@ def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
         BundleError: the engine cannot load it.
     """
     component = on_way(bundle, manifest, stage, way)
+    if way.engine == "torch":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # this is a dry run, and compiling takes minutes
     return load_engine(bundle / component.files[0].path, component, threads=0)
 
 
