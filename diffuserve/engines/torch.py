@@ -70,7 +70,7 @@ class TorchEngine:
             The outputs by name: arrays, or for tensors tensors on `device`, made in the current stream and not waited for.
 
         Raises:
-            ValueError: an input is missing, unknown, of another dtype or elsewhere.
+            ValueError: an input is missing, unknown, of another dtype or shape, or elsewhere.
             StageFailed: PyTorch fails, such as for want of memory.
         """
         import torch

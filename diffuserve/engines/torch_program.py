@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ import torch
 
 from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.processor import usable_cores
-from diffuserve.engines.torch_compiler import compiler_lacks, inductor_folder, runs_triton
+from diffuserve.engines.torch_compiler import compiler_lacks, inductor_folder, runs_triton, scratch_folder
 from diffuserve.errors import BundleError
 from diffuserve.tensors import HEIGHT, LATENT_HEIGHT, LATENT_WIDTH, NUMPY_DTYPE, TOKENS, WIDTH
 from diffuserve.torch_graphs.cuda_graphs import GraphedCalls
-from diffuserve.torch_graphs.exporting import FreeDims, exported, free_dims
+from diffuserve.torch_graphs.exporting import Dims, check_shapes, exported, input_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
 from diffuserve.torch_graphs.module import OnnxModule
 from diffuserve.torch_graphs.packages import MOST_ELEMENTS, Call, Package, compile_package
@@ -55,20 +56,19 @@ class Program:
         inductor_folder()
         if device.type == "cuda":
             # fp32 is to be fp32, and not to be multiplied with 10 digits.
-            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
             # cuDNN plans its attention anew for every number of rows, which changes in nearly every call.
             torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's exceptions are none that onnx tells of
             raise BundleError(f"{path} is not an ONNX graph: {error}. Export the checkpoint again.") from error
-        free = free_dims(model.graph)
+        self._dims = input_dims(model.graph)
         fuse_for_torch(model)
         module = OnnxModule(model, path.parent, device)
         self._inputs, self._outputs = module.input_names, module.output_names
         # How many elements the largest value has for each of the first input.
-        call, self._largest = _compiled(module, free, path, component, device, self._threads)
+        call, self._largest = _compiled(module, self._dims, path, component, device, self._threads)
         self._call: Call = GraphedCalls(call) if device.type == "cuda" else call
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -77,7 +77,11 @@ class Program:
 
         Returns:
             The outputs by name; nothing waits for them.
+
+        Raises:
+            ValueError: a shape is not the graph's.
         """
+        check_shapes({name: tensor.shape for name, tensor in inputs.items()}, self._dims)
         self._set_threads()
         tensors = [inputs[name] for name in self._inputs]
         rows, first = len(tensors[0]), tensors[0]
@@ -99,14 +103,14 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(
-    module: OnnxModule, free: FreeDims, path: Path, component: Component, device: torch.device, threads: int
+    module: OnnxModule, dims: Dims, path: Path, component: Component, device: torch.device, threads: int
 ) -> tuple[Call, float]:
     """What runs the module, and how many elements its largest value has for each of the first input; 0 where that does not
     matter."""
     lack = compiler_lacks(device)
     if not lack:
         try:
-            package = _package(module, free, path, component, device, threads)
+            package = _package(module, dims, path, component, device, threads)
         except Exception as error:  # PyTorch's compiler raises whatever comes
             log.debug("cannot compile", exc_info=True)
             lack = f"PyTorch cannot compile {path}: {_first_line(error)}"
@@ -114,21 +118,32 @@ def _compiled(
             return package, package.largest
     if device.type == "cuda" and runs_triton(device):
         _warn_once(
-            f"On {device} PyTorch compiles at every start, and again for some sizes, which stops requests for minutes: {lack}"
+            f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests wait: {lack}"
         )
-        traced = exported(module, free, _example(component, device)).module(check_guards=False)
-        compiled = torch.compile(traced, dynamic=True)
-        return lambda inputs: compiled(*inputs), 0
+        return _compiled_at_calls(exported(module, dims, _example(component, device))), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")
     return lambda inputs: module(*inputs), 0
 
 
+def _compiled_at_calls(program: torch.export.ExportedProgram) -> Call:
+    """Compiled by PyTorch when a call needs it: for any number of rows from 2 on, and for each size of image and prompt. What
+    cannot be compiled runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    compiled = torch.compile(program.module(check_guards=False), dynamic=False)
+
+    def call(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        for tensor in inputs:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        outputs: Sequence[torch.Tensor] = compiled(*inputs)
+        return outputs
+
+    return call
+
+
 def _package(
-    module: OnnxModule, free: FreeDims, path: Path, component: Component, device: torch.device, threads: int
+    module: OnnxModule, dims: Dims, path: Path, component: Component, device: torch.device, threads: int
 ) -> Package:
     """From the cache if it is there."""
-    from diffuserve.engines.torch_compiler import scratch_folder
-
     cache = CompiledCache(
         path,
         component,
@@ -141,8 +156,9 @@ def _package(
         except Exception as error:
             cache.discard(entry, error)
     log.info("compiling %s for %s, which is kept for the next start", path, device)
-    with scratch_folder() as scratch:
-        program = exported(module, free, _example(component, device))
+    with scratch_folder() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what PyTorch's compiler does with itself
+        program = exported(module, dims, _example(component, device))
         compile_package(program, scratch / _PACKAGE_NAME)
         with cache.writing() as folder:
             if folder is not None:

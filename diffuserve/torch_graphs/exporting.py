@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,38 +12,65 @@ from diffuserve.torch_graphs.module import OnnxModule
 if TYPE_CHECKING:
     from onnx import GraphProto
 
-# A dim of the graph's inputs by name and axis: free ones are `name`, or `4*name` where it is a multiple.
-FreeDims = Mapping[str, Mapping[int, str]]
+# The dims of each input by its name. A free one is `name`, or `4*name` where it is a multiple; those of one name are equal.
+Dims = Mapping[str, Sequence[int | str]]
 
 
-def free_dims(graph: GraphProto) -> FreeDims:
-    """Of a graph's inputs."""
+def input_dims(graph: GraphProto) -> Dims:
+    """Of a graph."""
     return {
-        value.name: {axis: dim.dim_param for axis, dim in enumerate(value.type.tensor_type.shape.dim) if dim.dim_param}
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in graph.input
     }
 
 
-def exported(module: OnnxModule, free: FreeDims, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
+def check_shapes(shapes: Mapping[str, Sequence[int]], dims: Dims) -> None:
+    """Raises ValueError where an input is not as `dims` has it: what is compiled would read beyond its end."""
+    lengths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        fits = len(shape) == len(dims[name]) and all(
+            _length(side, dim, lengths) for side, dim in zip(shape, dims[name], strict=True)
+        )
+        if not fits:
+            raise ValueError(f"The shape of {name} is {tuple(shape)}; expected: {tuple(dims[name])}, with {lengths}.")
+
+
+def _length(side: int, dim: int | str, lengths: dict[str, int]) -> bool:
+    """Whether `side` may stand for `dim`; notes the length of a free one."""
+    if isinstance(dim, int):
+        return side == dim
+    factor, name = _factor(dim)
+    return side > 0 and side % factor == 0 and lengths.setdefault(name, side // factor) == side // factor
+
+
+def _factor(dim: str) -> tuple[int, str]:
+    factor, _, name = dim.rpartition("*")
+    return int(factor or 1), name
+
+
+def exported(module: OnnxModule, dims: Dims, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
     """Traces a module.
 
     Args:
         module: on any device.
-        free: dims that are free, by input.
+        dims: of its inputs.
         example: inputs by name, on the module's device; their sizes are what is compiled for most carefully.
 
     Raises:
         Exception: PyTorch cannot trace it; it has many kinds.
     """
-    dims: dict[str, Any] = {}
+    free: dict[str, Any] = {}
 
-    def dim(text: str, axis: int) -> Any:
-        factor, _, name = text.rpartition("*")
+    def free_dim(dim: str, axis: int) -> Any:
+        factor, name = _factor(dim)
         # All but rows are 2 at the least, which spares the tracer a case of their own for 1.
-        found = dims.setdefault(name, torch.export.Dim(name, min=1 if factor or not axis else 2))
-        return int(factor) * found if factor else found
+        found = free.setdefault(name, torch.export.Dim(name, min=1 if factor > 1 or not axis else 2))
+        return factor * found if factor > 1 else found
 
-    shapes = tuple({axis: dim(text, axis) for axis, text in free[name].items()} for name in module.input_names)
+    shapes = tuple(
+        {axis: free_dim(dim, axis) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
+        for name in module.input_names
+    )
     inputs = tuple(example[name] for name in module.input_names)
     # Without it a call of one row would be traced for itself.
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

@@ -16,7 +16,10 @@ from diffuserve.engines.availability import availability
 from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
+from diffuserve.engines.torch import TorchEngine
+from diffuserve.limits import Limits
 from diffuserve.stages import Engine
+from diffuserve.trials.conversion import converted
 from diffuserve.trials.selecting import select_engines
 from diffuserve.trials.tolerance import tolerance_of
 from tests.core.tiny_graphs import make_real_bundle
@@ -71,7 +74,8 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("engine", "precision"), WAYS)
-def test_the_small_model(tmp_path: Path, engine: str, precision: str) -> None:
+def test_the_small_model(tmp_path: Path, engine: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # which would take PyTorch a minute or two
     make_real_bundle(tmp_path)
     check_bundle(tmp_path, engine, precision)
 
@@ -81,3 +85,50 @@ def test_the_small_model(tmp_path: Path, engine: str, precision: str) -> None:
 def test_the_bundled_model(bundle: Path, tmp_path: Path, engine: str, precision: str) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     check_bundle(tmp_path / "bundle", engine, precision)
+
+
+@pytest.mark.parametrize("compiles", ["ahead of time", pytest.param("at calls", marks=pytest.mark.slow), "not at all"])
+def test_pytorch_compiled(tmp_path: Path, compiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each way that a machine may allow; the second start loads what the first one has compiled."""
+    if any(not way.usable for way in availability() if (way.engine, way.precision) == ("torch-cuda", "fp16")):
+        pytest.skip("see diffuserve engines for what is missing")
+    from diffuserve.engines import torch_program
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", str(int(compiles == "not at all")))
+    if compiles == "at calls":
+        monkeypatch.setattr(torch_program, "compiler_lacks", lambda device: "as this test has it")
+    (tmp_path / "bundle").mkdir()
+    manifest = make_real_bundle(tmp_path / "bundle")
+    component = converted(
+        tmp_path / "bundle",
+        manifest.components["unet"],
+        "torch-cuda",
+        "fp16",
+        manifest.model,
+        Limits.for_model(manifest.model),
+    )
+    for _ in range(2):
+        engine = load_engine(tmp_path / "bundle" / component.files[0].path, component, threads=0)
+        check(engine, OnnxRuntimeEngine(tmp_path / "bundle" / "unet" / "model.onnx"), component, manifest.model)
+    assert len(list(tmp_path.glob("cache/diffuserve/native/*.torch-cuda"))) == (compiles == "ahead of time")
+
+
+def test_pytorch_takes_and_gives_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(not way.usable for way in availability() if (way.engine, way.precision) == ("torch-cuda", "fp16")):
+        pytest.skip("see diffuserve engines for what is missing")
+    import torch
+
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    manifest = make_real_bundle(tmp_path)
+    component = converted(
+        tmp_path, manifest.components["unet"], "torch-cuda", "fp16", manifest.model, Limits.for_model(manifest.model)
+    )
+    engine = TorchEngine(tmp_path / component.files[0].path, component)
+    for rows in ROWS:
+        arrays = example_inputs(component.tensors, manifest.model, rows)
+        outputs = engine({name: torch.from_numpy(array).to(engine.device) for name, array in arrays.items()})
+        expected = engine(arrays)
+        for name, tensor in outputs.items():
+            assert tensor.device == engine.device
+            np.testing.assert_allclose(tensor.cpu().numpy(), expected[name], atol=1e-2)

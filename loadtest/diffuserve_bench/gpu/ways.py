@@ -38,7 +38,9 @@ class Way:
 
 def ways(settings: Settings) -> list[Way]:
     """Those that were asked for. Else every engine for GPUs in each of its 16-bit precisions, those that cannot run here too;
-    in a dry run the CPU's first."""
+    in a dry run what a CPU runs in fp32."""
+    if settings.device == "cpu":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it takes minutes, and a dry run only shows that everything runs
     known = [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
@@ -49,8 +51,16 @@ def ways(settings: Settings) -> list[Way]:
         lack = f"it is none of {', '.join(found)}"
         return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
     if settings.device == "cpu":
-        return [Way("torch", "fp32"), Way("onnxruntime", "fp32")]
+        return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
     return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401 - asked whether it is there
+    except ImportError:
+        return False
+    return True
 
 
 def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:
