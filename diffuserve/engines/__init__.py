@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.errors import BundleError
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", *LIBRARIES)
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -39,7 +40,7 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         from diffuserve.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(model_path, component, threads)
-    if component.engine == "tensorrt":
+    if component.engine in LIBRARIES:
         from diffuserve.engines.tensorrt import TensorRtEngine
 
         return TensorRtEngine(model_path, component)
