@@ -52,12 +52,13 @@ def check_plan(library: Library, path: Path) -> None:
     """Raises:
     BundleError: the plan was built for another GPU or version, with which it could not be loaded.
     """
-    version = path.name.removesuffix(SUFFIX).split(".", 4)[4]
+    built_for = path.name.removesuffix(SUFFIX).split(".", 3)[3]
+    version = built_for.partition(".")[2]
     here = f"{_gpu(library)}.{library.version()}"
-    if not any(f"{each}.{version}" == here for each in plan_architectures(path)):
+    if here not in [f"{architecture}.{version}" for architecture in plan_architectures(path)]:
         raise BundleError(
-            f"{path} was built for {'-'.join(plan_architectures(path))}.{version}, and this machine has {here}. Build it "
-            f"here: diffuserve engines BUNDLE --select {library.engine}"
+            f"{path} was built for {built_for}, and this machine has {here}. Build it here: diffuserve engines BUNDLE "
+            f"--select {library.engine}"
         )
 
 

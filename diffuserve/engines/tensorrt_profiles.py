@@ -105,8 +105,9 @@ def check_limits(limits: Limits, manifest: Manifest) -> None:
         most = plan_limits(_built_for(component, manifest.model))
         for name, given in plan_limits(limits).items():
             if given > most[name]:
+                title = LIBRARIES[component.engine].title
                 raise ConfigurationError(
-                    f"The limit {name} is {given}, and {component.engine}'s plan of {stage} was built for at most {most[name]}. Build it "
+                    f"The limit {name} is {given}, and {title}'s plan of {stage} was built for at most {most[name]}. Build it "
                     f"again, diffuserve engines BUNDLE --select {component.engine} --limit {name}={given}, or lower the limit."
                 )
 

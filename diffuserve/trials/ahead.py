@@ -54,20 +54,24 @@ def build_ahead(
     architectures = LIBRARIES[engine].check_architectures(architectures)
     manifest = read_manifest(bundle)
     verify(bundle, manifest)
-    precisions = [
-        way.precision for way in availability() if way.engine == engine and precision in (None, way.precision)
-    ]
-    if not precisions:
-        raise BundleError(f"There is no engine {engine} in {precision}. See which there are: diffuserve engines")
+    having = [(way.engine, way.precision) for way in availability() if way.engine == engine]
+    ways = [REFERENCE, *(way for way in having if precision in (None, way[1]))]
+    if len(ways) == 1:
+        raise BundleError(
+            f"There is no engine {engine} in {precision}. There are: {', '.join(each for _, each in having)}."
+        )
+    precisions = {name: first_allowed(ways, component)[1][1] for name, component in manifest.components.items()}
+    for name, component in manifest.components.items():
+        if reason := refusal(component, precisions[name]):
+            raise BundleError(f"{name} of {bundle} does not run in {precisions[name]}: {reason}. Nothing was changed.")
     limits = limits or Limits.for_model(manifest.model)
     components: dict[str, Component] = {}
     try:
         for name, component in manifest.components.items():
             progress(name)
-            *_, (_, allowed) = first_allowed([REFERENCE, *((engine, each) for each in precisions)], component)
-            if reason := refusal(component, allowed):
-                raise BundleError(f"{name} of {bundle} does not run in {allowed}: {reason}. Nothing was changed.")
-            components[name] = converted(bundle, component, engine, allowed, manifest.model, limits, architectures)
+            components[name] = converted(
+                bundle, component, engine, precisions[name], manifest.model, limits, architectures
+            )
         manifest = msgspec.structs.replace(
             manifest,
             components=components,
