@@ -47,7 +47,7 @@ test-all: repository  ## everything, including slow tests, except test-real's an
 test-real: install  ## export Stable Diffusion 1.5 and XL at their real size with random weights: 24 GB of memory, 40 minutes
 	$(BIN)/pytest -s tests/export/test_real_size.py
 
-test-tensorrt: bundle $(RTX_VENV)/installed  ## build plans with TensorRT for RTX (91 MiB, NVIDIA's licence), without a GPU: 7 minutes
+test-tensorrt: bundle $(RTX_VENV)/installed  ## build plans with TensorRT for RTX (91 MiB, NVIDIA's licence), without a GPU: 6 minutes
 	@begun=$$(date +%s); \
 	$(RTX_VENV)/bin/pytest -s --confcutdir tests/tensorrt tests/tensorrt && \
 	echo "make test-tensorrt took $$(($$(date +%s) - begun)) s"

@@ -78,7 +78,9 @@ def _gpu() -> Unavailable | None:
 
 def _rtx_gpu() -> Unavailable | None:
     first = gpu_architectures()[:1]
-    ahead = "to build plans for another machine, add --architectures, such as --architectures sm89"
+    ahead = (
+        f"to build for another machine: diffuserve engines BUNDLE --select {TENSORRT_RTX.engine} --architectures sm89"
+    )
     if not first:
         return Unavailable(NO_GPU.reason, f"{NO_GPU.fix}; {ahead}")
     if first[0] in TENSORRT_RTX.architectures:

@@ -166,7 +166,7 @@ def test_what_there_is_not(manifest: Manifest, tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_and_architectures(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BundleError, match=r"no NVIDIA GPU can be seen .*add --architectures, such as --arch"):
+    with pytest.raises(BundleError, match=r"no NVIDIA GPU can be seen .*--select tensorrt-rtx --architectures sm89"):
         select_engines(tmp_path, RTX)
     see(monkeypatch, "sm90")
     with pytest.raises(
