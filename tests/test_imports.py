@@ -47,9 +47,10 @@ ROOMS = {
     "response_tensors": {"tensors"},
     "stages": {"defaults", "errors", "tensors"},
     "limits": {"bundle", "errors", "options", "tensors"},
-    "batching": {"errors", "samplers", "stages", "stats"},
+    "batching": {"errors", "samplers", "stages", "stats", "tensors"},
     "text": {"bundle", "errors", "stages", "stats", "tensors"},
-    "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors"},
+    "torch_graphs": {"errors", "graphs"},
+    "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors", "torch_graphs"},
     "limit_argument": {"errors", "limits", "options"},
     "request_fields": {"bundle", "errors", "limits"},
     "serving": {"bundle", "errors", "limits"},
@@ -130,6 +131,17 @@ HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino"
 DEFINE_TORCH_MODULES = [
     Path("export/diffuserve_export/graphs", f"{name}.py")
     for name in ("modules", "text_encoder", "unet", "latents_to_pixels", "pixels_to_latents", "safety_checker")
+]
+# Loaded by the engine torch alone, when it is.
+WITH_TORCH = [
+    Path("diffuserve", *parts)
+    for parts in (
+        ("engines", "torch_program.py"),
+        *(
+            ("torch_graphs", f"{name}.py")
+            for name in ("cuda_graphs", "exporting", "module", "operators", "packages", "weights")
+        ),
+    )
 ]
 # What Locust loads in its own process; no verb does.
 IN_LOCUST = [
@@ -363,7 +375,7 @@ def test_the_core_loads_few_libraries() -> None:
     wrong = {
         f"{path} imports {name}"
         for path, tree in _sources("diffuserve")
-        if path.parts[1] not in ("triton", "torchserve", "engines", "graphs", "trials")
+        if path.parts[1] not in ("triton", "torchserve", "engines", "graphs", "torch_graphs", "trials")
         for name in _imports_when_loaded(tree) - allowed
     }
     assert not wrong
@@ -376,7 +388,7 @@ def test_heavy_libraries_are_imported_inside_functions() -> None:
         for path, tree in _sources(folder)
         for name in _imports_when_loaded(tree) & HEAVY
     }
-    torch = {(path, "torch") for path in (*DEFINE_TORCH_MODULES, *IN_TRAINING)}
+    torch = {(path, "torch") for path in (*DEFINE_TORCH_MODULES, *WITH_TORCH, *IN_TRAINING)}
     assert heavy == torch | {(path, "locust") for path in IN_LOCUST}
 
 

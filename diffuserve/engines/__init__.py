@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda", *LIBRARIES)
+ENGINES = ("onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", *LIBRARIES)
+# Of them those whose `device` is the first GPU (`diffuserve.stages.Engine`).
+ON_FIRST_GPU = ("torch-cuda",)
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -40,6 +42,10 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         from diffuserve.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(model_path, component, threads)
+    if component.engine in ("torch", "torch-cuda"):
+        from diffuserve.engines.torch import TorchEngine
+
+        return TorchEngine(model_path, component, threads)
     if component.engine in LIBRARIES:
         from diffuserve.engines.tensorrt import TensorRtEngine
 

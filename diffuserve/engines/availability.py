@@ -10,12 +10,15 @@ from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.onnxruntime_cuda import cuda_unavailable
 from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.tensorrt_library import TENSORRT, TENSORRT_RTX
+from diffuserve.engines.torch import INSTALL as INSTALL_TORCH
+from diffuserve.engines.torch import cuda_unavailable as torch_cuda_unavailable
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
 
 # Packages that bring the same module under another name.
 _OTHER_NAMES = {
     "onnxruntime": ("onnxruntime-gpu",),
     "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "torch-cuda": ("torch",),
     "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "cuda-python": ("cuda-bindings",),
@@ -100,6 +103,15 @@ def _cuda() -> Unavailable | None:
     return None if missing is NO_GPU else missing  # as is this
 
 
+def _torch_cuda() -> Unavailable | None:
+    try:
+        import torch
+    except ImportError:
+        return None  # which is said elsewhere
+    missing = torch_cuda_unavailable(torch, gpu_architectures())
+    return None if missing is NO_GPU else missing  # as is this
+
+
 def _gpu_bf16() -> Unavailable | None:
     first = gpu_architectures()[:1]
     if not first or int(first[0].removeprefix("sm")) >= _BF16_ARCHITECTURE:
@@ -111,6 +123,7 @@ def _gpu_bf16() -> Unavailable | None:
 
 _SERVE, _OPENVINO = (f"pip install 'diffuserve[{extra}]'" for extra in ("serve", "openvino"))
 _CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _cuda)
+_TORCH_CUDA_LACKS = (_installed("torch", INSTALL_TORCH), _gpu, _torch_cuda)
 _TENSORRT_LACKS = (_installed("tensorrt", TENSORRT.install), _installed("cuda-python", TENSORRT.install), _gpu)
 _RTX_LACKS = (
     _installed("tensorrt-rtx", TENSORRT_RTX.install),
@@ -122,6 +135,11 @@ _WAYS: tuple[tuple[str, str, tuple[Callable[[], Unavailable | None], ...]], ...]
     ("onnxruntime", "fp32", (_installed("onnxruntime", _SERVE),)),
     ("openvino", "fp32", (_installed("openvino", _OPENVINO),)),
     ("openvino", "bf16", (_installed("openvino", _OPENVINO), _bf16)),
+    ("torch", "fp32", (_installed("torch", INSTALL_TORCH),)),
+    ("torch", "bf16", (_installed("torch", INSTALL_TORCH), _bf16)),
+    ("torch-cuda", "fp16", _TORCH_CUDA_LACKS),
+    ("torch-cuda", "bf16", (*_TORCH_CUDA_LACKS, _gpu_bf16)),
+    ("torch-cuda", "fp32", _TORCH_CUDA_LACKS),
     ("onnxruntime-cuda", "fp16", _CUDA_LACKS),
     ("onnxruntime-cuda", "fp32", _CUDA_LACKS),
     ("tensorrt", "fp16", _TENSORRT_LACKS),

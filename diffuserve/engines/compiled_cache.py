@@ -1,8 +1,8 @@
 """What engines have compiled of a component, kept on disk so that the next start does not compile it again.
 
-An entry is a folder beside the model, named after everything that decides what is in it and after the engine, written
-aside and renamed. It is what a start really loads, so its files are compared with the samples that were taken when it was
-made (`diffuserve.bundle.file_samples`); an entry that differs is made anew.
+An entry is a folder beside the model, or for native code in the user's private folder, named after everything that decides
+what is in it and after the engine, written aside and renamed. It is what a start really loads, so its files are compared with
+the samples that were taken when it was made (`diffuserve.bundle.file_samples`); an entry that differs is made anew.
 (OpenVINO has a cache of its own, but it writes each file in place: a process that starts while another writes would
 read half of one.) A cache that cannot be written or read costs time and nothing else.
 """
@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,9 +24,12 @@ import msgspec
 from diffuserve.bundle.file_samples import FileSample, sample_file
 from diffuserve.bundle.manifest import Component
 from diffuserve.engines.processor import processor_flags, processor_name
+from diffuserve.engines.user_folders import private_cache_folder, user_cache_folder
 
 log = logging.getLogger(__name__)
 
+# Engines that compile to native code, which is run when it is loaded.
+NATIVE = ("torch", "torch-cuda")
 _PARTIAL = ".partial"
 # Of an entry: its other files' samples, sorted by name.
 _SAMPLES_NAME = "samples.json"
@@ -53,7 +55,7 @@ class CompiledCache:
         hashed = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         self._path, self._component = path, component
         self._name = f"{_prefix(component)}{hashed[:16]}.{component.engine}"
-        self._folders = cache_folders(path)
+        self._folders = cache_folders(path, component.engine)
 
     def entries(self) -> Iterator[Path]:
         """The folders that hold it as it was written; one, unless a model's folder has become writable since."""
@@ -95,15 +97,14 @@ class CompiledCache:
         yield None
 
 
-def cache_folders(path: Path) -> list[Path]:
-    """Where a model's compiled form may lie: beside it, or where that cannot be written in the user's cache folder."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():  # the XDG specification says to ignore relative names
-        return [path.parent, named / "diffuserve"]
-    try:
-        return [path.parent, Path.home() / ".cache" / "diffuserve"]
-    except RuntimeError:  # a user without a home, as containers may have
-        return [path.parent]
+def cache_folders(path: Path, engine: str) -> list[Path]:
+    """Where a model's compiled form may lie: beside it, or where that cannot be written in the user's cache folder. Native
+    code lies only where nobody else can have put it."""
+    if engine in NATIVE:
+        folder = private_cache_folder()
+        return [] if folder is None else [folder]
+    users = user_cache_folder()
+    return [path.parent, *([] if users is None else [users])]
 
 
 def is_whole(entry: Path) -> bool:
@@ -117,13 +118,15 @@ def is_whole(entry: Path) -> bool:
 
 def compiled_beside(path: Path, component: Component) -> list[Path]:
     """The whole entries that lie beside a component's first file, for the engine that it is on."""
+    if path.parent not in cache_folders(path, component.engine):
+        return []
     return [entry for entry in sorted(path.parent.glob(f"{_prefix(component)}*.{component.engine}")) if is_whole(entry)]
 
 
 def remove_compiled(path: Path, component: Component, engine: str, keep: str = "") -> None:
     """Removes what an engine has compiled of a component's files, for any version, processor and settings, but for
     `keep`."""
-    for folder in cache_folders(path):
+    for folder in cache_folders(path, engine):
         for entry in folder.glob(f"{_prefix(component)}*.{engine}"):
             if entry.name != keep:
                 shutil.rmtree(entry, ignore_errors=True)

@@ -13,7 +13,7 @@ from diffuserve.graphs.channels_last import move_channels_last
 from diffuserve.graphs.fused_attention import fuse_attention
 from diffuserve.graphs.fused_group_norm import fuse_group_norm
 from diffuserve.graphs.fused_split_gelu import fuse_split_gelu
-from diffuserve.graphs.graph_index import Shape
+from diffuserve.graphs.graph_index import inferred_shapes
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -22,19 +22,8 @@ if TYPE_CHECKING:
 def fuse_for_cuda(model: ModelProto) -> None:
     """Changes the graph, whose weights may lie in another file; inputs and outputs stay as they are. The CPU has no kernels
     for what it makes."""
-    shapes = _shapes(model)  # now, since they cannot be told of what the fusions make
+    shapes = inferred_shapes(model)  # now, since they cannot be told of what the fusions make
     fuse_attention(model)
     fuse_split_gelu(model, shapes)
     fuse_group_norm(model, shapes)
     move_channels_last(model, shapes)
-
-
-def _shapes(model: ModelProto) -> dict[str, Shape]:
-    from onnx import shape_inference
-
-    graph = shape_inference.infer_shapes(model).graph
-    return {
-        value.name: tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)
-        for value in (*graph.input, *graph.output, *graph.value_info)
-        if value.type.tensor_type.HasField("shape")
-    }

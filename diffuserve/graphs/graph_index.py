@@ -64,6 +64,18 @@ class GraphIndex:
         return [float(value) for value in numpy_helper.to_array(tensor).ravel()]
 
 
+def inferred_shapes(model: ModelProto) -> dict[str, Shape]:
+    """Of the values, by name, where ONNX can tell them."""
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(model).graph
+    return {
+        value.name: tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.output, *graph.value_info)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
 def attributes(node: NodeProto | None) -> dict[str, Any]:
     """A node's attributes by name, bytes as text."""
     from onnx import helper

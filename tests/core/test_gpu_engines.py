@@ -59,6 +59,9 @@ pytestmark = [
     pytest.mark.skipif(not gpu_architectures(), reason="needs an NVIDIA GPU"),
 ]
 WAYS = [
+    ("torch-cuda", "fp16"),
+    ("torch-cuda", "bf16"),
+    ("torch-cuda", "fp32"),
     ("onnxruntime-cuda", "fp16"),
     ("onnxruntime-cuda", "fp32"),
     ("tensorrt", "fp16"),

@@ -167,7 +167,7 @@ def test_where_the_models_folder_cannot_be_written_the_users_is_taken(
     shutil.rmtree(entry)
     monkeypatch.setattr(tempfile, "mkdtemp", partial(refuse_in, path.parent, tempfile.mkdtemp))
     load_engine(path, component, threads=1)
-    beside, users = cache_folders(path)
+    beside, users = cache_folders(path, "openvino")
     assert beside == path.parent
     assert not cached(beside)
     assert [found.name for found in cached(users)] == [entry.name]

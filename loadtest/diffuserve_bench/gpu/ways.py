@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffuserve.trials.conversion import converted
 from diffuserve_bench.gpu.record import Skipped
 from diffuserve_bench.gpu.settings import Settings
 
-_ON_CPU = ("onnxruntime", "openvino")
+_ON_CPU = ("onnxruntime", "openvino", "torch")
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,20 @@ class Way:
 
 
 def ways(settings: Settings) -> list[Way]:
-    """Every engine for GPUs in each of its 16-bit precisions, those that cannot run here too; in a dry run the CPU's first."""
-    if settings.device == "cpu":
-        return [Way("onnxruntime", "fp32")]
-    return [
+    """Those that were asked for. Else every engine for GPUs in each of its 16-bit precisions, those that cannot run here too;
+    in a dry run the CPU's first."""
+    known = [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
-        if each.engine not in _ON_CPU and each.precision != "fp32"
     ]
+    if settings.ways:
+        found = {f"{way.engine}:{way.precision}": way for way in known}
+        asked = [name.split(":") for name in settings.ways]
+        lack = f"it is none of {', '.join(found)}"
+        return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
+    if settings.device == "cpu":
+        return [Way("torch", "fp32"), Way("onnxruntime", "fp32")]
+    return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
 
 
 def on_way(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Component:
@@ -74,6 +81,8 @@ def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
         BundleError: the engine cannot load it.
     """
     component = on_way(bundle, manifest, stage, way)
+    if way.engine == "torch":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # this is a dry run, and compiling takes minutes
     return load_engine(bundle / component.files[0].path, component, threads=0)
 
 

@@ -1,0 +1,1 @@
+"""Exported ONNX graphs as PyTorch modules: operators, weights, and the module that walks the nodes."""
