@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import msgspec
 from diffuserve.bundle.checksums import describe_file
 from diffuserve.bundle.manifest import Component, File, ModelSpec
 from diffuserve.engines import ENGINES
-from diffuserve.engines.compiled_cache import remove_compiled
+from diffuserve.engines.compiled_cache import compiled_beside, remove_compiled
 from diffuserve.engines.tensorrt_builder import build_plan
 from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.engines.tensorrt_profiles import plan_limits
@@ -75,9 +76,14 @@ def is_made(name: str) -> bool:
 def remove_what_is_not_used(bundle: Path, component: Component) -> None:
     """Removes what trials of other engines have left beside the component's files."""
     path = bundle / component.files[0].path
+    compiled = compiled_beside(path, component)
     for engine in ENGINES:
         if engine != component.engine:
             remove_compiled(path, msgspec.structs.replace(component, files=exported_files(component)), engine)
+        # What was compiled of files that are made, and not of the exported ones.
+        for entry in path.parent.glob(f"*.{engine}"):
+            if entry not in compiled:
+                shutil.rmtree(entry)
     used = {bundle / file.path for file in component.files}
     for file in path.parent.iterdir():
         if is_made(file.name) and file not in used:

@@ -191,7 +191,9 @@ def fake_tensorrt(name: str, version: str, *, portable: bool) -> Any:
                 return None
             config.progress_monitor.phase_start("building", None, 1)
             config.progress_monitor.phase_finish("building")
-            return json.dumps({"tensors": [*config.profiles[0]], "profiles": config.profiles}).encode()
+            runs_on = [each.name for each in config.capabilities.values()] if portable else []
+            plan = {"tensors": [*config.profiles[0]], "profiles": config.profiles, "runs_on": runs_on}
+            return json.dumps(plan).encode()
 
     class OnnxParser:
         num_errors = 1

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import Component, Manifest, read_manifest, write_manifest
 from diffuserve.engines import availability, tensorrt_plan
+from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.onnxruntime import OnnxRuntimeEngine
 from diffuserve.engines.tensorrt_library import TENSORRT_RTX
 from diffuserve.engines.tensorrt_plan import check_plan
@@ -123,6 +124,25 @@ def test_a_component_that_overflows_takes_the_next_precision(manifest: Manifest,
     with pytest.raises(BundleError, match=r"vae_decoder of .* does not run in fp16: it overflows in fp16, as the che"):
         build_ahead(tmp_path, RTX, ("sm89",), "fp16")
     assert read_manifest(tmp_path) == back
+
+
+def test_kernels_of_earlier_plans_go_with_them(manifest: Manifest, tmp_path: Path) -> None:
+    """Each is compiled of a plan, whose checksum names it."""
+
+    def compiled() -> list[str]:
+        return sorted(path.parent.name for path in tmp_path.rglob("*.tensorrt-rtx"))
+
+    for architecture in ("sm86", "sm89"):
+        component = build_ahead(tmp_path, RTX, (architecture,)).components[UNET]
+        assert not compiled()
+        path = tmp_path / component.files[0].path
+        with CompiledCache(path, component, "4.2", {}).writing() as folder:
+            assert folder
+        assert compiled() == [UNET]
+    build_ahead(tmp_path, RTX, ("sm89",))
+    assert compiled() == [UNET]
+    select_engines(tmp_path, "onnxruntime")
+    assert not compiled()
 
 
 def test_a_plan_that_cannot_be_built_changes_nothing(manifest: Manifest, tmp_path: Path, fake: Any) -> None:
