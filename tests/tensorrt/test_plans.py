@@ -7,6 +7,7 @@ sizes are printed, for docs/engines.md.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -48,7 +49,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of bundles by family, exported in the virtual environment that has PyTorch."""
     folder = tmp_path_factory.mktemp("bundles")
     exporter = [ROOT / ".venv" / "bin" / "python", "-m", "tests.tensorrt.small_bundles", folder]
-    subprocess.run(exporter, cwd=ROOT, check=True)
+    # PyTorch's compiler makes a folder when it is imported.
+    subprocess.run(
+        exporter, cwd=ROOT, check=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    )
     return folder
 
 
