@@ -6,11 +6,12 @@ import msgspec
 
 from diffuserve.bundle.manifest import Component, ModelSpec
 from diffuserve.engines.example_inputs import WARM_BATCHES, example_inputs
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.stages import Engine
 
 # On a GPU, libraries choose kernels by shape and load them at the first call. A CPU's have little to prepare, and a call
 # at the native size takes it minutes for large models.
-_ON_GPU = ("onnxruntime-cuda", "torch-cuda", "tensorrt")
+_ON_GPU = ("onnxruntime-cuda", "torch-cuda", *LIBRARIES)
 
 
 def warm(engine: Engine, component: Component, model: ModelSpec, most_rows: int = WARM_BATCHES[-1]) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.description import describe, values_from_description
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed
@@ -82,7 +83,7 @@ class StableDiffusionModel:
             ranges = {
                 stage: profiles_of(component, placement.model)
                 for stage, component in components.items()
-                if component.engine == "tensorrt"
+                if component.engine in LIBRARIES
             }
             self._stages = BlsStages(models, outputs, ranges, device_for(components[UNET]))
             neighbours = RunFolderNeighbours.from_environment(name)
