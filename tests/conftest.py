@@ -51,11 +51,12 @@ LONG_FIRST = (
 def pytest_configure(config: pytest.Config) -> None:
     """Ctrl-C works in the programs under test even where a shell started the tests in the background, whose children
     inherit that it is ignored. No property test is judged by its time. PyTorch's compiler, which makes a folder when it is
-    imported, leaves none."""
+    imported, leaves none; the engine torch compiles where a test is about that, since it takes half a minute."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     compiled = tempfile.TemporaryDirectory(prefix="diffuserve-tests-")
     config.add_cleanup(compiled.cleanup)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
     settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any speed")
 

@@ -27,6 +27,7 @@ from diffuserve.stages import Engine, StageCalls
 from diffuserve.tensors import FINITE, SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.trials import image_parity, tolerance
 from diffuserve.trials import selecting as trials
+from diffuserve.trials.conversion import exported_files
 from diffuserve.trials.engines_command import command
 from diffuserve.trials.selecting import REFERENCE, fastest, first_allowed, select_engines, ways_to_try
 from tests.core.tiny_graphs import STAGES, make_real_bundle
@@ -61,7 +62,7 @@ def test_the_fastest_is_kept(others: list[dict[int, float]], expected: str) -> N
 
 def test_auto_tries_what_the_machine_has_and_says_so_in_the_manifest(manifest: Manifest, tmp_path: Path) -> None:
     ways = [(way.engine, way.precision) for way in availability() if way.usable]
-    assert {"onnxruntime", "openvino"} <= {engine for engine, _ in ways}
+    assert {"onnxruntime", "openvino", "torch"} <= {engine for engine, _ in ways}
     selected = select_engines(tmp_path, "auto")
     assert read_manifest(tmp_path) == selected
     for stage in STAGES:
@@ -76,7 +77,7 @@ def test_auto_tries_what_the_machine_has_and_says_so_in_the_manifest(manifest: M
         kept = fastest(tried)
         component = selected.components[stage]
         assert (component.engine, component.precision) == (kept.engine, kept.precision)
-        assert component.files == manifest.components[stage].files
+        assert exported_files(component) == manifest.components[stage].files
 
 
 def test_a_named_engine_runs_all_components(manifest: Manifest, tmp_path: Path) -> None:

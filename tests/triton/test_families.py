@@ -1,4 +1,4 @@
-"""Each family, and a bundle on OpenVINO, through the real server, against diffusers' own pipeline in fp32."""
+"""Each family, and a bundle on OpenVINO and on PyTorch, through the real server, against diffusers' own pipeline in fp32."""
 
 from __future__ import annotations
 
@@ -161,13 +161,8 @@ def test_each_family_as_served_beside_another(
     check(images, family.pipeline, requests)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    repository = tmp_path / "repository"
-    select_engines(folder, "openvino")
-    repository_from_bundle(folder, repository)
+def requests_of_all_kinds() -> list[dict[str, Any]]:
+    """Of the bundled model: prompts, samplers, guidance and sizes."""
     prompts = ("a slice of pizza, glossy, on a blue background", "a red heart, flat")
     requests: list[dict[str, Any]] = [
         {
@@ -181,7 +176,17 @@ def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, t
         for prompt in prompts
         for sampler, steps, scale, width, height in (("dpmpp_2m", 8, 5.0, 128, 128), ("euler_a", 5, 1.0, 64, 96))
     ]
-    requests = [{**request, "seed": seed} for seed, request in enumerate(requests)]
+    return [{**request, "seed": seed} for seed, request in enumerate(requests)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    repository = tmp_path / "repository"
+    select_engines(folder, "openvino")
+    repository_from_bundle(folder, repository)
+    requests = requests_of_all_kinds()
 
     def serve() -> list[Any]:
         address = TritonAddress.on_free_ports()
@@ -205,3 +210,16 @@ def test_a_bundle_on_openvino_as_served(bundle: Path, reference_pipeline: Any, t
     again = serve()
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*.openvino")} == compiled
     assert min(psnr_db(image, first) for image, first in zip(again, images, strict=True)) >= MIN_PSNR_DB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bundle_on_pytorch_as_served(bundle: Path, reference_pipeline: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    select_engines(folder, "torch")
+    repository_from_bundle(folder, tmp_path / "repository")
+    requests = requests_of_all_kinds()
+    address = TritonAddress.on_free_ports()
+    with TritonServer(tmp_path / "repository", address), Client(address.grpc) as client:
+        images = served(client, requests)
+    check(images, reference_pipeline, requests)

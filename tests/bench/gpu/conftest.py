@@ -51,9 +51,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(model: Path, tmp_path: Path) -> Settings:
     """A dry run's."""
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # as such a run does, and here it ends with the test
     (tmp_path / "work").mkdir()
     return Settings("cpu", tmp_path / "work", model=model, bundle=model)
 
