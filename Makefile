@@ -5,16 +5,18 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# Beside the one for development, which NVIDIA's library is no part of.
+RTX_VENV := .venv-tensorrt-rtx
 # A worker gets a file at a time, in the order of tests/conftest.py.
 DEFAULT_SUITE = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 CHECKPOINT := model_store/checkpoints/tiny-emoji
 BUNDLE := model_store/bundles/tiny-emoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle repository demo test test-all test-real coverage lint format bench clean
+.PHONY: help install bundle repository demo test test-all test-real test-tensorrt coverage lint format bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## a virtual environment with everything
 
@@ -38,12 +40,23 @@ test: repository  ## the default suite: lint, types and tests, about 6 minutes o
 	$(DEFAULT_SUITE) && \
 	echo "make test took $$(($$(date +%s) - begun)) s"
 
-test-all: repository  ## everything, including slow tests, except test-real's
+test-all: repository  ## everything, including slow tests, except test-real's and test-tensorrt's
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --ignore tests/export/test_real_size.py
+	$(BIN)/pytest --ignore tests/export/test_real_size.py --ignore tests/tensorrt
 
 test-real: install  ## export Stable Diffusion 1.5 and XL at their real size with random weights: 24 GB of memory, 40 minutes
 	$(BIN)/pytest -s tests/export/test_real_size.py
+
+test-tensorrt: bundle $(RTX_VENV)/installed  ## build plans with TensorRT for RTX (91 MiB, NVIDIA's licence), without a GPU: 6 minutes
+	@begun=$$(date +%s); \
+	$(RTX_VENV)/bin/pytest -s --confcutdir tests/tensorrt tests/tensorrt && \
+	echo "make test-tensorrt took $$(($$(date +%s) - begun)) s"
+
+$(RTX_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RTX_VENV)
+	$(RTX_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[tensorrt-rtx]' pytest pytest-timeout
+	@touch $@
 
 coverage: repository  ## the default suite, and which lines it does not run; half as long again
 	$(DEFAULT_SUITE) --cov
@@ -65,5 +78,5 @@ bench: repository  ## every benchmark but bench gpu, an hour or two on two cores
 		echo "== $$verb"; $(BIN)/diffuserve bench $$verb || exit 1; \
 	done
 
-clean:  ## remove what was made, except the virtual environment
+clean:  ## remove what was made, except the virtual environments
 	rm -rf model_store/bundles model_store/mar triton_repo/*/1/[!m]* demo.png bench-results

@@ -14,13 +14,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffuserve.batching.admission import Admission
+from diffuserve.batching.arithmetic import Arithmetic
 from diffuserve.batching.costs import CallCosts
 from diffuserve.batching.jobs import Job, LatentShape
 from diffuserve.batching.ledger import Entry, Ledger
 from diffuserve.batching.load import Neighbours
 from diffuserve.batching.loop import InflightLoop
+from diffuserve.batching.numpy_arithmetic import NumpyArithmetic
 from diffuserve.batching.policies import POLICIES
 from diffuserve.batching.request_selection import RequestSelection
 from diffuserve.batching.selection import InflightSelection, Selection
@@ -43,6 +46,9 @@ from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve.text.embeddings import TextEmbeddings
 from diffuserve.text.tokenizer import tokenizers_of
+
+if TYPE_CHECKING:
+    import torch
 
 REPORT_WAITING_S = 5.0
 
@@ -103,6 +109,7 @@ class Pipeline:
         self._loop = InflightLoop(
             calls.denoise,
             selection,
+            arithmetic=arithmetic_on(stages.unet_device, serving.call_timeout_s),
             max_active_images=self.limits.max_active_images,
             instances=serving.unet_instances,
             stats=self.stats,
@@ -336,3 +343,18 @@ def selection_from_serving(serving: Serving, max_rows: int, costs: CallCosts) ->
     if serving.batching == "inflight":
         return InflightSelection(max_rows, POLICIES[serving.policy], costs)
     return RequestSelection(max_rows, together=serving.batching == "request")
+
+
+def arithmetic_on(device: torch.device | None, timeout_s: float) -> Arithmetic:
+    """What the loop computes with besides the UNet.
+
+    Args:
+        device: `Stages.unet_device`.
+        timeout_s: seconds after which it counts as hung.
+    """
+    if device is None:
+        return NumpyArithmetic()
+    from diffuserve.batching.torch_arithmetic import TorchArithmetic
+    from diffuserve.batching.torch_transfers import TorchTransfers
+
+    return TorchArithmetic(TorchTransfers(device, timeout_s))

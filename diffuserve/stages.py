@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +27,30 @@ from diffuserve.tensors import (
     VAE_DECODER,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 Result = TypeVar("Result")
 Float32 = NDArray[np.float32]
+# What may lie on a device: a NumPy array in the host's memory, or a torch.Tensor where `Stages.unet_device` says.
+Array: TypeAlias = Any
 # What the UNet is conditioned on besides sample and timestep, by input name: (B, ...) float32 each.
-Conditioning = Mapping[str, Float32]
-
-
-ArraysByName = Mapping[str, NDArray[Any]]
+Conditioning = Mapping[str, Array]
+ArraysByName = Mapping[str, Array]
 
 
 class Stages(Protocol):
     """Carries out the stages' calls. They may run concurrently."""
 
+    @property
+    def unet_device(self) -> torch.device | None:
+        """Where the UNet takes tensors as they are and returns one, without waiting for it; None: in the host's memory."""
+        ...
+
     async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         """One call of a stage. `stage`: a name of `diffuserve.tensors`; `inputs`: batched arrays by input name, never
-        written to. Returns the outputs by name; whatever it raises fails the call alone."""
+        written to, in the host's memory or all on `unet_device`. Returns the outputs by name, those of the UNet where its
+        inputs are, others in the host's memory; whatever it raises fails the call alone."""
         ...
 
 
@@ -64,14 +73,13 @@ class StageCalls:
         conditioning, (B, ...) float32 by input name."""
         return await self._run(TEXT_ENCODER, input_ids, (ENCODER_HIDDEN_STATES,))
 
-    async def denoise(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+    async def denoise(self, sample: Array, timestep: Array, conditioning: Conditioning) -> Array:
         """One UNet call. `sample`: (B, C, h, w) float32, scaled for the UNet; `timestep`: (B,) float32, each row its
-        own. Returns the prediction, (B, C, h, w) float32."""
+        own. Returns the prediction, (B, C, h, w) float32, where they are."""
         inputs = {SAMPLE: sample, TIMESTEP: timestep[:, np.newaxis], **conditioning}
-        noise_pred: Float32 = (await self._run(UNET, inputs, (NOISE_PRED,)))[NOISE_PRED]
-        return noise_pred
+        return (await self._run(UNET, inputs, (NOISE_PRED,)))[NOISE_PRED]
 
-    async def decode(self, latent_sample: Float32) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    async def decode(self, latent_sample: Array) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """`latent_sample`: (B, C, h, w) float32, unit variance. Returns RGB images, (B, H, W, 3) uint8, and which of them
         were finite before they were rounded to bytes, (B,) bool."""
         outputs = await self._run(VAE_DECODER, {LATENT_SAMPLE: latent_sample}, (IMAGE, FINITE))
@@ -91,11 +99,20 @@ class StageCalls:
 
 
 class Engine(Protocol):
-    """One exported component, loaded and ready to run. Safe to call from several threads."""
+    """One exported component, loaded and ready to run. Safe to call from several threads.
 
-    def __call__(self, inputs: ArraysByName) -> dict[str, NDArray[Any]]:
+    One that PyTorch runs has `device`, a torch.device. Given tensors there, on its current stream, it returns tensors there
+    without waiting for them.
+    """
+
+    def __call__(self, inputs: ArraysByName) -> dict[str, Array]:
         """Runs the component on batched arrays by input name; returns the outputs by name."""
         ...
+
+
+def device_of(engine: Engine) -> torch.device | None:
+    """Where an engine takes tensors as they are; None if it takes arrays in the host's memory only."""
+    return getattr(engine, "device", None)
 
 
 async def checked(stage: str, call: Awaitable[Result], timeout_s: float) -> Result:

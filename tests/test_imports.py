@@ -47,7 +47,7 @@ ROOMS = {
     "response_tensors": {"tensors"},
     "stages": {"defaults", "errors", "tensors"},
     "limits": {"bundle", "errors", "options", "tensors"},
-    "batching": {"errors", "samplers", "stages", "stats"},
+    "batching": {"errors", "samplers", "stages", "stats", "tensors"},
     "text": {"bundle", "errors", "stages", "stats", "tensors"},
     "torch_graphs": {"errors", "graphs"},
     "engines": {"bundle", "errors", "files", "graphs", "limits", "stages", "tensors", "torch_graphs"},
@@ -127,7 +127,7 @@ LOADTEST_ROOMS = {
     "report": {"workload", "sending", "server"},
 }
 CORE_LIBRARIES = {"numpy", "tokenizers", "msgspec", "click"}
-HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "locust"}
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "locust"}
 DEFINE_TORCH_MODULES = [
     Path("export/diffuserve_export/graphs", f"{name}.py")
     for name in ("modules", "text_encoder", "unet", "latents_to_pixels", "pixels_to_latents", "safety_checker")

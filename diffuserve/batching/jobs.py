@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffuserve.samplers import Trajectory
 from diffuserve.samplers.noise import Generator
-from diffuserve.stages import Conditioning, Float32
+from diffuserve.stages import Array, Conditioning, Float32
 
 LatentShape = tuple[int, int, int]
 
@@ -34,13 +34,13 @@ class BatchKey(NamedTuple):
 class Latent:
     """One image of a job while it is being denoised.
 
-    `state`: (K, C, h, w) float32, the sampler's state, of which slot 0 is the latents; `position`: evaluations done;
-    `running`: whether a UNet call has it now; `denoised`: (C, h, w) float32, the estimate of the finished latents at the
-    last step that the job wants previews of.
+    `state`: (K, C, h, w) float32, the sampler's state, of which slot 0 is the latents, where the loop's arithmetic is;
+    `position`: evaluations done; `running`: whether a UNet call has it now; `denoised`: (C, h, w) float32, the estimate of
+    the finished latents at the last step that the job wants previews of.
     """
 
     job: Job
-    state: Float32
+    state: Array
     generator: Generator
     position: int = 0
     running: bool = False
@@ -55,6 +55,11 @@ class Latent:
     def finished(self) -> bool:
         return self.position == self.job.trajectory.evaluations
 
+    @property
+    def wants_preview(self) -> bool:
+        """Of the step that the next evaluation belongs to."""
+        return self.job.wants_preview(int(self.job.trajectory.steps_done[self.position]))
+
 
 @dataclass(eq=False)
 class Job:
@@ -64,7 +69,8 @@ class Job:
         trajectory: the sampler's coefficients for every UNet evaluation.
         shape: (C, h, w) of each latent.
         seeds: one per image, for a noise generator of its own.
-        conditioning: the prompt's embedding, arrays without a batch dimension by UNet input name.
+        conditioning: the prompt's embedding, arrays without a batch dimension by UNet input name. When the loop admits the
+            job it puts them where its arithmetic is.
         unconditional: the same for the negative prompt, of the same shapes, or None for no guidance; with it an image
             takes two rows.
         guidance_scale: weight of the difference between the two predictions; ignored without `unconditional`.
@@ -91,9 +97,7 @@ class Job:
     # Kept by the loop: its latents once it is admitted, then its result; when it was admitted, and when its first and latest
     # steps were done, on the loop's clock.
     latents: list[Latent] = field(default_factory=list, init=False)
-    done: asyncio.Future[Float32] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future(), init=False
-    )
+    done: asyncio.Future[Array] = field(default_factory=lambda: asyncio.get_running_loop().create_future(), init=False)
     rows_done: int = field(default=0, init=False)
     steps_done: int = field(default=0, init=False)
     admitted_s: float | None = field(default=None, init=False)

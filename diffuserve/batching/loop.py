@@ -12,32 +12,34 @@ the call.
 The active set and the batch of a step are different things. A paused latent costs kilobytes, so many more may be active
 than fit into a call, and every step selects anew: no request waits for another's last step.
 
-The loop knows no server and no engine. It is given one coroutine function, the UNet call, and runs on one event loop; a
-request is an asyncio task that awaits `denoise`, so cancelling the task, by whatever client or deadline, takes its
-rows out at the next step.
+The loop knows no server, no engine and no array. It is given one coroutine function, the UNet call, and the arithmetic
+around it, and runs on one event loop; a request is an asyncio task that awaits `denoise`, so cancelling the task, by
+whatever client or deadline, takes its rows out at the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from diffuserve.batching.arithmetic import Advanced, Arithmetic
 from diffuserve.batching.jobs import Job, Latent
-from diffuserve.batching.rows import guided_prediction, unet_inputs
+from diffuserve.batching.numpy_arithmetic import NumpyArithmetic
 from diffuserve.batching.selection import Selection
 from diffuserve.errors import StageFailed
-from diffuserve.samplers import advance, initial_state
+from diffuserve.samplers import initial_state
 from diffuserve.samplers.noise import Generator
-from diffuserve.stages import Conditioning, Float32
+from diffuserve.stages import Array, Conditioning
 from diffuserve.stats import Stats
 
 log = logging.getLogger(__name__)
 
-Denoise = Callable[[Float32, Float32, Conditioning], Awaitable[Float32]]
+Denoise = Callable[[Array, Array, Conditioning], Awaitable[Array]]
 
 
 class InflightLoop:
@@ -46,6 +48,7 @@ class InflightLoop:
     Args:
         denoise: the UNet call, `StageCalls.denoise`, which gives up a call that hangs.
         selection: what goes into each call.
+        arithmetic: what a step computes besides the UNet, where that takes its inputs.
         max_active_images: images with latents, running or paused; jobs beyond it wait.
         instances: UNet calls in flight at once, one for each instance of the model.
         stats: where calls and their rows are counted.
@@ -58,6 +61,7 @@ class InflightLoop:
         denoise: Denoise,
         selection: Selection,
         *,
+        arithmetic: Arithmetic | None = None,
         max_active_images: int,
         instances: int = 1,
         stats: Stats | None = None,
@@ -66,6 +70,7 @@ class InflightLoop:
     ) -> None:
         self._denoise = denoise
         self._selection = selection
+        self._arithmetic = arithmetic or NumpyArithmetic()
         self._max_active_images = max_active_images
         self._idle_instances = instances
         self._clock = clock
@@ -80,11 +85,11 @@ class InflightLoop:
 
     # -- for requests ------------------------------------------------------------------------------------------------
 
-    async def denoise(self, job: Job) -> Float32:
+    async def denoise(self, job: Job) -> Array:
         """Takes a job through all its steps; cancelling this call takes it out at the next one.
 
         Returns:
-            (n, C, h, w) float32: the finished latents, unit variance.
+            (n, C, h, w) float32: the finished latents, unit variance, where the loop's arithmetic is.
 
         Raises:
             StageFailed: a UNet call that carried one of its images failed, or the loop itself died.
@@ -153,13 +158,19 @@ class InflightLoop:
         room = self._max_active_images - self.images_active
         while self._waiting and (len(self._waiting[0].seeds) <= room or not self._active):
             job = self._waiting.pop(0)
+            job.conditioning = self._placed(job.conditioning)
+            job.unconditional = None if job.unconditional is None else self._placed(job.unconditional)
             for seed in job.seeds:
                 generator = Generator(seed)
-                job.latents.append(Latent(job, initial_state(generator.randn(job.shape), job.trajectory), generator))
+                state = self._arithmetic.place(initial_state(generator.randn(job.shape), job.trajectory))
+                job.latents.append(Latent(job, state, generator))
             self._active.append(job)
             job.admitted_s = now_s
             self._stats.observe("queue_seconds", now_s - job.arrival_s)
             room -= len(job.seeds)
+
+    def _placed(self, conditioning: Conditioning) -> Conditioning:
+        return {name: self._arithmetic.place(array) for name, array in conditioning.items()}
 
     def _start_call(self, batch: list[Latent]) -> None:
         for latent in batch:
@@ -173,9 +184,11 @@ class InflightLoop:
         """One UNet call and the sampler's update of its latents. A failure fails the jobs in it and no others."""
         started_s = self._clock()
         try:
-            output = await self._denoise(*unet_inputs(batch))
-            self._advance(batch, output)
-            self._on_call(output.size, self._clock() - started_s)
+            step = self._arithmetic.step(batch)
+            output = await self._denoise(*step.unet_inputs())
+            _check(batch, output)
+            self._note(batch, await step.advance(output))
+            self._on_call(math.prod(output.shape), self._clock() - started_s)
         except StageFailed as error:
             self._fail_all(batch, error)
         except Exception as error:
@@ -199,44 +212,18 @@ class InflightLoop:
         self._stats.observe("unet_call_rows", rows)
         self._stats.observe("unet_call_seconds", call_s)
 
-    def _advance(self, batch: list[Latent], output: Float32) -> None:
-        """Applies guidance and each latent's own sampler to all of them at once, and completes the jobs that are done.
-
-        Args:
-            output: (rows, C, h, w) float32: a prediction for each latent, then those of the negative prompts.
-
-        Raises:
-            StageFailed: the output's shape or dtype is not the sample's.
-        """
-        rows = sum(latent.rows for latent in batch)
-        expected = (rows, *batch[0].job.shape)
-        if output.shape != expected or output.dtype != np.float32:
-            raise StageFailed(f"The UNet returned {output.dtype} {output.shape} where float32 {expected} was expected.")
-        with np.errstate(all="ignore"):  # values that are not finite are found below, and fail their own request only
-            prediction = guided_prediction(batch, output)
-        positions = [(latent, latent.job.trajectory, latent.position) for latent in batch]
-        noise = np.zeros_like(prediction)
-        for row, (latent, trajectory, position) in enumerate(positions):
-            if trajectory.draws_noise[position]:
-                noise[row] = latent.generator.randn(latent.job.shape)
-        states = [latent.state for latent in batch]
-        updates = [trajectory.update[position] for _, trajectory, position in positions]
-        with np.errstate(all="ignore"):
-            advanced = advance(states, prediction, noise, updates)
-
+    def _note(self, batch: list[Latent], advanced: list[Advanced | None]) -> None:
+        """Takes over what has become of the latents, and completes the jobs that are done."""
         now_s = self._clock()
-        for row, (latent, trajectory, position) in enumerate(positions):
+        for latent, result in zip(batch, advanced, strict=True):
             job = latent.job
-            if not np.isfinite(advanced[row]).all():
+            if result is None:
                 _fail(
                     job, StageFailed("The UNet returned values that are not finite, so this image cannot be finished.")
                 )
                 continue
-            step = int(trajectory.steps_done[position])
-            if job.wants_preview(step):
-                of_latents, of_output = trajectory.denoised[position]
-                latent.denoised = of_latents * latent.state[0] + of_output * prediction[row]
-            latent.state = advanced[row]
+            latent.denoised = latent.denoised if result.denoised is None else result.denoised
+            latent.state = result.state
             latent.position += 1
             job.rows_done += job.rows_per_image
             job.first_step_s = job.first_step_s if job.first_step_s is not None else now_s
@@ -255,12 +242,20 @@ class InflightLoop:
             estimates = [latent.denoised for latent in job.latents if latent.denoised is not None]
             job.on_step(steps_done, np.stack(estimates) if job.wants_preview(steps_done) else None)
         if all(latent.finished for latent in job.latents):
-            job.done.set_result(np.stack([latent.state[0] for latent in job.latents]))
+            job.done.set_result(self._arithmetic.latents([latent.state for latent in job.latents]))
 
     def _fail_all(self, batch: list[Latent], error: StageFailed) -> None:
         # An exception each: awaiting one adds to its traceback, which would tie the requests' frames together.
         for job in dict.fromkeys(latent.job for latent in batch):
             _fail(job, StageFailed(str(error)))
+
+
+def _check(batch: list[Latent], output: Array) -> None:
+    """Raises StageFailed if the UNet's output is not one float32 prediction for each row."""
+    expected = (sum(latent.rows for latent in batch), *batch[0].job.shape)
+    shape, dtype = tuple(output.shape), str(output.dtype).rpartition(".")[2]
+    if shape != expected or dtype != "float32":
+        raise StageFailed(f"The UNet returned {dtype} {shape} where float32 {expected} was expected.")
 
 
 def _fail(job: Job, error: StageFailed) -> None:

@@ -175,7 +175,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the exported ones; `checkpoint_sha256` is of the checkpoint's one file, empty if it was a folder; `created` is ISO 8601,
     UTC;
     `images`: the reference image as drawn on ONNX Runtime in fp32, and on whatever `diffuserve engines --select` has tried;
-    `trials`: what led to the components' engines, if that has chosen them;
+    `trials`: what led to the components' engines, if that has chosen them; none where plans were built and not tried;
     `unet_seconds`: what one UNet call at the native size takes, by rows, once `bench engine --save` has measured it;
     `scheduler` is the checkpoint's scheduler_config.json as diffusers' pipeline uses it; `files` are those beside the components;
     `image_processor` belongs to the component safety_checker, None where there is none;

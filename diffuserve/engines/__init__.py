@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.errors import BundleError
 
 if TYPE_CHECKING:
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
     from diffuserve.stages import Engine
 
-ENGINES = ("onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", "tensorrt")
+ENGINES = ("onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", *LIBRARIES)
+# Of them those whose `device` is the first GPU (`diffuserve.stages.Engine`).
+ON_FIRST_GPU = ("torch-cuda",)
 
 
 def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
@@ -43,7 +46,7 @@ def load_engine(model_path: Path, component: Component, threads: int) -> Engine:
         from diffuserve.engines.torch import TorchEngine
 
         return TorchEngine(model_path, component, threads)
-    if component.engine == "tensorrt":
+    if component.engine in LIBRARIES:
         from diffuserve.engines.tensorrt import TensorRtEngine
 
         return TensorRtEngine(model_path, component)

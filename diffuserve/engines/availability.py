@@ -9,7 +9,7 @@ from importlib import metadata
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.engines.onnxruntime_cuda import cuda_unavailable
 from diffuserve.engines.processor import computes_bf16, processor_name
-from diffuserve.engines.tensorrt_plan import INSTALL
+from diffuserve.engines.tensorrt_library import TENSORRT, TENSORRT_RTX
 from diffuserve.engines.torch import INSTALL as INSTALL_TORCH
 from diffuserve.engines.torch import cuda_unavailable as torch_cuda_unavailable
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
@@ -20,6 +20,7 @@ _OTHER_NAMES = {
     "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
     "torch-cuda": ("torch",),
     "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "cuda-python": ("cuda-bindings",),
 }
 
@@ -78,6 +79,21 @@ def _gpu() -> Unavailable | None:
     return None if gpu_architectures() else NO_GPU
 
 
+def _rtx_gpu() -> Unavailable | None:
+    first = gpu_architectures()[:1]
+    ahead = (
+        f"to build for another machine: diffuserve engines BUNDLE --select {TENSORRT_RTX.engine} --architectures sm89"
+    )
+    if not first:
+        return Unavailable(NO_GPU.reason, f"{NO_GPU.fix}; {ahead}")
+    if first[0] in TENSORRT_RTX.architectures:
+        return None
+    return Unavailable(
+        f"{TENSORRT_RTX.title} does not run on this GPU ({first[0]})",
+        f"use one of {', '.join(TENSORRT_RTX.architectures)}, or the engine tensorrt; {ahead}",
+    )
+
+
 def _cuda() -> Unavailable | None:
     try:
         import onnxruntime
@@ -108,7 +124,12 @@ def _gpu_bf16() -> Unavailable | None:
 _SERVE, _OPENVINO = (f"pip install 'diffuserve[{extra}]'" for extra in ("serve", "openvino"))
 _CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _cuda)
 _TORCH_CUDA_LACKS = (_installed("torch", INSTALL_TORCH), _gpu, _torch_cuda)
-_TENSORRT_LACKS = (_installed("tensorrt", INSTALL), _installed("cuda-python", INSTALL), _gpu)
+_TENSORRT_LACKS = (_installed("tensorrt", TENSORRT.install), _installed("cuda-python", TENSORRT.install), _gpu)
+_RTX_LACKS = (
+    _installed("tensorrt-rtx", TENSORRT_RTX.install),
+    _installed("cuda-python", TENSORRT_RTX.install),
+    _rtx_gpu,
+)
 # Engine, precision, and what must be there. An engine's precisions are in the order of preference.
 _WAYS: tuple[tuple[str, str, tuple[Callable[[], Unavailable | None], ...]], ...] = (
     ("onnxruntime", "fp32", (_installed("onnxruntime", _SERVE),)),
@@ -124,4 +145,7 @@ _WAYS: tuple[tuple[str, str, tuple[Callable[[], Unavailable | None], ...]], ...]
     ("tensorrt", "fp16", _TENSORRT_LACKS),
     ("tensorrt", "bf16", (*_TENSORRT_LACKS, _gpu_bf16)),
     ("tensorrt", "fp32", _TENSORRT_LACKS),
+    ("tensorrt-rtx", "fp16", _RTX_LACKS),
+    ("tensorrt-rtx", "bf16", (*_RTX_LACKS, _gpu_bf16)),
+    ("tensorrt-rtx", "fp32", _RTX_LACKS),
 )

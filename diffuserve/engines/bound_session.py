@@ -3,7 +3,8 @@ are of few sizes.
 
 From release 1.20 on ONNX Runtime plans every convolution anew with cuDNN in each call whose shapes are others than the last
 call's, and keeps no plan (github.com/microsoft/onnxruntime, issue 23006): 100 ms and more for a UNet, where batches that
-requests join and leave change in nearly every step. So rows are padded to a power of two, which they cross seldom.
+requests join and leave change in nearly every step. So rows are padded to a power of two; `SessionsByRows` has a session for
+each.
 """
 
 from __future__ import annotations

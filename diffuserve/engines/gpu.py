@@ -25,3 +25,23 @@ def _architecture(driver: ctypes.CDLL, number: int) -> str:
     driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
     return f"sm{major.value}{minor.value}"
+
+
+def free_memory_bytes() -> int:
+    """What is free of the first GPU's memory; 0 where that cannot be told."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    context, popped, free, total = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    # The context that libraries in this process use too.
+    if driver.cuInit(0) != 0 or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) != 0:
+        return 0
+    try:
+        if driver.cuCtxPushCurrent_v2(context) != 0:
+            return 0
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(popped))
+        return 0 if failed else free.value
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(0)

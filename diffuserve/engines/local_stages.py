@@ -6,14 +6,21 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import Manifest, read_manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import StageFailed
-from diffuserve.stages import ArraysByName, Engine
+from diffuserve.limits import Limits
+from diffuserve.stages import Array, ArraysByName, Engine, device_of
 from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
+
+if TYPE_CHECKING:
+    import torch
 
 # Those that an image passes.
 _STAGES = (TEXT_ENCODER, UNET, VAE_DECODER, SAFETY_CHECKER)
@@ -27,10 +34,20 @@ class EngineStages:
         self._engines = engines
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in engines}
 
+    @property
+    def unet_device(self) -> torch.device | None:
+        return device_of(self._engines[UNET]) if UNET in self._engines else None
+
     async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads[stage], lambda: self._engines[stage](inputs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[stage], self._run, stage, inputs)
+
+    def _run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
+        engine = self._engines[stage]
+        device = device_of(engine)
+        outputs = engine(
+            {name: array if _lies_on(array, device) else _on_host(array) for name, array in inputs.items()}
         )
+        return outputs if stage == UNET else {name: _on_host(array) for name, array in outputs.items()}
 
     def close(self) -> None:
         """Ends the threads once their calls have returned."""
@@ -70,8 +87,21 @@ class LocalStages(EngineStages):
         Raises:
             StageFailed: an engine cannot run.
         """
+        model = self._manifest.model
+        most_rows = {UNET: Limits.for_model(model).max_rows}
         for name, engine in self._engines.items():
             try:
-                warm(engine, self._manifest.components[name], self._manifest.model)
+                warm(engine, self._manifest.components[name], model, most_rows.get(name, 1))
             except Exception as error:
                 raise StageFailed(f"The stage {name} failed on its first call: {error}") from error
+
+
+def _lies_on(array: Array, device: torch.device | None) -> bool:
+    if device is None or isinstance(array, np.ndarray):
+        return False
+    return bool(array.device.type == device.type and device.index in (None, array.device.index))
+
+
+def _on_host(array: Array) -> Array:
+    """Waits for a tensor."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,5 +1,4 @@
-"""Components on ONNX Runtime and an NVIDIA GPU, in this process. It has never run there, since none was at hand; see
-docs/engines.md."""
+"""Components on ONNX Runtime and an NVIDIA GPU, in this process."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from diffuserve.engines.bound_session import BoundSession
-from diffuserve.engines.gpu import gpu_architectures
+from diffuserve.engines.gpu import free_memory_bytes, gpu_architectures
 from diffuserve.engines.onnxruntime import CPU, fused_session, imported_onnxruntime, session_options
+from diffuserve.engines.sessions_by_rows import SessionsByRows
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
 from diffuserve.errors import BundleError
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from diffuserve.bundle.manifest import Component
 
 CUDA = "CUDAExecutionProvider"
+# How many times the model's weights must be free for another session: its own, and what its calls compute in between.
+_FREE_MODELS = 4
 _MISSING = re.compile(r"Failed to load (\S+?):")
 
 
@@ -43,15 +45,20 @@ class OnnxRuntimeCudaEngine:
         if missing := cuda_unavailable(runtime, gpu_architectures()):
             raise BundleError(f"{path} is to run on an NVIDIA GPU, which ONNX Runtime cannot do here: {missing}.")
         providers = [(CUDA, cuda_options(component.precision)), CPU]  # what a GPU cannot do is left to the CPU
-        try:
+        model_bytes = sum(file.size_bytes for file in component.files if file.path.startswith(component.files[0].path))
+
+        def make() -> BoundSession:
             session = fused_session(path, session_options(threads=0), providers, fuse_for_cuda)
+            return BoundSession(session, component.tensors, "cuda")
+
+        try:
+            self._run = SessionsByRows(make, lambda: free_memory_bytes() >= _FREE_MODELS * model_bytes)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
-        self._session = BoundSession(session, component.tensors, "cuda")
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Runs the model; see `diffuserve.stages.Engine` and `BoundSession`."""
-        return self._session(inputs)
+        """Runs the model; see `diffuserve.stages.Engine` and `SessionsByRows`."""
+        return self._run(inputs)
 
 
 def cuda_options(precision: str) -> dict[str, str]:

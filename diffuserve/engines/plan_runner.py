@@ -51,10 +51,17 @@ class PlanRunner:
         ranges: the plan's profiles.
         make_context: a new context, set to the profile of that number.
         gpu: where the contexts run.
+        captures: whether CUDA graphs are to be captured here. TensorRT for RTX does so itself.
     """
 
     def __init__(
-        self, tensors: StageSpec, ranges: Sequence[Profile], make_context: Callable[[int], PlanContext], gpu: Gpu
+        self,
+        tensors: StageSpec,
+        ranges: Sequence[Profile],
+        make_context: Callable[[int], PlanContext],
+        gpu: Gpu,
+        *,
+        captures: bool = True,
     ) -> None:
         self._dtypes = {spec.name: np.dtype(NUMPY_DTYPE[spec.dtype]) for spec in (*tensors.inputs, *tensors.outputs)}
         self._inputs = [spec.name for spec in tensors.inputs]
@@ -66,7 +73,7 @@ class PlanRunner:
         self._memory = {name: _TensorMemory(gpu) for name in self._dtypes}
         self._workspace = _GpuMemory(gpu)
         self._graphs: dict[tuple[Shape, ...], _Graph] = {}
-        self._captures = True
+        self._captures = captures
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -20,8 +20,8 @@ def split_rows(inputs: Mapping[str, NDArray[Any]], most: int) -> list[Arrays]:
     return [{name: parts[number] for name, parts in pieces.items()} for number in range(count)]
 
 
-def join_rows(outputs: Sequence[Arrays]) -> Arrays:
+def join_rows(outputs: Sequence[Mapping[str, NDArray[Any]]]) -> Arrays:
     """The outputs of the pieces as those of one call."""
     if len(outputs) == 1:
-        return outputs[0]
+        return dict(outputs[0])
     return {name: np.concatenate([arrays[name] for arrays in outputs]) for name in outputs[0]}

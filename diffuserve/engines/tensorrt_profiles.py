@@ -23,6 +23,7 @@ import msgspec
 
 from diffuserve.bundle.manifest import Component, Manifest, ModelSpec
 from diffuserve.engines.example_inputs import native_sizes
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.errors import ConfigurationError, StageFailed
 from diffuserve.limits import MAX_DECODE_BATCH, PLAN_LIMITS, Limits
 from diffuserve.tensors import CLIP_INPUT, HEIGHT, StageSpec, TensorSpec
@@ -99,14 +100,15 @@ def plan_limits(limits: Limits) -> dict[str, int]:
 def check_limits(limits: Limits, manifest: Manifest) -> None:
     """Raises ConfigurationError where a server's limits allow what a plan of the bundle was not built for."""
     for stage, component in manifest.components.items():
-        if component.engine != "tensorrt":
+        if component.engine not in LIBRARIES:
             continue
         most = plan_limits(_built_for(component, manifest.model))
         for name, given in plan_limits(limits).items():
             if given > most[name]:
+                title = LIBRARIES[component.engine].title
                 raise ConfigurationError(
-                    f"The limit {name} is {given}, and TensorRT's plan of {stage} was built for at most {most[name]}. Build it "
-                    f"again, diffuserve engines BUNDLE --select tensorrt --limit {name}={given}, or lower the limit."
+                    f"The limit {name} is {given}, and {title}'s plan of {stage} was built for at most {most[name]}. Build it "
+                    f"again, diffuserve engines BUNDLE --select {component.engine} --limit {name}={given}, or lower the limit."
                 )
 
 

@@ -12,7 +12,7 @@ from diffuserve.bundle.manifest import Manifest
 from diffuserve.errors import StageFailed
 from diffuserve.images.safety import clip_input_from_image, flagged_from_scores
 from diffuserve.limits import MAX_DECODE_BATCH
-from diffuserve.stages import Float32, StageCalls
+from diffuserve.stages import Array, StageCalls
 from diffuserve.stats import Stats
 from diffuserve.tensors import SAFETY_CHECKER
 
@@ -42,9 +42,9 @@ class Decoder:
         self._workers = workers
         self._stats = stats or Stats()
 
-    async def decode(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
+    async def decode(self, latents: Array, width: int, height: int) -> tuple[Images, Flags]:
         """Args:
-            latents: (n, C, h, w) float32, unit variance.
+            latents: (n, C, h, w) float32, unit variance, wherever they are.
             width, height: pixels of the images that they make.
 
         Returns:
@@ -55,7 +55,7 @@ class Decoder:
             StageFailed: the decoder or the safety checker failed, or returned something else than expected or an image
                 that is not finite.
         """
-        parts = np.split(latents, range(MAX_DECODE_BATCH, len(latents), MAX_DECODE_BATCH))
+        parts = [latents[first : first + MAX_DECODE_BATCH] for first in range(0, len(latents), MAX_DECODE_BATCH)]
         decoded = await asyncio.gather(*(self._decode_part(part, width, height) for part in parts))
         images, finite = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
         self._refuse_not_finite(finite)
@@ -64,7 +64,7 @@ class Decoder:
         images[flagged] = 0
         return images, flagged
 
-    async def _decode_part(self, latents: Float32, width: int, height: int) -> tuple[Images, Flags]:
+    async def _decode_part(self, latents: Array, width: int, height: int) -> tuple[Images, Flags]:
         """The images, and which of them are finite."""
         images, finite = await self._calls.decode(latents)
         expected = (len(latents), height, width, 3)

@@ -27,12 +27,23 @@ if TYPE_CHECKING:
     "--precision",
     help="Of the engine that is selected.  [default: its first that a component may have; with auto: any]",
 )
+@click.option(
+    "--architectures",
+    type=lambda text: tuple(text.split(",")),
+    metavar="sm86,sm89,...",
+    help="Build plans for GPUs of these compute capabilities, whatever this machine has, and try nothing. Select the engine "
+    "again where they are to run, and it tries them. For tensorrt-rtx.",
+)
 @limits_argument(
     PLAN_LIMITS,
     f"What TensorRT's plans are built for, where servers are to have other limits than the model's own: {', '.join(PLAN_LIMITS)}.",
 )
 def command(
-    bundle: Path | None, select: str | None, precision: str | None, limits: tuple[tuple[str, str], ...]
+    bundle: Path | None,
+    select: str | None,
+    precision: str | None,
+    architectures: tuple[str, ...] | None,
+    limits: tuple[tuple[str, str], ...],
 ) -> None:
     """Lists the engines, which of them this machine can run, and what fixes the others.
 
@@ -42,26 +53,35 @@ def command(
     from diffuserve.bundle.manifest import read_manifest
 
     if bundle is None:
-        if select or precision or limits:
-            raise click.UsageError("--select, --precision and --limit need a BUNDLE.")
+        if select or precision or architectures or limits:
+            raise click.UsageError("--select, --precision, --architectures and --limit need a BUNDLE.")
         for line in _availability_lines():
             click.echo(line)
         return
-    if (precision or limits) and not select:
-        raise click.UsageError("--precision and --limit need --select.")
+    if (precision or architectures or limits) and not select:
+        raise click.UsageError("--precision, --architectures and --limit need --select.")
+    manifest = read_manifest(bundle)
     if select:
+        from diffuserve.trials.ahead import build_ahead
         from diffuserve.trials.selecting import select_engines
 
-        built_for = Limits.from_parameters(read_manifest(bundle).model, dict(limits))
-        manifest = select_engines(bundle, select, precision, built_for, lambda name: click.echo(f"trying {name} ..."))
-    else:
-        manifest = read_manifest(bundle)
+        built_for = Limits.from_parameters(manifest.model, dict(limits))
+        if architectures:
+            manifest = build_ahead(
+                bundle, select, architectures, precision, built_for, lambda name: click.echo(f"building {name} ...")
+            )
+        else:
+            manifest = select_engines(
+                bundle, select, precision, built_for, lambda name: click.echo(f"trying {name} ...")
+            )
     for line in summary_lines(manifest):
         click.echo(line)
 
 
 def summary_lines(manifest: Manifest) -> Iterator[str]:
     """Each component's engine, and below it the trials that led to it."""
+    from diffuserve.trials.ahead import untried
+
     for name, component in manifest.components.items():
         yield f"{name} runs on {component.engine} in {component.precision}"
         for trial in manifest.trials:
@@ -74,6 +94,8 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
                 else:
                     outcome = f"{times}; the reference"
                 yield f"  {trial.engine:<16} {trial.precision}  {outcome}"
+    if line := untried(manifest):
+        yield line
     if manifest.images:
         yield "an image, against diffusers' in fp32"
     for image in manifest.images:

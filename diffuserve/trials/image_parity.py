@@ -90,6 +90,11 @@ class _Unchecked(EngineStages):
         super().__init__(engines)
         self._concepts = concepts
 
+    @property
+    def unet_device(self) -> None:
+        """The host, whatever the engine: to ask it would load it before its turn."""
+        return None
+
     async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         if stage == SAFETY_CHECKER:
             return {CONCEPT_SCORES: np.full((len(inputs[CLIP_INPUT]), self._concepts), -1, np.float32)}

@@ -18,16 +18,15 @@ import numpy as np
 
 from diffuserve.bundle.checksums import verify
 from diffuserve.bundle.manifest import Component, ImageParity, Manifest, ModelSpec, Trial, read_manifest, write_manifest
-from diffuserve.engines import ENGINES, load_engine
+from diffuserve.engines import load_engine
 from diffuserve.engines.availability import availability
-from diffuserve.engines.compiled_cache import remove_compiled
 from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, StageFailed
 from diffuserve.limits import Limits
 from diffuserve.stages import Engine, finite_rows
 from diffuserve.tensors import UNET
-from diffuserve.trials.conversion import converted, exported_files, is_made
+from diffuserve.trials.conversion import converted, remove_what_is_not_used
 from diffuserve.trials.image_parity import image_parity, same_engines
 from diffuserve.trials.tolerance import tolerance_of
 
@@ -78,7 +77,7 @@ def select_engines(
         write_manifest(bundle, manifest)
     finally:
         for component in manifest.components.values():
-            _remove_what_is_not_used(bundle, component)
+            remove_what_is_not_used(bundle, component)
     return manifest
 
 
@@ -259,18 +258,6 @@ def _try(
         trials[way] = Trial(name, *way, {}, error, tolerance, rejected)
     seconds = _seconds(engines, dict(zip(batches, inputs, strict=False)))
     return [msgspec.structs.replace(trial, seconds=seconds.get(way, {})) for way, trial in trials.items()]
-
-
-def _remove_what_is_not_used(bundle: Path, component: Component) -> None:
-    """What trials of other engines have left beside the component's files."""
-    path = bundle / component.files[0].path
-    for engine in ENGINES:
-        if engine != component.engine:
-            remove_compiled(path, msgspec.structs.replace(component, files=exported_files(component)), engine)
-    used = {bundle / file.path for file in component.files}
-    for file in path.parent.iterdir():
-        if is_made(file.name) and file not in used:
-            file.unlink()
 
 
 def _flaw(outputs: Sequence[Arrays], expected: Sequence[Arrays]) -> str:

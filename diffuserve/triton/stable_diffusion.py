@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.description import describe, values_from_description
+from diffuserve.engines.tensorrt_library import LIBRARIES
 from diffuserve.engines.tensorrt_profiles import check_limits, profiles_of
 from diffuserve.errors import TRITON_CODE, Cancelled, DiffuserveError, InvalidRequest, StageFailed, to_wire
 from diffuserve.events import Completed
@@ -28,8 +29,10 @@ from diffuserve.request import TextToImageRequest
 from diffuserve.request_fields import shown
 from diffuserve.serving.lifecycle import ModelSigns
 from diffuserve.serving_options import limits_and_serving
+from diffuserve.tensors import UNET
 from diffuserve.triton.bls_stages import BlsStages
 from diffuserve.triton.configuration import check_stages
+from diffuserve.triton.device_tensors import device_for
 from diffuserve.triton.housekeeping import Housekeeping
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.neighbours import RunFolderNeighbours
@@ -80,9 +83,9 @@ class StableDiffusionModel:
             ranges = {
                 stage: profiles_of(component, placement.model)
                 for stage, component in components.items()
-                if component.engine == "tensorrt"
+                if component.engine in LIBRARIES
             }
-            self._stages = BlsStages(models, outputs, ranges)
+            self._stages = BlsStages(models, outputs, ranges, device_for(components[UNET]))
             neighbours = RunFolderNeighbours.from_environment(name)
             self._pipeline = Pipeline(version_folder, self._stages, limits, serving, neighbours=neighbours)
         except DiffuserveError as error:

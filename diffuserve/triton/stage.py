@@ -12,26 +12,25 @@ import faulthandler
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
 from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import BundleError, ConfigurationError, StageFailed, to_wire
 from diffuserve.options import from_parameters
 from diffuserve.serving_options import Serving
+from diffuserve.stages import ArraysByName
+from diffuserve.triton.device_tensors import from_triton, joined, to_triton
 from diffuserve.triton.inherited import close_inherited_sockets
 from diffuserve.triton.log import log_to_triton
 from diffuserve.triton.placement import read_placement
 
 log = logging.getLogger(__name__)
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 class StageModel:
@@ -53,7 +52,7 @@ class StageModel:
             self._engine = load_engine(version_folder / placement.files[0].name, placement.component, threads=0)
             # Loading fails if these calls do, so the server is ready only when the engine has really run.
             started_s = time.monotonic()
-            warm(self._engine, placement.component, placement.model)
+            warm(self._engine, placement.component, placement.model, config["max_batch_size"])
             log.info("%s is warm, %.1f s", self._name, time.monotonic() - started_s)
         except (BundleError, ConfigurationError) as error:
             raise pb_utils.TritonModelException(to_wire(error)) from error
@@ -63,7 +62,7 @@ class StageModel:
         without it."""
         inputs = [
             {
-                spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+                spec.name: from_triton(pb_utils.get_input_tensor_by_name(request, spec.name))
                 for spec in self._tensors.inputs
             }
             for request in requests
@@ -76,34 +75,25 @@ class StageModel:
                 return [self._failure(error)]
         return [self._run_alone(each) for each in inputs]
 
-    def _run_alone(self, inputs: Arrays) -> Any:
+    def _run_alone(self, inputs: ArraysByName) -> Any:
         try:
             [response] = self._run([inputs])
         except Exception as error:
             return self._failure(error)
         return response
 
-    def _run(self, inputs: Sequence[Arrays]) -> list[Any]:
+    def _run(self, inputs: Sequence[ArraysByName]) -> list[Any]:
         """One call for all; whatever the engine raises is raised."""
         names = [spec.name for spec in self._tensors.inputs]
         # Its thread needs no interpreter lock, so it also ends an engine that holds the lock while it hangs.
         faulthandler.dump_traceback_later(self._call_timeout_s, exit=True)
         try:
-            outputs = self._engine(
-                inputs[0]
-                if len(inputs) == 1
-                else {name: np.concatenate([each[name] for each in inputs]) for name in names}
-            )
+            outputs = self._engine({name: joined([each[name] for each in inputs]) for name in names})
         finally:
             faulthandler.cancel_dump_traceback_later()
         rows = [len(each[names[0]]) for each in inputs]
         return [
-            pb_utils.InferenceResponse(
-                [
-                    pb_utils.Tensor(name, np.ascontiguousarray(array[end - count : end]))
-                    for name, array in outputs.items()
-                ]
-            )
+            pb_utils.InferenceResponse([to_triton(name, array[end - count : end]) for name, array in outputs.items()])
             for count, end in zip(rows, np.cumsum(rows), strict=True)
         ]
 

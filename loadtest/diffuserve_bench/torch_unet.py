@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from diffuserve.tensors import ENCODER_HIDDEN_STATES, TEXT_EMBEDS, TIME_IDS, TIMESTEP_COND
+from diffuserve.stages import ArraysByName
+from diffuserve.tensors import ENCODER_HIDDEN_STATES, NOISE_PRED, TEXT_EMBEDS, TIME_IDS, TIMESTEP_COND
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +14,7 @@ Tensors = dict[str, "torch.Tensor"]
 
 
 class TorchUnet:
-    """Implements `diffuserve.stages.Engine`.
+    """Implements `diffuserve.stages.Engine`: of arrays it makes arrays, and of tensors on its device tensors there.
 
     Args:
         unet: a UNet2DConditionModel of diffusers, in evaluation mode.
@@ -26,15 +23,23 @@ class TorchUnet:
     def __init__(self, unet: Any) -> None:
         self.unet = unet
 
-    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        output = self.output(self.tensors(inputs))
-        return {"noise_pred": output.float().cpu().numpy().astype(np.float32)}
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.unet.device
+        return device
 
-    def tensors(self, inputs: Mapping[str, NDArray[Any]]) -> Tensors:
+    def __call__(self, inputs: ArraysByName) -> dict[str, Any]:
+        import torch
+
+        output = self.output(self.tensors(inputs)).float()
+        on_device = all(isinstance(array, torch.Tensor) for array in inputs.values())
+        return {NOISE_PRED: output if on_device else output.cpu().numpy()}
+
+    def tensors(self, inputs: ArraysByName) -> Tensors:
         """The inputs where the UNet is and in its precision; the timesteps, (B,), stay in fp32."""
         import torch
 
-        tensors = {name: torch.from_numpy(array).to(self.unet.device) for name, array in inputs.items()}
+        tensors = {name: torch.as_tensor(array, device=self.device) for name, array in inputs.items()}
         timestep = tensors.pop("timestep").squeeze(1)
         return {"timestep": timestep, **{name: tensor.to(self.unet.dtype) for name, tensor in tensors.items()}}
 

@@ -7,7 +7,7 @@ import pytest
 
 import diffuserve_client
 
-ENGINES = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "diffusers", "transformers")
+ENGINES = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
 
 
 def modules_after(code: str) -> set[str]:

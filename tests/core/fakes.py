@@ -121,6 +121,8 @@ class FakeStages:
     release: asyncio.Event = field(default_factory=asyncio.Event)
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
+    unet_device: None = None
+
     def rows(self, stage: str) -> list[int]:
         """Batch sizes of the stage's calls so far."""
         return [shape[0] for name, shape in self.calls if name == stage]

@@ -70,6 +70,9 @@ WAYS = [
     ("tensorrt", "fp16"),
     ("tensorrt", "bf16"),
     ("tensorrt", "fp32"),
+    ("tensorrt-rtx", "fp16"),
+    ("tensorrt-rtx", "bf16"),
+    ("tensorrt-rtx", "fp32"),
 ]
 
 

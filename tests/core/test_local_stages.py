@@ -12,15 +12,16 @@ import pytest
 
 from diffuserve.bundle.manifest import read_manifest, write_manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.local_stages import LocalStages
+from diffuserve.engines.local_stages import EngineStages, LocalStages
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.events import Completed
+from diffuserve.events import Completed, Event, Progressed
 from diffuserve.limits import Limits
 from diffuserve.pipeline import Pipeline
 from diffuserve.request import request_from_fields
 from diffuserve.stages import StageCalls
-from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET
+from diffuserve.tensors import STAGES, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve.text.tokenizer import Tokenizer
+from tests.core.torch_facade import TorchFacade
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,54 @@ def test_the_manifest_describes_every_stage(bundle: Path) -> None:
     for component in manifest.components.values():
         assert component.parity
         assert all(parity.max_abs_error <= component.tolerance for parity in component.parity)
+
+
+def drawn(
+    bundle: Path, on_device: set[str], **fields: object
+) -> tuple[Completed, list[Progressed], dict[str, TorchFacade]]:
+    """The bundled model with some of its stages on engines as PyTorch's are."""
+    manifest = read_manifest(bundle)
+    engines = {
+        name: load_engine(bundle / component.files[0].path, component, threads=1)
+        for name, component in manifest.components.items()
+        if name != VAE_ENCODER
+    }
+    facades = {name: TorchFacade(engines[name]) for name in on_device}
+    given = {"prompt": "a red apple", "seed": 3, "steps": 4, "num_images": 2, "progress": True, "preview": 2, **fields}
+    request = request_from_fields(given, manifest.model, Limits.for_model(manifest.model))
+    stages = EngineStages({**engines, **facades})
+
+    async def main() -> list[Event]:
+        pipeline = Pipeline(bundle, stages)
+        try:
+            return [event async for event in pipeline.generate(request)]
+        finally:
+            await pipeline.close()
+
+    try:
+        _, *steps, last = asyncio.run(main())
+    finally:
+        stages.close()
+    assert isinstance(last, Completed)
+    return last, [step for step in steps if isinstance(step, Progressed)], facades
+
+
+@pytest.mark.parametrize(
+    ("on_device", "sampler"),
+    [
+        ({UNET}, "dpmpp_2m"),
+        ({TEXT_ENCODER, UNET, VAE_DECODER}, "euler_a"),
+        ({TEXT_ENCODER, VAE_DECODER}, "dpmpp_2m"),
+    ],
+)
+def test_tensors_stay_on_the_unet_s_device(bundle: Path, on_device: set[str], sampler: str) -> None:
+    expected, known_steps, _ = drawn(bundle, set(), sampler=sampler)
+    completed, steps, facades = drawn(bundle, on_device, sampler=sampler)
+    assert (completed.pixels.shape, completed.pixels.dtype) == (expected.pixels.shape, np.uint8)
+    difference = np.abs(completed.pixels.astype(int) - expected.pixels)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.01
+    assert [len(step.previews) for step in steps] == [len(step.previews) for step in known_steps] == [0, 2, 0, 2]
+    # What comes before the loop is on the host.
+    kinds = {name: set(facade.kinds) for name, facade in facades.items()}
+    assert kinds == {name: {name != TEXT_ENCODER and UNET in on_device} for name in on_device}

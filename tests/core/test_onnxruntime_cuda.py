@@ -16,9 +16,10 @@ from diffuserve.bundle.manifest import Manifest
 from diffuserve.engines import load_engine
 from diffuserve.engines.bound_session import BoundSession, padded_rows
 from diffuserve.engines.example_inputs import Arrays, example_inputs
-from diffuserve.engines.gpu import gpu_architectures
+from diffuserve.engines.gpu import free_memory_bytes, gpu_architectures
 from diffuserve.engines.onnxruntime import CPU, OnnxRuntimeEngine, fused_session, session_options
 from diffuserve.engines.onnxruntime_cuda import CUDA, cuda_options, cuda_unavailable
+from diffuserve.engines.sessions_by_rows import SessionsByRows
 from diffuserve.engines.unavailable import NO_GPU
 from diffuserve.errors import BundleError
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER
@@ -164,6 +165,59 @@ def test_memory_is_used_again_by_calls_of_as_many_rows(manifest: Manifest, tmp_p
     assert run._inputs["sample"].shape()[0] == 4
     addresses(5)
     assert run._inputs["sample"].shape()[0] == 8
+
+
+class Sessions:
+    """Counts the sessions that were made, and which one a call goes to."""
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self.made: list[BoundSession] = []
+        self.called: list[int] = []
+        self._manifest, self._folder = manifest, folder
+
+    def make(self) -> Any:
+        session, number = bound(self._manifest, self._folder, UNET), len(self.made)
+        self.made.append(session)
+
+        def call(inputs: Arrays) -> Arrays:
+            self.called.append(number)
+            return session(inputs)
+
+        return call
+
+
+def test_each_number_of_rows_has_a_session(manifest: Manifest, tmp_path: Path) -> None:
+    sessions, reference = Sessions(manifest, tmp_path), OnnxRuntimeEngine(tmp_path / UNET / "model.onnx")
+    run = SessionsByRows(sessions.make, lambda: True)
+    assert len(sessions.made) == 1
+    for rows in (2, 1, 8, 2, 7, 5, 1):
+        inputs = example_inputs(manifest.components[UNET].tensors, manifest.model, rows)
+        check(run(inputs), reference(inputs))
+    assert sessions.called == [0, 1, 2, 0, 2, 2, 1]
+    assert len(sessions.made) == 3
+
+
+def test_without_memory_for_another_session_the_nearest_is_used(manifest: Manifest, tmp_path: Path) -> None:
+    sessions, reference = Sessions(manifest, tmp_path), OnnxRuntimeEngine(tmp_path / UNET / "model.onnx")
+    room = iter((True, False, False))
+    run = SessionsByRows(sessions.make, lambda: next(room))
+    for rows in (2, 16, 1, 12, 8, 2, 5):
+        inputs = example_inputs(manifest.components[UNET].tensors, manifest.model, rows)
+        check(run(inputs), reference(inputs))
+    assert sessions.called == [0, 1, 0, 1, 0, 0, 0]
+    assert len(sessions.made) == 2
+
+
+def test_a_session_that_cannot_be_made_is_an_error_at_once() -> None:
+    def make() -> BoundSession:
+        raise RuntimeError("no such file")
+
+    with pytest.raises(RuntimeError, match="no such file"):
+        SessionsByRows(make, lambda: True)
+
+
+def test_free_memory_without_a_gpu() -> None:
+    assert (free_memory_bytes() > 0) == bool(gpu_architectures())
 
 
 def test_an_earlier_calls_outputs_stay(manifest: Manifest, tmp_path: Path) -> None:

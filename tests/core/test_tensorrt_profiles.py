@@ -50,9 +50,9 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_real_bundle(tmp_path)
 
 
-def with_plans(manifest: Manifest, built_for: dict[str, int]) -> Manifest:
+def with_plans(manifest: Manifest, built_for: dict[str, int], engine: str = "tensorrt") -> Manifest:
     components = {
-        name: msgspec.structs.replace(component, engine="tensorrt", plan_limits=built_for)
+        name: msgspec.structs.replace(component, engine=engine, plan_limits=built_for)
         for name, component in manifest.components.items()
     }
     return msgspec.structs.replace(manifest, components=components)
@@ -170,6 +170,10 @@ def test_limits_beyond_what_plans_are_built_for_are_refused(manifest: Manifest, 
         ConfigurationError, match=f"The limit {limit} is {raised}, and TensorRT's plan of .* at most {lower}."
     ):
         check_limits(more, with_plans(manifest, {limit: lower}))
+    with pytest.raises(
+        ConfigurationError, match=f"TensorRT for RTX's plan of .* --select tensorrt-rtx --limit {limit}={raised}, "
+    ):
+        check_limits(more, with_plans(manifest, {limit: lower}, "tensorrt-rtx"))
 
 
 def test_profiles_follow_from_the_limits(manifest: Manifest) -> None:

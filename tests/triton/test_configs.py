@@ -193,6 +193,21 @@ def test_options_are_configured_named_in_the_head_and_said_to_be_lost(tmp_path: 
     assert "# Options: none.\n" in (repository / "unet" / "config.pbtxt").read_text()
 
 
+def test_a_unet_that_takes_tensors_on_a_gpu_is_given_them(tmp_path: Path) -> None:
+    manifest = make_bundle(tmp_path / "bundle")
+    components = {
+        name: msgspec.structs.replace(component, engine="torch-cuda", precision="fp16")
+        for name, component in manifest.components.items()
+    }
+    on_gpu = msgspec.structs.replace(manifest, components=components)
+    for described, expected in ((manifest, set()), (on_gpu, {"unet"})):
+        configs = configs_from_manifest(described, Limits.for_model(manifest.model), Serving())
+        given = {name: config.parameters for name, config in configs.items()}
+        asked = {name for name, parameters in given.items() if "FORCE_CPU_ONLY_INPUT_TENSORS" in parameters}
+        assert asked == expected
+        assert all(given[name]["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no" for name in asked)
+
+
 def test_a_default_that_is_given_takes_the_place_of_what_was_before(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     given = "--limit max_steps=200 --policy fair --backend onnxruntime"

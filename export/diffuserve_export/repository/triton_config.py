@@ -7,11 +7,13 @@ from typing import Any
 
 from diffuserve import __version__
 from diffuserve.bundle.manifest import Manifest, ModelSpec
+from diffuserve.engines import ON_FIRST_GPU
 from diffuserve.limits import Limits, max_batch_sizes
 from diffuserve.options import to_parameters
 from diffuserve.response_tensors import RESPONSE
 from diffuserve.serving_options import Serving
 from diffuserve.tensors import STABLE_DIFFUSION, TEXT_ENCODER, UNET, StageSpec, TensorSpec
+from diffuserve.triton.parameters import CPU_INPUTS_ONLY
 from diffuserve.triton.stage_models import parameters_from_stage_models, stage_model
 from diffuserve.wire import REQUEST_INPUTS
 from diffuserve_export.repository.serving_arguments import given, words
@@ -53,6 +55,8 @@ def configs_from_manifest(
         if backend == PYTHON:
             config.instance_group[0].count = instances
             config.parameters["call_timeout_s"].string_value = to_parameters(serving)["call_timeout_s"]
+            if stage == UNET and component.engine in ON_FIRST_GPU:
+                config.parameters[CPU_INPUTS_ONLY].string_value = "no"
         else:
             set_backend(config, backend, component, manifest.model, instances)
     configs[name] = _inflight_config(name, limits, serving, stage_models)

@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m diffu
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffuserve-gpu-")))
         work.mkdir(parents=True, exist_ok=True)
         settings = Settings(
-            options.device, work.resolve(), model=options.model, bundle=options.bundle, tests=options.tests
+            options.device,
+            work.resolve(),
+            model=options.model,
+            bundle=options.bundle,
+            tests=options.tests,
+            ways=options.ways,
         )
         try:
             _write_machine(settings, options.output)
@@ -90,6 +95,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--tests", type=Path, default=Path("tests"), help="folder of the tests [default: %(default)s]")
     parser.add_argument(
+        "--ways",
+        type=_ways,
+        default=(),
+        metavar="ENGINE:PRECISION,...",
+        help="engines as diffuserve engines lists them, in this order [default: each engine for GPUs in 16 bits]",
+    )
+    parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run: a little of everything, on a CPU"
     )
     parser.add_argument(
@@ -111,6 +123,16 @@ def _phase(name: str, equals: str, seconds: str) -> Phase:
     if name not in known:
         raise argparse.ArgumentTypeError(f"there is no phase {name!r}; there are: {', '.join(known)}")
     return replace(known[name], seconds=_positive(seconds)) if equals else known[name]
+
+
+def _ways(text: str) -> tuple[str, ...]:
+    names = tuple(each.strip() for each in text.split(","))
+    for name in names:
+        if len(name.split(":")) != 2:
+            raise argparse.ArgumentTypeError(
+                f"there is {name!r}; it must be an engine and a precision, torch-cuda:fp16"
+            )
+    return names
 
 
 def _positive(text: str) -> float:

@@ -25,6 +25,7 @@ _PACKAGES = (
     "onnx",
     "tensorrt",
     "tensorrt-cu13",
+    "tensorrt-rtx-cu13",
     "transformers",
     "triton",
     "nvidia-cudnn-cu13",

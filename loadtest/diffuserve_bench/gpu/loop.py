@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from diffuserve.stages import Engine, StageCalls
 from diffuserve.stats import Stats
 from diffuserve.tensors import UNET
 from diffuserve_bench.contenders import INFLIGHT, NONE, REQUEST, Contender
+from diffuserve_bench.gpu.arithmetics import Beside, arithmetics_beside
 from diffuserve_bench.gpu.model import model_in
 from diffuserve_bench.gpu.record import PhaseRecord, Skipped
 from diffuserve_bench.gpu.settings import Settings
@@ -52,8 +53,9 @@ def backlog_of(manifest: Manifest, settings: Settings) -> Workload:
 
 
 def measure(settings: Settings, record: PhaseRecord) -> None:
-    """On the first engine that loads: a closed loop, the saturation of each way of batching, and Poisson arrivals. An image
-    ends with its latents."""
+    """On the first engine that loads: a closed loop, with the loop's arithmetic on the host and on the engine's device if
+    there is one; the saturation of each way of batching, and Poisson arrivals, as a pipeline would run it. An image ends with
+    its latents."""
     bundle, manifest = model_in(settings)
     way, engine = _engine(bundle, manifest, settings)
     max_rows = Limits.for_model(manifest.model).max_rows
@@ -62,13 +64,17 @@ def measure(settings: Settings, record: PhaseRecord) -> None:
         engine(_inputs(manifest, rows))
     record.figure("first calls of all even sizes", time.perf_counter() - started_s, "s", **way.settings)
     measured = sorted({2, max_rows // 4, max_rows // 2, max_rows})
-    seconds = seconds_by_batch(engine, lambda size: _inputs(manifest, size), measured, settings.sizes.calls)
-    for size, call_s in seconds.items():
-        record.figure("engine alone", size / call_s, "rows/s", rows=size, **way.settings)
-    served = _Served(manifest, engine, CallCosts(seconds), max_rows)
-    with record.part(figure="closed loop", **way.settings):
-        _closed_loop(served, way, settings, record)
-    _open_loop(served, way, settings, record)
+    arithmetics = []
+    for beside in arithmetics_beside(engine):
+        seconds = _alone_s(manifest, beside, measured, settings)
+        for size, call_s in seconds.items():
+            named = {"rows": size, "arithmetic": beside.name, **way.settings}
+            record.figure("engine alone", size / call_s, "rows/s", **named)
+        arithmetics.append(_Served(manifest, beside, CallCosts(seconds), max_rows))
+    for each in arithmetics:
+        with record.part(figure="closed loop", arithmetic=each.beside.name, **way.settings):
+            _closed_loop(each, way, settings, record)
+    _open_loop(arithmetics[0], way, settings, record)
 
 
 def _engine(bundle: Path, manifest: Manifest, settings: Settings) -> tuple[Way, Engine]:
@@ -88,12 +94,17 @@ def _inputs(manifest: Manifest, rows: int) -> Arrays:
     return example_inputs(manifest.components[UNET].tensors, manifest.model, rows)
 
 
+def _alone_s(manifest: Manifest, beside: Beside, sizes: Sequence[int], settings: Settings) -> dict[int, float]:
+    """Seconds of a call of the engine alone by rows, its inputs where the arithmetic is."""
+    return seconds_by_batch(beside, lambda rows: beside.inputs(_inputs(manifest, rows)), sizes, settings.sizes.calls)
+
+
 @dataclass
 class _Served:
     """A model's UNet behind a loop; each use has a loop of its own."""
 
     manifest: Manifest
-    engine: Engine
+    beside: Beside
     costs: CallCosts
     max_rows: int
     stats: Stats = field(default_factory=Stats)
@@ -104,10 +115,11 @@ class _Served:
 
     async def _use(self, contender: Contender, user: Callable[[Answer], Awaitable[Result]]) -> Result:
         self.stats = Stats()
-        stages = EngineStages({UNET: self.engine})
+        stages = EngineStages({UNET: self.beside.engine})
         loop = InflightLoop(
             StageCalls(stages).denoise,
             contender.selection(self.max_rows, self.costs),
+            arithmetic=self.beside.arithmetic,
             max_active_images=Limits.for_model(self.manifest.model).max_active_images,
             stats=self.stats,
         )
@@ -136,17 +148,14 @@ def _closed_loop(served: _Served, way: Way, settings: Settings, record: PhaseRec
     rows = min(count * rows_a_step, served.max_rows)
 
     def alone_per_s() -> float:
-        seconds = seconds_by_batch(
-            served.engine, lambda size: _inputs(served.manifest, size), (rows,), settings.sizes.calls
-        )
-        return rows / seconds[rows]
+        return rows / _alone_s(served.manifest, served.beside, (rows,), settings)[rows]
 
     before = alone_per_s()
     requests = (plan(workload, number) for number in itertools.count())
     done_s = served.use(INFLIGHT, lambda answer: closed_loop(requests, answer, in_flight=count, count=3 * count))
     images_per_s = throughput(done_s, count)
     alone = (before + alone_per_s()) / 2
-    named = {"in_flight": count, "steps": steps, **way.settings}
+    named = {"in_flight": count, "steps": steps, "arithmetic": served.beside.name, **way.settings}
     record.figure("closed loop", images_per_s, "images/s to latents", **named)
     share = images_per_s * steps * rows_a_step / alone
     record.figure("closed loop over the engine alone", share, "of its rows/s", **named)

@@ -91,6 +91,7 @@ class Settings:
     model: folder of a bundle, with weights or without, whose speed is measured; None leaves out what needs one.
     bundle: folder of a bundle with weights whose images are compared; likewise.
     tests: folder of the tests.
+    ways: engines and precisions, as "engine:precision"; none means all.
     """
 
     device: str
@@ -98,6 +99,7 @@ class Settings:
     model: Path | None = None
     bundle: Path | None = None
     tests: Path = Path("tests")
+    ways: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> Sizes:
@@ -108,5 +110,6 @@ class Settings:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Settings:
-        paths = {name: Path(value) for name, value in fields.items() if name != "device" and value is not None}
-        return cls(device=fields["device"], **paths)
+        others = ("device", "ways")
+        paths = {name: Path(value) for name, value in fields.items() if name not in others and value is not None}
+        return cls(device=fields["device"], ways=tuple(fields["ways"]), **paths)

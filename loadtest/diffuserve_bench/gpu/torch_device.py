@@ -39,21 +39,23 @@ def compiler_on(device: torch.device) -> str:
     return "inductor" if device.type == "cuda" else "eager"
 
 
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def median_s(call: Callable[[], Any], device: torch.device, calls: int, *, inner: int = 1) -> float:
     """Seconds of a call: the median of `calls` measurements after one that is not counted, each of `inner` calls in a row, from
     before the first until the device has done the last."""
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     times_s = []
     for _ in range(1 + calls):
-        wait()
+        wait_for(device)
         started_s = time.perf_counter()
         for _ in range(inner):
             call()
-        wait()
+        wait_for(device)
         times_s.append((time.perf_counter() - started_s) / inner)
     return statistics.median(times_s[1:])

@@ -37,16 +37,22 @@ class Way:
 
 
 def ways(settings: Settings) -> list[Way]:
-    """Every engine for GPUs in each of its 16-bit precisions, those that cannot run here too; in a dry run what a CPU
-    runs in fp32."""
+    """Those that were asked for. Else every engine for GPUs in each of its 16-bit precisions, those that cannot run here too;
+    in a dry run what a CPU runs in fp32."""
     if settings.device == "cpu":
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it takes minutes, and a dry run only shows that everything runs
-        return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
-    return [
+    known = [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
-        if each.engine not in _ON_CPU and each.precision != "fp32"
     ]
+    if settings.ways:
+        found = {f"{way.engine}:{way.precision}": way for way in known}
+        asked = [name.split(":") for name in settings.ways]
+        lack = f"it is none of {', '.join(found)}"
+        return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
+    if settings.device == "cpu":
+        return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
+    return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
 
 
 def _has_torch() -> bool:
@@ -85,6 +91,8 @@ def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
         BundleError: the engine cannot load it.
     """
     component = on_way(bundle, manifest, stage, way)
+    if way.engine == "torch":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # this is a dry run, and compiling takes minutes
     return load_engine(bundle / component.files[0].path, component, threads=0)
 
 

@@ -30,6 +30,7 @@ _ABSENT = (
     "psutil",
     "tenacity",
     "tensorrt",
+    "tensorrt_rtx",
     "torch",
     "tqdm",
     "transformers",

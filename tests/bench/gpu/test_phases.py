@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from diffuserve.bundle.checksums import verify
+from diffuserve.engines.example_inputs import example_inputs
 from diffuserve.engines.gpu import gpu_architectures
 from diffuserve.tensors import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_bench.gpu import (
@@ -29,10 +31,11 @@ from diffuserve_bench.gpu import (
 from diffuserve_bench.gpu.record import Skipped
 from diffuserve_bench.gpu.settings import DRY, Settings
 from diffuserve_bench.gpu.torch_models import random_unet
-from diffuserve_bench.gpu.ways import Way, load, relative_error, ways
-from diffuserve_bench.torch_unet import Tensors
+from diffuserve_bench.gpu.ways import Way, first_loaded, load, relative_error, ways
+from diffuserve_bench.torch_unet import Tensors, TorchUnet
 from tests.bench.gpu.conftest import Written
 from tests.core.fakes import MODEL
+from tests.core.torch_facade import TorchFacade
 
 _ENGINE = {"engine": "onnxruntime", "precision": "fp32"}
 _FIRST_ENGINE = {"engine": "torch", "precision": "fp32"}
@@ -104,19 +107,53 @@ def test_an_error_is_a_share_of_the_output_s_deviation() -> None:
     assert math.isnan(relative_error({"x": np.full(4, np.nan, np.float32)}, expected))
 
 
+def on_host(settings: Settings) -> Settings:
+    """On an engine that takes arrays of the host only."""
+    return dataclasses.replace(settings, ways=("onnxruntime:fp32",))
+
+
 def test_the_loop_against_the_engine_and_against_whole_requests(settings: Settings, written: Written) -> None:
-    loop.measure(settings, written.record)
+    loop.measure(on_host(settings), written.record)
     assert all_positive(written)
     assert not written.parts
+    assert len(written.values("closed loop over the engine alone", "of its rows/s", arithmetic="host")) == 1
     assert len(written.values("closed loop over the engine alone", "of its rows/s")) == 1
     for batching in ("inflight srpt", "request", "none"):
-        assert len(written.values("saturation", "images/s to latents", batching=batching, **_FIRST_ENGINE)) == 1
+        assert len(written.values("saturation", "images/s to latents", batching=batching, **_ENGINE)) == 1
         assert len(written.values("latency, mean", "s", batching=batching, load=0.8)) == 1
         [slowdown] = written.values("slowdown, p95", "of the time alone", batching=batching, load=0.8)
         assert slowdown > 0
     # A request after another makes calls of its own two rows.
     assert written.values("saturation", "rows/call", batching="none") == [2.0]
     assert written.values("saturation", "rows/call", batching="inflight srpt")[0] > 2
+
+
+def test_the_loop_beside_an_engine_that_has_a_device(
+    settings: Settings, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way, engine = first_loaded(*model.model_in(settings), UNET, on_host(settings))
+    facade = TorchFacade(engine)
+    monkeypatch.setattr(loop, "first_loaded", lambda *arguments: (way, facade))
+    loop.measure(settings, written.record)
+    assert all_positive(written)
+    assert not written.parts
+    assert set(facade.kinds) == {True, False}
+    assert facade.kinds[-1]  # the open loop, as a pipeline would run it
+    for arithmetic in ("host", "device"):
+        named = {"arithmetic": arithmetic, **_ENGINE}
+        assert len(written.values("closed loop over the engine alone", "of its rows/s", **named)) == 1
+        assert len(written.values("engine alone", "rows/s", rows=2, **named)) == 1
+
+
+def test_pytorch_s_unet_makes_what_it_is_given(settings: Settings) -> None:
+    bundle, manifest = model.model_in(settings)
+    unet = TorchUnet(random_unet(bundle, torch.device("cpu"), torch.float32))
+    arrays = example_inputs(manifest.components[UNET].tensors, manifest.model, 2)
+    [of_arrays] = unet(arrays).values()
+    [of_tensors] = unet({name: torch.from_numpy(array) for name, array in arrays.items()}).values()
+    assert isinstance(of_tensors, torch.Tensor)
+    np.testing.assert_array_equal(of_arrays, of_tensors.numpy())
+    assert (of_arrays.dtype, of_arrays.shape) == (np.float32, arrays["sample"].shape)
 
 
 def test_the_stages_around_the_unet(settings: Settings, written: Written) -> None:
@@ -157,8 +194,6 @@ def test_the_pipeline_of_diffusers(settings: Settings, written: Written) -> None
 
 
 def test_a_graphed_unet_takes_what_the_pipeline_gives(settings: Settings) -> None:
-    import torch
-
     bundle, _ = model.model_in(settings)
     unet = random_unet(bundle, torch.device("cpu"), torch.float32)
     captured = []
@@ -216,6 +251,17 @@ def test_every_engine_for_gpus_says_what_it_lacks(settings: Settings, written: W
         ceilings.measure(on_gpu, written.record)
     with pytest.raises(Skipped, match=r"no engine loads the model\. torch-cuda fp16: .* And PyTorch: "):
         loop.measure(on_gpu, written.record)
+
+
+def test_ways_that_are_asked_for(settings: Settings, tmp_path: Path) -> None:
+    asked = dataclasses.replace(settings, ways=("openvino:fp32", "onnxruntime:fp32", "openvino:fp8"))
+    assert Settings.from_json(asked.to_json()) == asked
+    first, second, unknown = ways(asked)
+    assert [(way.engine, way.precision, way.lack) for way in (first, second)] == [
+        ("openvino", "fp32", ""),
+        ("onnxruntime", "fp32", ""),
+    ]
+    assert unknown.lack.startswith("it is none of onnxruntime:fp32, ")
 
 
 def test_a_graph_in_fp16_is_made_once_and_runs(settings: Settings) -> None:
