@@ -30,10 +30,13 @@ _DISABLE = "TORCH_COMPILE_DISABLE"  # PyTorch's own
 _COMPILING = threading.Lock()
 
 
+def compiling_is_off() -> str:
+    """Why nothing is to be compiled, nor loaded that was; empty if it may be."""
+    return f"${_DISABLE} is 1. Unset it" if os.environ.get(_DISABLE) == "1" else ""
+
+
 def compiler_lacks(device: torch.device) -> str:
     """What is missing to compile for a device ahead of time, and how to get it; empty if nothing is."""
-    if _is_disabled():
-        return f"${_DISABLE} is 1. Unset it"
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler}. Install one (apt-get install g++) or name another in $CXX"
@@ -55,8 +58,6 @@ def runs_triton(device: torch.device) -> bool:
     function."""
     import torch
 
-    if _is_disabled():
-        return False
     try:
         return bool(torch.compile(torch.neg)(torch.ones(1, device=device)).item() == -1)
     except Exception:  # PyTorch's compiler raises whatever comes
@@ -93,7 +94,3 @@ def scratch_folder() -> Iterator[Path]:
                     os.environ.pop(variable, None)
                 else:
                     os.environ[variable] = value
-
-
-def _is_disabled() -> bool:
-    return os.environ.get(_DISABLE) == "1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,13 @@ import torch
 
 from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.processor import usable_cores
-from diffuserve.engines.torch_compiler import compiler_lacks, inductor_folder, runs_triton, scratch_folder
+from diffuserve.engines.torch_compiler import (
+    compiler_lacks,
+    compiling_is_off,
+    inductor_folder,
+    runs_triton,
+    scratch_folder,
+)
 from diffuserve.errors import BundleError
 from diffuserve.tensors import HEIGHT, LATENT_HEIGHT, LATENT_WIDTH, NUMPY_DTYPE, TOKENS, WIDTH
 from diffuserve.torch_graphs.cuda_graphs import GraphedCalls
@@ -69,7 +74,9 @@ class Program:
         self._inputs, self._outputs = module.input_names, module.output_names
         # How many elements the largest value has for each of the first input.
         call, self._largest = _compiled(module, self._dims, path, component, device, self._threads)
-        self._call: Call = GraphedCalls(call) if device.type == "cuda" else call
+        # What makes or takes images keeps a GPU busy by itself, and a graph keeps all the memory that it uses.
+        has_images = any(HEIGHT in spec.dims for spec in (*component.tensors.inputs, *component.tensors.outputs))
+        self._call: Call = GraphedCalls(call) if device.type == "cuda" and not has_images else call
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Args:
@@ -106,21 +113,32 @@ def _compiled(
     module: OnnxModule, dims: Dims, path: Path, component: Component, device: torch.device, threads: int
 ) -> tuple[Call, float]:
     """What runs the module, and how many elements its largest value has for each of the first input; 0 where that does not
-    matter."""
-    lack = compiler_lacks(device)
+    matter. PyTorch's tracer and compiler raise whatever comes, and none of it is a reason not to run."""
+    lack = compiling_is_off()
     if not lack:
-        try:
-            package = _package(module, dims, path, component, device, threads)
-        except Exception as error:  # PyTorch's compiler raises whatever comes
-            log.debug("cannot compile", exc_info=True)
-            lack = f"PyTorch cannot compile {path}: {_first_line(error)}"
-        else:
+        decides = {"revision": _REVISION, "threads": threads, "device": _device_name(device)}
+        cache = CompiledCache(path, component, torch.__version__, decides)
+        if (package := _stored(cache, module)) is not None:
             return package, package.largest
-    if device.type == "cuda" and runs_triton(device):
-        _warn_once(
-            f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests wait: {lack}"
-        )
-        return _compiled_at_calls(exported(module, dims, _example(component, device))), 0
+        try:
+            program = exported(module, dims, _example(component, device))
+        except Exception as error:
+            lack = _failure(path, error)
+        else:
+            lack = compiler_lacks(device)
+            if not lack:
+                log.info("compiling %s for %s, which is kept for the next start", path, device)
+                try:
+                    package = _made(cache, program, module)
+                    return package, package.largest
+                except Exception as error:
+                    lack = _failure(path, error)
+            if device.type == "cuda" and runs_triton(device):
+                _warn_once(
+                    f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests "
+                    f"wait: {lack}"
+                )
+                return _compiled_at_calls(program), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")
     return lambda inputs: module(*inputs), 0
 
@@ -140,25 +158,17 @@ def _compiled_at_calls(program: torch.export.ExportedProgram) -> Call:
     return call
 
 
-def _package(
-    module: OnnxModule, dims: Dims, path: Path, component: Component, device: torch.device, threads: int
-) -> Package:
-    """From the cache if it is there."""
-    cache = CompiledCache(
-        path,
-        component,
-        torch.__version__,
-        {"revision": _REVISION, "threads": threads, "device": _device_name(device)},
-    )
+def _stored(cache: CompiledCache, module: OnnxModule) -> Package | None:
     for entry in cache.entries():
         try:
             return Package(entry / _PACKAGE_NAME, module)
         except Exception as error:
             cache.discard(entry, error)
-    log.info("compiling %s for %s, which is kept for the next start", path, device)
-    with scratch_folder() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what PyTorch's compiler does with itself
-        program = exported(module, dims, _example(component, device))
+    return None
+
+
+def _made(cache: CompiledCache, program: torch.export.ExportedProgram, module: OnnxModule) -> Package:
+    with scratch_folder() as scratch:
         compile_package(program, scratch / _PACKAGE_NAME)
         with cache.writing() as folder:
             if folder is not None:
@@ -180,8 +190,10 @@ def _example(component: Component, device: torch.device) -> dict[str, torch.Tens
     }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _failure(path: Path, error: Exception) -> str:
+    log.debug("cannot compile", exc_info=error)
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"PyTorch cannot compile {path}: {first_line}"
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,7 +96,8 @@ def exported(module: OnnxModule, dims: Dims, example: Mapping[str, torch.Tensor]
     )
     inputs = tuple(example[name] for name in module.input_names)
     # Without it a call of one row would be traced for itself.
-    with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    one_as_any = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.no_grad(), one_as_any, warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
         return torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
 
 

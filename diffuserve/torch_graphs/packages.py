@@ -5,6 +5,7 @@ A package is native code. It holds no weights: those of the module are used wher
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
     }
     if first.device.type != "cpu":
         settings["cpp.vec_isa_ok"] = False  # finding out what the processor has takes as long as all else in C++
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 

@@ -125,6 +125,18 @@ def _weights(path: Path) -> Iterator[np.ndarray]:
         yield onnx.numpy_helper.to_array(tensor)
 
 
+def test_what_is_stored_needs_no_compiler(
+    made: tuple[Path, Manifest],
+    compiled: TorchEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", "no-compiler")
+    inputs = unet_inputs(2)
+    np.testing.assert_array_equal(load(made)(inputs)["noise_pred"], compiled(inputs)["noise_pred"])
+    assert not caplog.records
+
+
 def test_weights_are_held_once(made: tuple[Path, Manifest], compiled: TorchEngine, cache: Path) -> None:
     """A package reads the module's own: what is written there changes what it gives."""
     import onnx
