@@ -12,7 +12,9 @@ from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.tensorrt_library import TENSORRT, TENSORRT_RTX
 from diffuserve.engines.torch import INSTALL as INSTALL_TORCH
 from diffuserve.engines.torch import cuda_unavailable as torch_cuda_unavailable
+from diffuserve.engines.torch import imported_torch
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
+from diffuserve.errors import BundleError
 
 # Packages that bring the same module under another name.
 _OTHER_NAMES = {
@@ -105,8 +107,8 @@ def _cuda() -> Unavailable | None:
 
 def _torch_cuda() -> Unavailable | None:
     try:
-        import torch
-    except ImportError:
+        torch = imported_torch()
+    except BundleError:
         return None  # which is said elsewhere
     missing = torch_cuda_unavailable(torch, gpu_architectures())
     return None if missing is NO_GPU else missing  # as is this

@@ -7,6 +7,7 @@ do anything. A program is made of the ONNX graph that every engine runs; see `di
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,9 @@ def imported_torch() -> Any:
     Raises:
         BundleError: it is not installed.
     """
+    # Read when it is loaded. Several models share the cores: threads that spin while they wait for each other keep each
+    # other, and other models', from running, and where a core is busy a call takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch
     except ImportError as error:
