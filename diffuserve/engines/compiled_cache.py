@@ -78,7 +78,7 @@ class CompiledCache:
         nothing can be written. An OSError within is not raised: there is no entry then."""
         for folder in self._folders:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o755, parents=True, exist_ok=True)
                 partial = Path(tempfile.mkdtemp(suffix=_PARTIAL, prefix=f".{self._name}-", dir=folder))
             except OSError:
                 continue

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import stat
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def user_cache_folder() -> Path | None:
@@ -29,11 +33,19 @@ def private_cache_folder() -> Path | None:
         return None
     folder = parent / "native"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        return folder if _is_private(folder) else None
-    except OSError:
+        # Of modes of their own, since a process without a umask would open them to all.
+        parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if _is_private(folder):
+            return folder
+    except OSError as error:
+        _warn_once(f"{folder} cannot be used ({error}), so what PyTorch compiles is not kept")
         return None
+    _warn_once(
+        f"{folder} is not used, so what PyTorch compiles is not kept: it must be a folder of this user's and no link, which "
+        f"nobody else may use (chmod 700), in one that not everybody may write to (chmod o-w {parent})"
+    )
+    return None
 
 
 def _is_private(folder: Path) -> bool:
@@ -45,3 +57,8 @@ def _is_private(folder: Path) -> bool:
         and not found.st_mode & 0o077
         and not above.st_mode & stat.S_IWOTH
     )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)

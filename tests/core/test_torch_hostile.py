@@ -150,7 +150,7 @@ def test_the_test_sees_what_is_unpickled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["open to all", "a link", "a file", "below a folder that is open to all"])
 def test_a_cache_folder_that_others_can_write_to_is_not_used(
-    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native = private_cache_folder()
@@ -168,6 +168,17 @@ def test_a_cache_folder_that_others_can_write_to_is_not_used(
         else:
             native.touch()
     assert private_cache_folder() is None
+    assert f"{native} " in caplog.text
+    assert "so what PyTorch compiles is not kept" in caplog.text
+
+
+def test_a_process_without_a_umask_makes_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        assert private_cache_folder() == tmp_path / "cache" / "diffuserve" / "native"
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
