@@ -68,7 +68,7 @@ class Package:
     def __init__(self, path: Path, module: torch.nn.Module) -> None:
         # PyTorch's own function finds out first what the processor has, by ten compilations: a minute, to warn if the package
         # was made on another one. Calls come one at a time, and without its own locks a call can become a CUDA graph.
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _NAME, True, 1, -1)  # type: ignore[attr-defined]
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _NAME, True, 1, -1)
         weights = dict(module.named_buffers())
         self._weights = {name: weights[name] for name in self._loader.get_constant_fqns()}
         # In the active buffer; all of them; used where they are.
