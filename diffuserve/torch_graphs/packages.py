@@ -18,6 +18,7 @@ Call = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 # Packages count elements in 32 bits.
 MOST_ELEMENTS = 2**31 - 1
+_NAME = "model"  # of the one program in a package
 _LARGEST = "diffuserve_largest_value"
 
 
@@ -65,14 +66,14 @@ class Package:
     """
 
     def __init__(self, path: Path, module: torch.nn.Module) -> None:
-        import torch._inductor
-
-        # Calls come one at a time, and without its own locks a call can become a CUDA graph.
-        self._package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        # PyTorch's own function finds out first what the processor has, by ten compilations: a minute, to warn if the package
+        # was made on another one. Calls come one at a time, and without its own locks a call can become a CUDA graph.
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _NAME, True, 1, -1)
         weights = dict(module.named_buffers())
-        self._weights = {name: weights[name] for name in self._package.get_constant_fqns()}
-        self._package.load_constants(self._weights, check_full_update=True, user_managed=True)
-        self.largest = float(self._package.get_metadata()[_LARGEST])
+        self._weights = {name: weights[name] for name in self._loader.get_constant_fqns()}
+        # In the active buffer; all of them; used where they are.
+        self._loader.load_constants(self._weights, False, True, True)
+        self.largest = float(self._loader.get_metadata()[_LARGEST])
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Args:
@@ -81,5 +82,5 @@ class Package:
         Returns:
             The outputs in theirs.
         """
-        outputs: Sequence[torch.Tensor] = self._package.loader.boxed_run(list(inputs))
+        outputs: Sequence[torch.Tensor] = self._loader.boxed_run(list(inputs))
         return outputs
