@@ -1,5 +1,5 @@
-"""Components on PyTorch, on the CPU or the first NVIDIA GPU, in this process; docs/engines.md
-says what has run on one.
+"""Components on PyTorch, on the CPU or the first NVIDIA GPU, in this process. docs/engines.md tells
+what of it has run on a GPU.
 
 PyTorch has a format of its own for programs (torch.export), which is not read: what reads it also unpickles, so a file could
 do anything. A program is made of the ONNX graph that every engine runs; see `diffuserve.torch_graphs`.
