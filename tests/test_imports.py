@@ -153,6 +153,7 @@ IN_TRAINING = [
     for name in (
         "averaging.py",
         "checkpoints.py",
+        "compose.py",
         "dataset.py",
         "latents.py",
         "half_range.py",
@@ -160,6 +161,7 @@ IN_TRAINING = [
         "lora_module.py",
         "optimisation.py",
         "muon.py",
+        "recognition.py",
         "run.py",
         "step_module.py",
         "vae_module.py",

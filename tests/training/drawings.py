@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from diffuserve_training.compose import MARGIN_PX, SPRITE_PX
 from diffuserve_training.config import Training
 from diffuserve_training.dataset import Icons
 from diffuserve_training.icons import Icon, rasterise
@@ -20,7 +21,7 @@ SHAPES = {
 COLOURS = {"glossy": "#d04040", "flat": "#4060d0"}
 
 
-def some_icons(cache: Path, size_px: int = 64) -> Icons:
+def some_icons(cache: Path) -> Icons:
     """Four names in two styles."""
     icons = [
         Icon(
@@ -29,11 +30,12 @@ def some_icons(cache: Path, size_px: int = 64) -> Icons:
             8,
             ("shape", "plain"),
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{svg}</svg>',
+            (f"{name} thing",),
         )
         for style, colour in COLOURS.items()
         for name, svg in ((name, shape.format(colour)) for name, shape in SHAPES.items())
     ]
-    return Icons(icons, rasterise(icons, size_px, 4, cache))
+    return Icons(icons, rasterise(icons, SPRITE_PX, MARGIN_PX, cache))
 
 
 def small_training(**optimisation: Any) -> Training:
@@ -49,7 +51,7 @@ def small_training(**optimisation: Any) -> Training:
     }
     return msgspec.convert(
         {
-            "data": {"size_px": 64, "margin_px": 4, "held_out": 0.2},
+            "data": {"size_px": 64, "sizes": [[64, 64, 0.7], [96, 64, 0.3]], "held_out": 0.3},
             "vae": {
                 "model": {
                     "block_out_channels": [8, 16, 16],

@@ -11,6 +11,7 @@ from torch import nn
 from diffuserve_training.config import Optimisation
 from diffuserve_training.muon import Muon, hidden_matrices, orthogonalised
 from diffuserve_training.optimisation import optimiser_of
+from diffuserve_training.progress import Progress
 
 
 def a_network() -> nn.Module:
@@ -58,7 +59,7 @@ def test_all_but_the_matrices_is_adamw() -> None:
     settings = Optimisation(
         steps=5, batch_size=1, learning_rate=1e-2, matrix_learning_rate=0.1, warmup_steps=0, weight_decay=0.1
     )
-    built = optimiser_of(ours, settings)
+    built = optimiser_of(ours, settings, Progress(settings))
     optimizer, schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
     assert isinstance(optimizer, Muon)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
@@ -82,11 +83,11 @@ def test_all_but_the_matrices_is_adamw() -> None:
 def test_a_state_that_was_saved_goes_on_as_it_would_have() -> None:
     whole = a_network()
     settings = Optimisation(steps=4, batch_size=1, learning_rate=1e-2, matrix_learning_rate=0.1)
-    first = optimiser_of(whole, settings)["optimizer"]
+    first = optimiser_of(whole, settings, Progress(settings))["optimizer"]
     set_gradients(whole, 0)
     first.step()
     resumed = copy.deepcopy(whole)
-    second = optimiser_of(resumed, settings)["optimizer"]
+    second = optimiser_of(resumed, settings, Progress(settings))["optimizer"]
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for network, optimizer in ((whole, first), (resumed, second)):
         set_gradients(network, 1)
@@ -94,6 +95,25 @@ def test_a_state_that_was_saved_goes_on_as_it_would_have() -> None:
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_matrices_shrink_by_their_own_decay() -> None:
+    plain, decayed = a_network(), a_network()
+    for network, decay in ((plain, 0.0), (decayed, 0.5)):
+        settings = Optimisation(
+            steps=4,
+            batch_size=1,
+            learning_rate=1e-2,
+            matrix_learning_rate=0.1,
+            warmup_steps=0,
+            matrix_weight_decay=decay,
+        )
+        set_gradients(network, 0)
+        before = [matrix.detach().clone() for matrix in hidden_matrices(network)]
+        built = optimiser_of(network, settings, Progress(settings))
+        built["optimizer"].step()
+    for first, one, other in zip(before, hidden_matrices(plain), hidden_matrices(decayed), strict=True):
+        torch.testing.assert_close(one - other, first * 0.1 * 0.5)
+
+
 def test_without_a_rate_for_matrices_all_is_adamw() -> None:
     settings = Optimisation(steps=4, batch_size=1, learning_rate=1e-2)
-    assert isinstance(optimiser_of(a_network(), settings)["optimizer"], torch.optim.AdamW)
+    assert isinstance(optimiser_of(a_network(), settings, Progress(settings))["optimizer"], torch.optim.AdamW)

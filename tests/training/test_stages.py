@@ -33,7 +33,7 @@ def trained(icons: Icons, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(training: Training, icons: Icons, folder: Path) -> None:
     train_vae(training, icons, folder)
-    train_ldm(training, icons, folder, folder / "cache")
+    train_ldm(training, icons, folder)
 
 
 def weights(folder: Path, stage: str = "ldm") -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(icons: Icons, tr
         train_vae(small_training(steps=steps), icons, tmp_path)
         assert same(weights(trained, "vae"), weights(tmp_path, "vae")) == (steps == 4)
     for steps in (2, 4):  # on the finished autoencoder, as the unbroken run was
-        train_ldm(small_training(steps=steps), icons, tmp_path, tmp_path / "cache")
+        train_ldm(small_training(steps=steps), icons, tmp_path)
         assert same(weights(trained), weights(tmp_path)) == (steps == 4)
 
 
@@ -69,7 +69,7 @@ def test_a_stage_does_not_go_on_with_another_trainings_run(icons: Icons, trained
         with pytest.raises(ConfigError, match=r"another training's run.* remove .*vae-run"):
             train_vae(training, some, trained)
         with pytest.raises(ConfigError, match=r"another training's run.* remove .*ldm-run"):
-            train_ldm(training, some, trained, tmp_path / "cache")
+            train_ldm(training, some, trained)
     shutil.copytree(trained / "vae", tmp_path / "vae")
     train_decoder(small_training(steps=1), icons, tmp_path)
     train_decoder(small_training(steps=2), icons, tmp_path)
@@ -100,7 +100,7 @@ def test_a_checkpoint_can_be_gone_on_from(icons: Icons, trained: Path, tmp_path:
 
     start = trained / "checkpoint"
     slow = small_training(steps=1, learning_rate=1e-6, matrix_learning_rate=1e-6)
-    train_ldm(slow, icons, tmp_path / "on", tmp_path / "cache", start=start)
+    train_ldm(slow, icons, tmp_path / "on", start=start)
     assert largest_change(tmp_path / "on") < 1e-3
     train_decoder(small_training(), icons, tmp_path / "on", start=start)
     one, other = (
@@ -133,14 +133,26 @@ def test_what_is_left_is_a_checkpoint_of_half_precision_that_draws(trained: Path
 
 
 def test_a_checkpoint_is_evaluated_on_what_is_asked_for(icons: Icons, trained: Path) -> None:
+    from diffuserve_training.cases import SHARES
     from diffuserve_training.evaluate import evaluate
 
-    figures, images = evaluate(trained / "checkpoint", icons, small_training().data, 5, styles=("flat",))
-    assert images.shape == (5, 64, 64, 3)
-    assert (figures.candidates, figures.seen.count, figures.held_out.count) == (4, 4, 1)
-    assert 0 <= figures.seen.top1 <= figures.seen.top5 <= 1
+    data = small_training().data
+    figures, images, cases = evaluate(trained / "checkpoint", icons, data, 12, styles=("flat",))
+    assert images.shape == (12, 64, 64, 3)
+    assert {icons.icons[thing.icon].style for case in cases for thing in case.description.things} == {"flat"}
+    assert sum(figures.named[group].count for group in SHARES) == figures.aspects["style"].count == 12
+    assert 0 < figures.aspects["place"].count < 12
     assert figures.vae_psnr_db > 0
     assert figures.lora is None
+
+
+def test_a_training_may_have_a_time_instead_of_steps(icons: Icons, trained: Path, tmp_path: Path) -> None:
+    """However many steps that are, its checkpoint is there in the end."""
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    train_ldm(small_training(steps=10_000), icons, tmp_path, seconds=0.5)
+    assert (tmp_path / "checkpoint" / "model_index.json").is_file()
+    assert (tmp_path / "ldm.png").is_file()
+    assert not (tmp_path / "ldm-run" / "last.ckpt").exists()
 
 
 def test_it_learns(icons: Icons, trained: Path, tmp_path: Path) -> None:
@@ -150,6 +162,7 @@ def test_it_learns(icons: Icons, trained: Path, tmp_path: Path) -> None:
 
     train_vae(small_training(steps=60, every=60, ema_decay=0.9, learning_rate=4e-3), icons, tmp_path)
     after_4, after_60 = (
-        vae_psnr_db(AutoencoderKL.from_pretrained(folder / "vae"), icons) for folder in (trained, tmp_path)
+        vae_psnr_db(AutoencoderKL.from_pretrained(folder / "vae"), icons, small_training().data)
+        for folder in (trained, tmp_path)
     )
     assert after_60 > after_4 + 1

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+import copy
+
+import torch
+from torch import nn
 
 
-def average_of(module: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a module's weights. The decay begins low and rises to `decay`, as in
+class Average(nn.Module):
+    """An exponential moving average of a module's weights, in `module`. The decay begins low and rises to `decay`, as in
     TensorFlow's ExponentialMovingAverage: min(decay, (1 + n) / (10 + n)) after n updates."""
 
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        rising = (1 + int(count)) / (10 + int(count))
-        return averaged.lerp(current, 1 - min(decay, rising))
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self._decay = decay
 
-    averaged = AveragedModel(module, avg_fn=average)
-    averaged.requires_grad_(False)
-    return averaged
+    @torch.no_grad()
+    def update(self, module: nn.Module, count: int) -> None:
+        """With the weights of a step, before which there were `count` updates."""
+        share = 1 - min(self._decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), share)

@@ -1,4 +1,4 @@
-"""The twelve colours on which icons are laid, and how captions call them."""
+"""The twelve colours on which things lie, and how captions call them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 NAMES = tuple(BACKGROUNDS)
 COLOURS: NDArray[np.uint8] = np.array(list(BACKGROUNDS.values()), np.uint8)
 """(12, 3), in the order of `NAMES`."""
-
-
-def lay_on(icons: NDArray[np.uint8], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Icons over plain colours.
-
-    Args:
-        icons: (N, H, W, 4) uint8, alpha not premultiplied.
-        colours: (N, 3) uint8.
-
-    Returns:
-        (N, H, W, 3) uint8.
-    """
-    alpha = icons[..., 3:].astype(np.uint16)
-    laid = icons[..., :3] * alpha + colours[:, None, None, :] * (255 - alpha)
-    return ((laid + 127) // 255).astype(np.uint8)
 
 
 def nearest_background(colour: NDArray[np.floating]) -> str:

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from diffuserve_training.half_range import fit_half_range
 
 
-def save_vae(vae: Any, scaling_factor: float, images: NDArray[np.float32], folder: Path) -> Any:
+def save_vae(vae: Any, scaling_factor: float, images: torch.Tensor, folder: Path) -> Any:
     """The autoencoder in fp32, since stage two measures its latents with it; in fp16 it will not overflow on images like those
     that are given.
 
@@ -24,7 +22,7 @@ def save_vae(vae: Any, scaling_factor: float, images: NDArray[np.float32], folde
         What was saved.
     """
     vae = copy.deepcopy(vae)
-    fit_half_range(vae, torch.from_numpy(images))
+    fit_half_range(vae, images)
     vae.register_to_config(scaling_factor=scaling_factor)
     _replace(folder, vae.save_pretrained)
     return vae
@@ -62,7 +60,7 @@ def replace_vae(checkpoint: Path, vae: Any) -> None:
 
 
 def _half(module: Any) -> Any:
-    half = copy.deepcopy(module).to(torch.float16).eval()
+    half = copy.deepcopy(module).to("cpu", torch.float16).eval()
     if hasattr(half, "register_to_config"):  # diffusers would tell everyone from which folder it was loaded
         half.register_to_config(_name_or_path="")
     return half

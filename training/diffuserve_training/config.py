@@ -32,16 +32,16 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         styles: keys of `diffuserve_training.icons.STYLES`.
-        names: file with one name a line, relative to the config; None for all.
-        size_px: side of the images.
-        margin_px: left free on each side of an icon.
-        held_out: share of the combinations of name and background that are kept from training.
+        names: file with one name a line, and what else it is called behind "=", relative to the config; None for all.
+        size_px: side of the native pictures.
+        sizes: width, height and share of the steps of all sizes; those that are larger come in smaller batches.
+        held_out: share of the combinations of name and colour, and of two names, that are kept from training.
     """
 
     styles: Sequence[str] = ("glossy", "flat")
     names: str | None = None
     size_px: Count = 128
-    margin_px: Annotated[int, msgspec.Meta(ge=0)] = 6
+    sizes: Sequence[tuple[Count, Count, Share]] = ((128, 128, 1.0),)
     held_out: Share = 0.1
 
     def __post_init__(self) -> None:
@@ -59,6 +59,7 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         batch_size: on each device.
         learning_rate: AdamW's.
         matrix_learning_rate: Muon's, which then trains the matrices inside the networks; None leaves all to AdamW.
+        matrix_weight_decay: of Muon's matrices, decoupled, times the rate.
         ema_decay: of the averaged weights, which are what is kept.
         every: steps between checkpoints and grids of samples.
     """
@@ -71,16 +72,14 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooldown_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    matrix_weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     clip_norm: Positive = 1.0
     ema_decay: Share = 0.999
     every: Count = 1000
     seed: int = 0
 
-    def is_cooling(self, step: int) -> bool:
-        return step >= self.steps - self.cooldown_steps
-
-    def rate(self, step: int) -> float:
-        """The learning rate's factor, 0 .. 1, at a step from 0."""
+    def rate(self, step: float) -> float:
+        """The learning rate's factor, 0 .. 1, at a step from 0, or between two."""
         up = min(1.0, (step + 1) / (self.warmup_steps + 1))
         down = (self.steps - step) / self.cooldown_steps if self.cooldown_steps else 1.0
         return max(0.0, min(up, down))
@@ -89,7 +88,7 @@ class Optimisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Attributes:
     model: of diffusers' AutoencoderKL.
-    crop_px: side of random crops to train on until the rate falls; then, or where it is None, whole images.
+    crop_px: side of crops around things to train on until the rate falls; then, or where it is None, whole pictures.
     latent_noise: deviation of the noise on the latents that the decoder sees, before scaling.
     edge_weight: of the difference of the images' gradients in the loss.
     latent_weight: of the mean squared latent in the loss.
@@ -114,7 +113,7 @@ class Ldm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: of diffusers' DDIMScheduler.
     empty_captions: share of the captions that are left empty, for guidance.
     min_snr_gamma: of min-SNR weighting (Hang et al., arXiv:2303.09556); None for a uniform weight on v.
-    noise_levels: how many noisy versions of an image share one call of the text encoder.
+    noise_levels: how many noisy versions of a picture share its drawing, its latents and one call of the text encoder.
     defaults: what diffuserve.json offers to those who do not say: steps, guidance_scale, sampler.
     """
 
@@ -150,8 +149,8 @@ def read_config(path: Path, kind: type[Section]) -> Section:
         raise ConfigError(f"{path} is not a training's configuration: {error}.") from None
 
 
-def read_names(config: Path, data: Data) -> frozenset[str] | None:
-    """The icons' names that the data is limited to."""
+def read_names(config: Path, data: Data) -> dict[str, tuple[str, ...]] | None:
+    """The icons' names that the data is limited to, each with what else it is called."""
     if data.names is None:
         return None
     path = config.parent / data.names
@@ -161,7 +160,12 @@ def read_names(config: Path, data: Data) -> frozenset[str] | None:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}). Convert it.") from None
-    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    names = {}
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            name, *others = (part.strip() for part in line.split("="))
+            names[name] = tuple(others)
+    return names
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,26 +3,30 @@ killed and resumed goes on as if nothing had happened, and every device draws it
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
-from diffuserve_training.backgrounds import COLOURS, NAMES, lay_on
-from diffuserve_training.captions import caption
+from diffuserve_training.compose import MARGIN_PX, SPRITE_PX, Layout, atlas_of
 from diffuserve_training.config import ConfigError, Data, read_names
-from diffuserve_training.icons import Icon, load_icons, rasterise
+from diffuserve_training.description import Describer, Description, HeldOut
+from diffuserve_training.icons import Icon, extents_of, load_icons, rasterise
+from diffuserve_training.layout import lay_out
+
+_PAIR_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class Icons:
-    """The icons of a training and their drawings, (N, size, size, 4) uint8."""
+    """The icons of a training and their drawings, (N, 160, 160, 4) uint8."""
 
     icons: list[Icon]
     drawn: NDArray[np.uint8]
@@ -33,84 +37,78 @@ class Icons:
         icons = load_icons(cache, data.styles)
         names = read_names(config, data)
         if names is not None:
-            missing = sorted(names - {icon.name for icon in icons})
+            missing = sorted(set(names) - {icon.name for icon in icons})
             if missing:
                 raise ConfigError(f"{data.names} names {missing[0]!r}, which no style of {', '.join(data.styles)} has.")
-            icons = [icon for icon in icons if icon.name in names]
-        return cls(icons, rasterise(icons, data.size_px, data.margin_px, cache))
+            icons = [replace(icon, others=names[icon.name]) for icon in icons if icon.name in names]
+        return cls(icons, rasterise(icons, SPRITE_PX, MARGIN_PX, cache))
 
+    @cached_property
+    def extents(self) -> NDArray[np.float32]:
+        """(N, 2): width and height of each drawing, the longer of them 1."""
+        return extents_of(self.drawn)
 
-def is_held_out(name: str, background: str, share: float) -> bool:
-    """Whether a combination is kept from training, in every style; the same on every machine."""
-    digest = hashlib.sha256(f"{name}|{background}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") < share * 2**32
+    @cached_property
+    def atlas(self) -> Tensor:
+        """As `compose` takes it."""
+        return atlas_of(self.drawn)
 
 
 class Steps(IterableDataset[Any]):
     """Batches from step `start()` on, without an end; it is asked when they begin, since a run that goes on knows its step
-    only after the loader has been made."""
+    only after the loader has been made. Workers take turns."""
 
     def __init__(self, batch_of: Callable[[int], Any], start: Callable[[], int]) -> None:
         self._batch_of = batch_of
         self._start = start
 
     def __iter__(self) -> Iterator[Any]:
-        step = self._start()
+        worker = get_worker_info()
+        step = self._start() + (worker.id if worker else 0)
         while True:
             yield self._batch_of(step)
-            step += 1
+            step += worker.num_workers if worker else 1
 
 
-def image_batch(
-    icons: Icons, *, seed: tuple[int, ...], batch_size: int, crop_px: int | None = None
-) -> NDArray[np.float32]:
-    """Icons on plain colours: one of the twelve, or in half of the images any.
+class Pictures:
+    """What pictures are trained on: their layouts and descriptions by seed."""
 
-    Returns:
-        (batch, 3, H, W) float32 in -1 .. 1.
-    """
-    choose = np.random.default_rng(seed)
-    chosen = choose.integers(len(icons.icons), size=batch_size)
-    colours = COLOURS[choose.integers(len(COLOURS), size=batch_size)]
-    anything = choose.integers(256, size=(batch_size, 3), dtype=np.uint8)
-    colours = np.where(choose.random((batch_size, 1)) < 0.5, colours, anything)
-    images = lay_on(icons.drawn[chosen], colours)
-    if crop_px is not None:
-        top, left = choose.integers(images.shape[1] - crop_px + 1, size=2)
-        images = images[:, top : top + crop_px, left : left + crop_px]
-    return to_unit(images)
+    def __init__(self, icons: Icons, data: Data) -> None:
+        self._icons = icons
+        self._data = data
+        self._describe = Describer(icons.icons, HeldOut(data.held_out))
 
+    def batch(self, seed: tuple[int, ...], batch_size: int) -> tuple[Layout, list[Description], random.Random]:
+        """About as many pixels as `batch_size` native pictures have, all of one size.
 
-def to_unit(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in -1 .. 1."""
-    scaled: NDArray[np.float32] = images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    return np.ascontiguousarray(scaled)
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Every icon on every background, encoded once.
-
-    Attributes:
-        icons: N of them.
-        encoded: (N, 12, C, h, w) float16, scaled to unit variance.
-        held_out: share of the combinations that are never drawn.
-    """
-
-    icons: list[Icon]
-    encoded: NDArray[np.float16]
-    held_out: float
-
-    def batch(self, seed: tuple[int, ...], batch_size: int, empty: float) -> tuple[NDArray[np.float32], list[str]]:
-        """Latents (batch, C, h, w) float32 and their captions, of which the share `empty` is empty."""
+        Returns:
+            The pictures, what is said of them, and where further chance comes from.
+        """
         choose = random.Random(str(seed))  # noqa: S311 - training data, no secret
-        latents: list[NDArray[np.float16]] = []
-        captions: list[str] = []
-        while len(captions) < batch_size:
-            index, background = choose.randrange(len(self.icons)), choose.randrange(len(NAMES))
-            icon = self.icons[index]
-            if is_held_out(icon.name, NAMES[background], self.held_out):
-                continue
-            latents.append(self.encoded[index, background])
-            captions.append("" if choose.random() < empty else caption(icon, NAMES[background], choose))
-        return np.stack(latents).astype(np.float32), captions
+        sizes = [(width, height) for width, height, _ in self._data.sizes]
+        [size] = choose.choices(sizes, [share for _, _, share in self._data.sizes])
+        count = max(1, batch_size * self._data.size_px**2 // (size[0] * size[1]))
+        return *self._of_size(size, count, choose), choose
+
+    def native(self, count: int, choose: random.Random) -> tuple[Layout, list[Description]]:
+        """Pictures of the native size, and what is said of them."""
+        return self._of_size((self._data.size_px, self._data.size_px), count, choose)
+
+    def crops(self, seed: tuple[int, ...], batch_size: int, side: int) -> Layout:
+        """Squares around things of native pictures, as many pixels as `batch` has."""
+        choose = random.Random(str(seed))  # noqa: S311 - training data, no secret
+        layout, _ = self.native(max(1, batch_size * self._data.size_px**2 // side**2), choose)
+        return layout.cropped(side, choose)
+
+    def _of_size(self, size: tuple[int, int], count: int, choose: random.Random) -> tuple[Layout, list[Description]]:
+        pairs = round(count * _PAIR_SHARE)
+        descriptions = [self._describe(choose, 2 if index < pairs else 1) for index in range(count)]
+        return self.layout(descriptions, size, choose), descriptions
+
+    def layout(self, descriptions: list[Description], size: tuple[int, int], choose: random.Random) -> Layout:
+        """Pictures that fit; those of two things come first."""
+        pictures = [
+            lay_out(each, self._icons.icons, self._icons.extents, size, choose, self._describe.background)
+            for each in descriptions
+        ]
+        return Layout.of(pictures, size)

@@ -6,30 +6,32 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from diffuserve.files import write_whole
-from diffuserve_training.backgrounds import COLOURS, NAMES, lay_on
 from diffuserve_training.captions import caption
-from diffuserve_training.dataset import Icons
+from diffuserve_training.compose import compose
+from diffuserve_training.config import Data
+from diffuserve_training.dataset import Icons, Pictures
 
-_BACKGROUNDS_AN_ICON = 2
+_PICTURES_AN_ICON = 2
 
 
-def write_icons(icons: Icons, folder: Path, seed: int = 0) -> int:
-    """Every icon on two backgrounds, NUMBER.png, and metadata.jsonl.
+def write_icons(icons: Icons, data: Data, folder: Path, seed: int = 0) -> int:
+    """About two pictures an icon, NUMBER.png, and metadata.jsonl.
 
     Returns:
         The number of pictures.
     """
     choose = random.Random(seed)  # noqa: S311 - training data, no secret
     folder.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    for icon, drawn in zip(icons.icons, icons.drawn, strict=True):
-        for background in choose.sample(range(len(NAMES)), _BACKGROUNDS_AN_ICON):
-            name = f"{len(lines):05}.png"
-            [image] = lay_on(drawn[None], COLOURS[background][None])
-            Image.fromarray(image).save(folder / name)
-            lines.append(json.dumps({"file_name": name, "text": caption(icon, NAMES[background], choose)}))
+    layout, descriptions = Pictures(icons, data).native(_PICTURES_AN_ICON * len(icons.icons), choose)
+    images = ((compose(icons.atlas, layout).permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+    lines = []
+    for number, (image, description) in enumerate(zip(images, descriptions, strict=True)):
+        name = f"{number:05}.png"
+        Image.fromarray(image).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": caption(description, icons.icons, choose)}))
     write_whole(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)

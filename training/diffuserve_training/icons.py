@@ -16,7 +16,7 @@ from diffuserve_training.packages import EMOJIBASE, FLUENT, FLUENT_FLAT, NOTO, P
 
 STYLES: dict[str, Package] = {"glossy": FLUENT, "flat": FLUENT_FLAT, "noto": NOTO}
 _SKIN_TONES = re.compile(r"-(light|medium-light|medium|medium-dark|dark)(-skin-tone)?$")
-_RENDERER = 1  # of the cache's files; another one when what it draws changes
+_RENDERER = 2  # of the cache's files; another one when what it draws changes
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Icon:
         name: what it shows, in lower case, as Unicode names it: "red apple".
         style: a key of `STYLES`.
         group: emojibase's: 0 smileys, 1 people, 3 animals, 4 food, 5 places, 6 activities, 7 objects, 8 symbols, 9 flags.
-        tags: other words for it.
+        tags: words that go with it.
         svg: the drawing.
+        others: other names for it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Icon:
     group: int
     tags: tuple[str, ...]
     svg: str
+    others: tuple[str, ...] = ()
 
 
 def load_icons(cache: Path, styles: Sequence[str]) -> list[Icon]:
@@ -78,7 +80,13 @@ def _icons_of(style: str, entries: dict[str, dict[str, Any]], cache: Path) -> li
 
 
 def rasterise(icons: Sequence[Icon], size_px: int, margin_px: int, cache: Path) -> NDArray[np.uint8]:
-    """Draws every icon, centred; what was drawn before is read from `cache`.
+    """Draws every icon without the empty space around it, centred; what was drawn before is read from `cache`.
+
+    Args:
+        icons: N of them.
+        size_px: side of the square canvas.
+        margin_px: free on each side; the drawing's longer side takes the rest.
+        cache: folder.
 
     Returns:
         (N, size, size, 4) uint8, red, green, blue and alpha, not premultiplied.
@@ -90,16 +98,25 @@ def rasterise(icons: Sequence[Icon], size_px: int, margin_px: int, cache: Path) 
     digest = hashlib.sha256(f"{_RENDERER} {size_px} {margin_px}".encode())
     for icon in icons:
         digest.update(icon.svg.encode())
-    path = cache / f"icons-{digest.hexdigest()[:16]}.npy"
+    path = cache / f"icons-{digest.hexdigest()[:16]}.npz"
     if path.is_file():
-        drawn: NDArray[np.uint8] = np.load(path, allow_pickle=False)
+        with np.load(path, allow_pickle=False) as file:
+            drawn: NDArray[np.uint8] = file["drawn"]
         return drawn
     drawn = np.stack([_draw(icon.svg, size_px, margin_px) for icon in icons])
     stream = io.BytesIO()
-    np.save(stream, drawn, allow_pickle=False)
+    np.savez_compressed(stream, drawn=drawn)
     cache.mkdir(parents=True, exist_ok=True)
     write_whole(path, stream.getbuffer())
     return drawn
+
+
+def extents_of(drawn: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(N, 2): width and height of each drawing, the longer of them 1."""
+    seen = drawn[..., 3] > 127
+    sides = np.stack([seen.any(axis=1).sum(axis=1), seen.any(axis=2).sum(axis=1)], axis=1).astype(np.float32)
+    extents: NDArray[np.float32] = sides / sides.max(axis=1, keepdims=True)
+    return extents
 
 
 def _draw(svg: str, size_px: int, margin_px: int) -> NDArray[np.uint8]:
@@ -107,9 +124,12 @@ def _draw(svg: str, size_px: int, margin_px: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     side = size_px - 2 * margin_px
-    # The height follows from the drawing's proportions; the longer side is the given one.
-    drawn = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=side, skip_system_fonts=True)))
-    drawn.thumbnail((side, side), Image.Resampling.LANCZOS)
+    # Twice as large as needed, since the space around the drawing is not yet known.
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * side, skip_system_fonts=True)
+    with Image.open(io.BytesIO(png)) as whole:
+        drawn = whole.crop(whole.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
+    width, height = (max(1, round(length * side / max(drawn.size))) for length in drawn.size)
+    fitted = drawn.resize((width, height), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size_px, size_px))
-    canvas.paste(drawn, ((size_px - drawn.width) // 2, (size_px - drawn.height) // 2))
+    canvas.paste(fitted, ((size_px - fitted.width) // 2, (size_px - fitted.height) // 2))
     return np.asarray(canvas)

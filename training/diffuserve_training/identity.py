@@ -59,15 +59,14 @@ def file_digest(path: Path) -> bytes:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def weights_digest(*modules: Any, only: tuple[str, ...] = ("",), before: bytes = b"") -> bytes:
+def weights_digest(*modules: Any, only: tuple[str, ...] = ("",)) -> bytes:
     """Of fp32 weights on the CPU.
 
     Args:
         modules: of PyTorch.
         only: beginnings of the names of those that count.
-        before: what is digested ahead of them.
     """
-    digest = hashlib.sha256(before)
+    digest = hashlib.sha256()
     for name, weight in _weights(modules):
         if name.startswith(only):
             digest.update(name.encode())

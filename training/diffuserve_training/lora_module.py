@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffuserve_training.config import ConfigError, Lora
-from diffuserve_training.dataset import to_unit
 from diffuserve_training.identity import begin_run, file_digest, weights_digest, without_steps
 from diffuserve_training.optimisation import optimiser_of
 from diffuserve_training.pictures import Picture, load_square
@@ -56,7 +55,7 @@ class LoraModule(StepModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return optimiser_of(self.unet, self.optimisation)
+        return optimiser_of(self.unet, self.optimisation, self.progress)
 
     def batch(self, step: int, seed: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
         choose = random.Random(str(seed))  # noqa: S311 - training data, no secret
@@ -123,7 +122,8 @@ def _encode_pictures(pipeline: Any, pictures: Sequence[Picture], size_px: int) -
     latents = []
     with torch.inference_mode():
         for picture in pictures:
-            image = torch.from_numpy(to_unit(load_square(picture.path, size_px)[None]))
+            square = torch.from_numpy(load_square(picture.path, size_px).copy())
+            image = square.permute(2, 0, 1)[None].float() / 127.5 - 1
             latents.append(pipeline.vae.encode(image).latent_dist.mode() * pipeline.vae.config.scaling_factor)
     return torch.cat(latents).clone()
 

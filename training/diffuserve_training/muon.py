@@ -31,16 +31,16 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """(m, n), any dtype, to bf16 with the same singular vectors and singular values near one."""
-    wide = matrix.bfloat16()
-    if transposed := len(wide) > wide.shape[1]:
-        wide = wide.T
-    wide = wide / (1.01 * wide.norm() + 1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """(..., m, n), any dtype, to bf16 with the same singular vectors and singular values near one."""
+    wide = matrices.bfloat16()
+    if transposed := wide.shape[-2] > wide.shape[-1]:
+        wide = wide.mT
+    wide = wide / (1.01 * wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for linear, cubic, quintic in _POLYNOMIALS:
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), wide, beta=linear)
-    return wide.T if transposed else wide
+        gram = wide @ wide.mT
+        wide = linear * wide + (cubic * gram + quintic * (gram @ gram)) @ wide
+    return wide.mT if transposed else wide
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,9 +61,15 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
+        matrix_weight_decay: float = 0.0,
     ) -> None:
         groups = [
-            {"params": list(matrices), "matrices": True, "lr": matrix_learning_rate, "weight_decay": 0.0},
+            {
+                "params": list(matrices),
+                "matrices": True,
+                "lr": matrix_learning_rate,
+                "weight_decay": matrix_weight_decay,
+            },
             {"params": list(others), "matrices": False, "lr": learning_rate, "weight_decay": weight_decay},
         ]
         super().__init__(groups, {"momentum": momentum, "betas": betas})
@@ -76,33 +82,50 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._update_matrix if group["matrices"] else self._update_other
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, parameter.grad, group)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not trained:
+                continue
+            if group["matrices"]:
+                self._update_matrices(trained, group)
+            else:
+                self._update_others(trained, group)
         return loss
 
-    def _update_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"]).reshape(len(parameter), -1)  # Nesterov's
-        rows, columns = ahead.shape
-        rate = group["lr"] * max(1, rows / columns) ** 0.5
-        parameter.add_(orthogonalised(ahead).view_as(parameter), alpha=-rate)
+    def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Those of one shape together, since a GPU has little to do for one alone."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        for parameter in parameters:
+            alike.setdefault(tuple(parameter.shape), []).append(parameter)
+        for shape, some in alike.items():
+            gradients = [parameter.grad for parameter in some if parameter.grad is not None]
+            momenta = [self.state[parameter]["momentum"] for parameter in some]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)  # Nesterov's
+            rows, columns = ahead.shape[1:]
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            updates = orthogonalised(ahead).to(some[0].dtype).reshape(-1, *shape)
+            if group["weight_decay"]:
+                torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(some, list(updates.unbind()), alpha=-rate)
 
-    def _update_other(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        if not state:
-            state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+    def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update(
+                    step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter)
+                )
+        states = [self.state[parameter] for parameter in parameters]
         adamw(
-            [parameter],
-            [gradient],
-            [state["mean"]],
-            [state["square"]],
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
             [],
-            [state["step"]],
+            [state["step"] for state in states],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -9,9 +9,10 @@ from torch import nn
 
 from diffuserve_training.config import Optimisation
 from diffuserve_training.muon import Muon, hidden_matrices
+from diffuserve_training.progress import Progress
 
 
-def optimiser_of(network: nn.Module, optimisation: Optimisation) -> dict[str, Any]:
+def optimiser_of(network: nn.Module, optimisation: Optimisation, progress: Progress) -> dict[str, Any]:
     """What trains the parameters of `network` that require gradients, and its schedule, as Lightning takes them."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -33,6 +34,7 @@ def optimiser_of(network: nn.Module, optimisation: Optimisation) -> dict[str, An
             learning_rate=optimisation.learning_rate,
             betas=optimisation.betas,
             weight_decay=optimisation.weight_decay,
+            matrix_weight_decay=optimisation.matrix_weight_decay,
         )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optimisation.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, progress.rate)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

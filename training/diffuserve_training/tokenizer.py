@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffuserve_training.backgrounds import NAMES
-from diffuserve_training.captions import STYLE_WORDS, caption, plain_caption
+from diffuserve_training.captions import caption, vocabulary
+from diffuserve_training.description import TURNS, Describer, HeldOut
 from diffuserve_training.icons import Icon
 
 _CAPTIONS_AN_ICON = 8
@@ -34,11 +35,14 @@ def tokenizer_from_captions(captions: Sequence[str], *, vocabulary: int, tokens:
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=tokens)
 
 
-def sample_captions(icons: Sequence[Icon], seed: int) -> list[str]:
+def sample_captions(icons: Sequence[Icon], held_out: float, seed: int) -> list[str]:
     """Some captions for every icon, with every word that a caption can have."""
     choose = random.Random(seed)  # noqa: S311 - training data, no secret
-    captions = [caption(icon, choose.choice(NAMES), choose) for icon in icons for _ in range(_CAPTIONS_AN_ICON)]
-    words = {icon.style for icon in icons}
-    captions += [plain_caption(" ".join(icon.tags), icon.style, choose.choice(NAMES)) for icon in icons]
-    captions += [f"{word}, {name} background" for style in words for word in STYLE_WORDS[style] for name in NAMES]
+    describe = Describer(icons, HeldOut(held_out))
+    count = _CAPTIONS_AN_ICON * len(icons) // 2
+    captions = [caption(describe(choose, things), icons, choose) for things in (1, 2) for _ in range(count)]
+    captions += [" ".join((icon.name, *icon.others, *icon.tags)) for icon in icons]
+    captions += vocabulary(sorted({icon.style for icon in icons})) * len(NAMES)
+    captions += [f"on a {name} background" for name in NAMES] * len(TURNS)
+    captions += [f"a {turn} mirrored" for turn in TURNS] * len(NAMES)
     return captions

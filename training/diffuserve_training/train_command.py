@@ -29,7 +29,12 @@ _cache = click.option(
     "--cache",
     type=_PATH,
     default=Path("~/.cache/diffuserve-training").expanduser(),
-    help="Folder for icons and latents  [default: ~/.cache/diffuserve-training]",
+    help="Folder for icons  [default: ~/.cache/diffuserve-training]",
+)
+_seconds = click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Train so long instead of so many steps: the rate rises and falls within it. Leaves nothing to go on from.",
 )
 _devices = click.option("--devices", default="auto", show_default=True, help="As Lightning takes them: auto, 1, 0,1.")
 
@@ -42,7 +47,7 @@ _start = click.option(
 
 def _stage(function: Callable[..., None]) -> Callable[..., None]:
     """The options of what trains the bundled model."""
-    for option in (_devices, _cache, _output, _config):
+    for option in (_seconds, _devices, _cache, _output, _config):
         function = option(function)
     return function
 
@@ -62,31 +67,31 @@ def command() -> None:
 
 @command.command("vae")
 @_stage
-def vae(config: Path, output: Path, cache: Path, devices: str) -> None:
+def vae(config: Path, output: Path, cache: Path, devices: str, seconds: float | None) -> None:
     """Stage one: the autoencoder."""
     from diffuserve_training.stages import train_vae
 
-    train_vae(*_read(config, cache), output, devices)
+    train_vae(*_read(config, cache), output, devices=devices, seconds=seconds)
 
 
 @command.command("decoder")
 @_stage
 @_start
-def decoder(config: Path, output: Path, cache: Path, devices: str, start: Path | None) -> None:
+def decoder(config: Path, output: Path, cache: Path, devices: str, seconds: float | None, start: Path | None) -> None:
     """Stage one once more, for the decoder alone: latents stay as they are."""
     from diffuserve_training.stages import train_decoder
 
-    train_decoder(*_read(config, cache), output, start=start, devices=devices)
+    train_decoder(*_read(config, cache), output, start=start, devices=devices, seconds=seconds)
 
 
 @command.command("ldm")
 @_stage
 @_start
-def ldm(config: Path, output: Path, cache: Path, devices: str, start: Path | None) -> None:
+def ldm(config: Path, output: Path, cache: Path, devices: str, seconds: float | None, start: Path | None) -> None:
     """Stage two: text encoder and UNet, on the autoencoder of stage one."""
     from diffuserve_training.stages import train_ldm
 
-    train_ldm(*_read(config, cache), output, cache, start=start, devices=devices)
+    train_ldm(*_read(config, cache), output, start=start, devices=devices, seconds=seconds)
 
 
 @command.command("icons")
@@ -104,7 +109,7 @@ def icons(config: Path, style: str, output: Path, cache: Path) -> None:
     from diffuserve_training.icons import STYLES
 
     data = msgspec.structs.replace(read_config(config, Training).data, styles=(style,))
-    written, package = write_icons(Icons.load(config, data, cache), output), STYLES[style]
+    written, package = write_icons(Icons.load(config, data, cache), data, output), STYLES[style]
     click.echo(f"{written} pictures in {output}, of {package.name} {package.version}; licence {package.licence}")
 
 
@@ -133,7 +138,7 @@ def lora(config: Path, output: Path, devices: str) -> None:
 @_config
 @_cache
 @click.option("--output", type=_PATH, default=TRAINING_RUNS / "evaluation", show_default=True)
-@click.option("--count", type=click.IntRange(5), default=500, show_default=True, help="Pictures of each checkpoint.")
+@click.option("--count", type=click.IntRange(5), default=1000, show_default=True, help="Pictures of each checkpoint.")
 @click.option("--style", type=_STYLES, help="Ask for this style  [default: those of the configuration]")
 @click.option(
     "--lora",

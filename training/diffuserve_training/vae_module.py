@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffuserve_training.compose import Layout, compose
 from diffuserve_training.config import Optimisation, Vae
-from diffuserve_training.dataset import Icons, image_batch
+from diffuserve_training.dataset import Icons, Pictures
 from diffuserve_training.step_module import AveragedModule
 
 
@@ -21,41 +22,62 @@ class VaeModule(AveragedModule):
     mean squared latent.
     """
 
-    def __init__(self, config: Vae, icons: Icons, optimisation: Optimisation, vae: Any) -> None:
-        super().__init__(optimisation, vae)
+    def __init__(
+        self,
+        config: Vae,
+        icons: Icons,
+        pictures: Pictures,
+        optimisation: Optimisation,
+        vae: Any,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(optimisation, vae, seconds)
         self.config = config
-        self._icons = icons
+        self._pictures = pictures
+        self._atlas = icons.atlas
 
     @classmethod
-    def from_config(cls, config: Vae, icons: Icons) -> VaeModule:
+    def from_config(cls, config: Vae, icons: Icons, pictures: Pictures, seconds: float | None = None) -> VaeModule:
         """Everything is learned, from random weights."""
         import diffusers
 
         library: Any = diffusers
-        return cls(config, icons, config.optimisation, library.AutoencoderKL(**config.model))
+        vae = library.AutoencoderKL(**config.model)
+        return cls(config, icons, pictures, config.optimisation, vae, seconds)
 
     @classmethod
-    def of_decoder(cls, config: Vae, icons: Icons, optimisation: Optimisation, vae: Any) -> VaeModule:
+    def of_decoder(
+        cls,
+        config: Vae,
+        icons: Icons,
+        pictures: Pictures,
+        optimisation: Optimisation,
+        vae: Any,
+        seconds: float | None = None,
+    ) -> VaeModule:
         """A trained autoencoder whose latents stay what they are, so that a UNet may be learning them meanwhile."""
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
-        return cls(config, icons, optimisation, vae)
+        return cls(config, icons, pictures, optimisation, vae, seconds)
 
-    def training_step(self, images: Tensor, batch_index: int) -> Tensor:
+    def on_fit_start(self) -> None:
+        self._atlas = self._atlas.to(self.device)
+
+    def training_step(self, layout: Layout, batch_index: int) -> Tensor:
+        images = compose(self._atlas, layout)
         moments = self.network.encode(images).latent_dist
         latents = moments.mean
-        noise = torch.randn(latents.shape, generator=self.generator()).to(latents)
-        drawn = self.network.decode(latents + self.config.latent_noise * noise).sample
+        noise = torch.randn(latents.shape, generator=self.generator(self.device), device=self.device).to(latents)
+        drawn = self.network.decode(latents + self.config.latent_noise * noise).sample.float()
         pixels = functional.l1_loss(drawn, images) + functional.mse_loss(drawn, images)
         edges = sum(functional.l1_loss(drawn.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
-        loss = pixels + self.config.edge_weight * edges + self.config.latent_weight * latents.square().mean()
-        error = functional.mse_loss(drawn.detach().float().clamp(-1, 1), images)
+        loss = pixels + self.config.edge_weight * edges + self.config.latent_weight * latents.float().square().mean()
+        error = functional.mse_loss(drawn.detach().clamp(-1, 1), images)
         self.log_dict({"loss": loss, "psnr_db": 10 * torch.log10(4 / error)}, prog_bar=True)
         return loss
 
-    def batch(self, step: int, seed: tuple[int, ...]) -> Tensor:
+    def batch(self, step: int, seed: tuple[int, ...]) -> Layout:
         batch_size, crop_px = self.optimisation.batch_size, self.config.crop_px
-        if crop_px is not None and self.optimisation.is_cooling(step):  # as many pixels, now with an image's borders
-            batch_size = max(1, batch_size * crop_px**2 // self._icons.drawn[0].shape[0] ** 2)
-            crop_px = None
-        return torch.from_numpy(image_batch(self._icons, seed=seed, batch_size=batch_size, crop_px=crop_px))
+        if crop_px is None or self.progress.is_cooling(step):
+            return self._pictures.batch(seed, batch_size)[0]
+        return self._pictures.crops(seed, batch_size, crop_px)
