@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
 
 from diffuserve.files import write_whole
+from diffuserve_training.cases import cases_of
 from diffuserve_training.config import Training, read_config
 from diffuserve_training.dataset import Icons
-from diffuserve_training.evaluate import Evaluation, evaluate
+from diffuserve_training.evaluate import Evaluation, Share, composed, evaluate, judged
 from diffuserve_training.sampling import grid
 
 _SHEET, _COLUMNS = 80, 10
-_ROWS: tuple[tuple[str, Callable[[Evaluation], str]], ...] = (
-    ("VAE reconstruction", lambda each: f"{each.vae_psnr_db:.1f} dB"),
-    ("icons of a style", lambda each: str(each.candidates)),
-    ("pictures, seen combinations", lambda each: str(each.seen.count)),
-    ("  nearest icon is the one named", lambda each: f"{each.seen.top1:.1%}"),
-    ("  among the nearest five", lambda each: f"{each.seen.top5:.1%}"),
-    ("  background as named", lambda each: f"{each.seen.background:.1%}"),
-    ("  style as named", lambda each: f"{each.seen.style:.1%}"),
-    ("pictures, held-out combinations", lambda each: str(each.held_out.count)),
-    ("  nearest icon is the one named", lambda each: f"{each.held_out.top1:.1%}"),
-    ("  among the nearest five", lambda each: f"{each.held_out.top5:.1%}"),
-    ("  background as named", lambda each: f"{each.held_out.background:.1%}"),
-    ("  style as named", lambda each: f"{each.held_out.style:.1%}"),
-)
+_TITLES = {
+    "style": "style as named",
+    "background": "background as named",
+    "place": "in the place that is named",
+    "size": "of the size that is named",
+    "turn": "turned as named",
+    "relation": "pairs beside each other as named",
+}
 
 
 def publish(
@@ -41,7 +36,8 @@ def publish(
     style: str | None = None,
     lora: Path | None = None,
 ) -> None:
-    """Prints the table and writes evaluation.json and NUMBER-NAME.png into `output`.
+    """Prints the table and writes evaluation.json, and NUMBER-NAME.png and .txt with the first pictures and their captions,
+    into `output`.
 
     Args:
         checkpoints: folders.
@@ -55,19 +51,60 @@ def publish(
     config = read_config(config_path, Training)
     styles = config.data.styles if style is None else (style,)
     data = msgspec.structs.replace(config.data, styles=tuple(dict.fromkeys((*config.data.styles, *styles))))
-    icons = Icons.load(config_path, data, cache)
+    tabulate(checkpoints, Icons.load(config_path, data, cache), config, output, count, styles=styles, lora=lora)
+
+
+def tabulate(
+    checkpoints: Sequence[Path],
+    icons: Icons,
+    config: Training,
+    output: Path,
+    count: int,
+    *,
+    styles: Sequence[str],
+    lora: Path | None = None,
+) -> None:
+    """What `publish` does, with icons that are at hand."""
     output.mkdir(parents=True, exist_ok=True)
     evaluations = []
     ways = [(checkpoint, way) for checkpoint in checkpoints for way in ([None] if lora is None else [None, lora])]
     for number, (checkpoint, way) in enumerate(ways):
-        figures, images = evaluate(checkpoint, icons, data, count, styles=styles, lora=way)
+        figures, images, cases = evaluate(checkpoint, icons, config.data, count, styles=styles, lora=way)
         evaluations.append(figures)
-        grid(images[:_SHEET], _COLUMNS).save(output / f"{number}-{checkpoint.name}.png")
+        sheet = output / f"{number}-{checkpoint.name}.png"
+        grid(images[:_SHEET], _COLUMNS).save(sheet)
+        write_whole(sheet.with_suffix(".txt"), "".join(f"{case.prompt}\n" for case in cases[:_SHEET]).encode())
     write_whole(output / "evaluation.json", msgspec.json.format(msgspec.json.encode(evaluations), indent=2))
-    titles = [each.checkpoint + (f" + {Path(each.lora).name}" if each.lora else "") for each in evaluations]
-    widths = [max(len(name) for name, _ in _ROWS), *(max(12, len(title)) for title in titles)]
-    lines = [("", *titles)]
-    lines += [(name, *(show(each) for each in evaluations)) for name, show in _ROWS]
+    cases = cases_of(icons.icons, styles, config.data.held_out, count)
+    limits = judged(composed(cases, icons, config.data), cases, icons)
+    columns = [
+        (each.checkpoint + (f" + {Path(each.lora).name}" if each.lora else ""), _cells(each)) for each in evaluations
+    ]
+    columns.append(("training data", _shares(*limits)))
+    names = list(columns[0][1])
+    widths = [max(map(len, names)), *(max(len(title), 24) for title, _ in columns)]
+    lines = [("", *(title for title, _ in columns))]
+    lines += [(name, *(cells.get(name, "") for _, cells in columns)) for name in names]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     click.echo(f"Written: {output}")
+
+
+def _cells(figures: Evaluation) -> dict[str, str]:
+    return {
+        "autoencoder": f"{figures.vae_psnr_db:.1f} dB",
+        "icons to choose from": str(figures.candidates),
+        **_shares(figures.named, figures.aspects),
+        "variety": f"{figures.variety:.2f}",
+    }
+
+
+def _shares(named: dict[str, Share], aspects: dict[str, Share]) -> dict[str, str]:
+    rows = {f"{group}: all as named": share for group, share in named.items()}
+    rows |= {_TITLES[name]: share for name, share in aspects.items()}
+    return {title: _with_interval(share) for title, share in rows.items()}
+
+
+def _with_interval(share: Share) -> str:
+    low, high = share.interval
+    return f"{share.share:.1%} ({low:.1%} to {high:.1%}) of {share.count}"
