@@ -18,7 +18,7 @@ from diffuserve.engines import load_engine, torch_program
 from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.torch import TorchEngine, cuda_unavailable
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.tensors import SAFETY_CHECKER, UNET, VAE_DECODER
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from tests.core.tiny_graphs import make_real_bundle
 
 RNG = np.random.default_rng(5)
@@ -264,6 +264,15 @@ def test_wrong_inputs_are_refused(made: tuple[Path, Manifest]) -> None:
     ):
         with pytest.raises(ValueError, match="expected: "):
             engine(wrong)
+
+
+@pytest.mark.parametrize("number", [-1, 2**31 - 1])
+def test_a_number_that_the_table_has_no_row_for_is_refused(made: tuple[Path, Manifest], number: int) -> None:
+    engine, ids = load(made, TEXT_ENCODER), np.zeros((2, 12), np.int32)
+    engine({"input_ids": ids})
+    ids[1, 3] = number
+    with pytest.raises(ValueError, match=rf"input_ids has the number {number}; expected: 0 to \d+\."):
+        engine({"input_ids": ids})
 
 
 def test_a_call_whose_values_are_too_large_to_count_is_made_in_pieces(

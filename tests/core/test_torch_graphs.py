@@ -21,6 +21,7 @@ from diffuserve.tensors import SAFETY_CHECKER, STAGES, TEXT_ENCODER, UNET, Stage
 from diffuserve.torch_graphs.cuda_graphs import MOST_ROWS, GraphedCalls
 from diffuserve.torch_graphs.exporting import FreeDim, check_shapes, input_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
+from diffuserve.torch_graphs.lookups import table_rows
 from diffuserve.torch_graphs.module import OnnxModule
 from diffuserve.trials.tolerance import tolerance_of
 from tests.core.tiny_graphs import make_real_bundle
@@ -168,6 +169,14 @@ def test_a_dim_that_no_export_writes_is_refused() -> None:
         value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [dim, 4])
         with pytest.raises(BundleError, match="An input of the graph has the dim "):
             input_dims(onnx.helper.make_graph([], "g", [value], []))
+
+
+def test_inputs_whose_numbers_are_rows_of_tables(family: Family) -> None:
+    path = family.bundle / TEXT_ENCODER / "model.onnx"
+    rows = table_rows(onnx.load(path, load_external_data=False).graph)
+    assert rows.keys() == {spec.name for spec in read_manifest(family.bundle).components[TEXT_ENCODER].tensors.inputs}
+    assert min(rows.values()) > 100
+    assert not table_rows(onnx.load(family.bundle / UNET / "model.onnx", load_external_data=False).graph)
 
 
 class Recorder:
