@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.example_inputs import Arrays, example_inputs
@@ -156,7 +158,7 @@ def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
         ("(int32[A,B] x) => (int32[C,D] y) {y = ReduceSum (x)}", np.ones((2, 3), np.int32)),
     ],
 )
-def test_single_operators(tmp_path: Path, text: str, x: np.ndarray) -> None:
+def test_single_operators(tmp_path: Path, text: str, x: NDArray[Any]) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}'), path)
     [actual], [expected] = run(module_of(path), {"x": x}).values(), OnnxRuntimeEngine(path)({"x": x}).values()
