@@ -165,6 +165,13 @@ def test_single_operators(tmp_path: Path, text: str, x: NDArray[Any]) -> None:
     np.testing.assert_array_equal(actual, expected, strict=True)
 
 
+def test_a_graph_of_operators_that_meant_something_else_is_refused(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[A,B] x) => (float[A,C] y) {y = ReduceMean <axes: ints = [1]> (x)}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"ONNX's opset 17, and the engine torch runs those from 18 on\. Export"):
+        module_of(tmp_path / "model.onnx")
+
+
 def test_an_enlargement_by_no_whole_number_is_refused(tmp_path: Path) -> None:
     text = (
         '<ir_version: 10, opset_import: ["": 20]> g (float[A,B,C,D] x) => (float[A,B,E,F] y) '
