@@ -90,13 +90,19 @@ class Program:
             The outputs by name; nothing waits for them.
 
         Raises:
-            ValueError: a shape is not the graph's.
+            ValueError: a shape is not the graph's, or too large for compiled code.
         """
         check_shapes({name: tensor.shape for name, tensor in inputs.items()}, self._dims)
         self._set_threads()
         tensors = [inputs[name] for name in self._inputs]
         rows, first = len(tensors[0]), tensors[0]
-        most = max(1, int(MOST_ELEMENTS / max(1.0, self._largest * first[0].numel())))
+        largest = max(1.0, self._largest * first[0].numel())  # of one row
+        if largest > MOST_ELEMENTS:
+            raise ValueError(
+                f"A row of shape {tuple(first.shape[1:])} makes values of {largest:.0f} numbers; compiled code is for at most "
+                f"{MOST_ELEMENTS}. Make the images smaller, or set TORCH_COMPILE_DISABLE=1."
+            )
+        most = int(MOST_ELEMENTS / largest)
         pieces = [self._call([_ready(tensor[at : at + most]) for tensor in tensors]) for at in range(0, rows, most)]
         outputs = pieces[0] if len(pieces) == 1 else [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         return dict(zip(self._outputs, outputs, strict=True))

@@ -289,6 +289,19 @@ def test_a_call_whose_values_are_too_large_to_count_is_made_in_pieces(
     assert rows == [3, 3, 1]
 
 
+def test_a_row_whose_values_are_too_large_to_count_is_refused(
+    made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(made)
+    engine._program._largest = 2.0
+    monkeypatch.setattr(torch_program, "MOST_ELEMENTS", 2 * 192)
+    assert len(engine(unet_inputs(2))["noise_pred"]) == 2
+    with pytest.raises(
+        ValueError, match=r"A row of shape \(4, 12, 8\) makes values of 768 numbers; .* at most 384\. Make"
+    ):
+        engine(unet_inputs(1, height=12))
+
+
 def test_a_failure_is_the_stages(made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(made)
 
