@@ -22,6 +22,7 @@ from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
 from diffuserve.errors import BundleError, StageFailed
 from diffuserve.tensors import NUMPY_DTYPE
+from diffuserve.torch_graphs.lookups import check_rows
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,8 @@ class TorchEngine:
             The outputs by name: arrays, or for tensors tensors on `device`, made in the current stream and not waited for.
 
         Raises:
-            ValueError: an input is missing, unknown, of another dtype or shape, or elsewhere.
+            ValueError: an input is missing, unknown, of another dtype or shape, or elsewhere, or an array has a number that is
+                no row of the table which it is for.
             StageFailed: PyTorch fails, such as for want of memory.
         """
         import torch
@@ -81,6 +83,7 @@ class TorchEngine:
             self._check_tensors(inputs)
         else:
             check_dtypes(inputs, self._dtypes)
+            check_rows(inputs, self._program.table_rows)
         try:
             with self._lock, torch.no_grad():
                 if on_device:

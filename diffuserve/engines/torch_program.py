@@ -25,6 +25,7 @@ from diffuserve.tensors import HEIGHT, LATENT_HEIGHT, LATENT_WIDTH, NUMPY_DTYPE,
 from diffuserve.torch_graphs.cuda_graphs import GraphedCalls
 from diffuserve.torch_graphs.exporting import Dims, check_shapes, exported, input_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
+from diffuserve.torch_graphs.lookups import table_rows
 from diffuserve.torch_graphs.module import OnnxModule
 from diffuserve.torch_graphs.packages import MOST_ELEMENTS, Call, Package, compile_package
 
@@ -43,7 +44,9 @@ _ALIGNED_BYTES = 16
 
 
 class Program:
-    """Args:
+    """`table_rows`: see `diffuserve.torch_graphs.lookups`; calls do not look at the numbers of their inputs.
+
+    Args:
         path: the .onnx file; weights beside it are found by their names.
         component: what the manifest says of it.
         device: where it runs.
@@ -69,6 +72,7 @@ class Program:
         except Exception as error:  # protobuf's exceptions are none that onnx tells of
             raise BundleError(f"{path} is not an ONNX graph: {error}. Export the checkpoint again.") from error
         self._dims = input_dims(model.graph)
+        self.table_rows = table_rows(model.graph)
         fuse_for_torch(model)
         module = OnnxModule(model, path.parent, device)
         self._inputs, self._outputs = module.input_names, module.output_names
@@ -86,13 +90,19 @@ class Program:
             The outputs by name; nothing waits for them.
 
         Raises:
-            ValueError: a shape is not the graph's.
+            ValueError: a shape is not the graph's, or too large for compiled code.
         """
         check_shapes({name: tensor.shape for name, tensor in inputs.items()}, self._dims)
         self._set_threads()
         tensors = [inputs[name] for name in self._inputs]
         rows, first = len(tensors[0]), tensors[0]
-        most = max(1, int(MOST_ELEMENTS / max(1.0, self._largest * first[0].numel())))
+        largest = max(1.0, self._largest * first[0].numel())  # of one row
+        if largest > MOST_ELEMENTS:
+            raise ValueError(
+                f"A row of shape {tuple(first.shape[1:])} makes values of {largest:.0f} numbers; compiled code is for at most "
+                f"{MOST_ELEMENTS}. Make the images smaller, or set TORCH_COMPILE_DISABLE=1."
+            )
+        most = int(MOST_ELEMENTS / largest)
         pieces = [self._call([_ready(tensor[at : at + most]) for tensor in tensors]) for at in range(0, rows, most)]
         outputs = pieces[0] if len(pieces) == 1 else [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         return dict(zip(self._outputs, outputs, strict=True))

@@ -43,7 +43,7 @@ def private_cache_folder() -> Path | None:
         return None
     _warn_once(
         f"{folder} is not used, so what PyTorch compiles is not kept: it must be a folder of this user's and no link, which "
-        f"nobody else may use (chmod 700), in one that not everybody may write to (chmod o-w {parent})"
+        f"nobody else may use (chmod 700), in one of this user's or root's that not everybody may write to (chmod o-w {parent})"
     )
     return None
 
@@ -55,6 +55,7 @@ def _is_private(folder: Path) -> bool:
         stat.S_ISDIR(found.st_mode)
         and found.st_uid == os.getuid()
         and not found.st_mode & 0o077
+        and above.st_uid in (os.getuid(), 0)  # its owner could exchange what is in it
         and not above.st_mode & stat.S_IWOTH
     )
 

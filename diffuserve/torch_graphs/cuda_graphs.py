@@ -93,9 +93,13 @@ class _Captures:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                function()
+        finally:
+            # A capture that fails leaves PyTorch on its stream, where nothing waits for what others give to this one.
+            torch.cuda.set_stream(stream)
         replay: Callable[[], None] = graph.replay
         return replay

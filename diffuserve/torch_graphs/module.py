@@ -16,6 +16,9 @@ from diffuserve.torch_graphs.weights import tensor_of
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
+# Before it reductions had their axes as an attribute, and Split had no number of outputs.
+_LEAST_OPSET = 18
+
 
 class OnnxModule(torch.nn.Module):
     """Runs a graph's nodes one after another, each by its operator, and forgets a value when nobody needs it any more.
@@ -28,12 +31,14 @@ class OnnxModule(torch.nn.Module):
         device: where it runs.
 
     Raises:
-        BundleError: an operator is none that `diffuserve.torch_graphs.operators` has, or weights are missing.
+        BundleError: the graph is too old, an operator is none that `diffuserve.torch_graphs.operators` has, or weights are
+            missing.
     """
 
     def __init__(self, model: ModelProto, folder: Path, device: torch.device) -> None:
         super().__init__()
         graph = model.graph
+        _check_opset(model)
         self.input_names = [value.name for value in graph.input]
         self.output_names = [value.name for value in graph.output]
         self._known: dict[str, Any] = {}  # constants that are sizes or numbers of an operator
@@ -85,6 +90,15 @@ class _Node:
         self.attributes: Mapping[str, Any] = {**attributes(node), "device": device}
         self.forgets: tuple[str, ...] = ()
         self.run: Operator = _operator(self.name)
+
+
+def _check_opset(model: ModelProto) -> None:
+    opset = max((each.version for each in model.opset_import if not each.domain), default=1)
+    if opset < _LEAST_OPSET:
+        raise BundleError(
+            f"The graph is of ONNX's opset {opset}, and the engine torch runs those from {_LEAST_OPSET} on. Export the checkpoint "
+            "again."
+        )
 
 
 def _operator(name: str) -> Operator:

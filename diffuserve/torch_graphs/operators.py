@@ -10,6 +10,7 @@ that is left out. It returns its output, or a list of outputs where there are se
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,6 +72,12 @@ def _reshape(attributes: Attributes, x: Any, shape: list[Any]) -> Any:
     if not attributes.get("allowzero", 0):
         shape = [x.shape[at] if isinstance(side, int) and side == 0 else side for at, side in enumerate(shape)]
     return x.reshape(shape)
+
+
+def _flatten(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    """To two dims."""
+    axis = attributes.get("axis", 1)
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def _squeeze(_: Attributes, x: Any, axes: list[int] | None = None) -> Any:
@@ -228,7 +235,10 @@ def _resize(attributes: Attributes, x: torch.Tensor, _roi: Any, scales: list[flo
     """Enlargement by whole numbers, to the nearest."""
     if sizes or attributes.get("mode", "nearest") != "nearest" or scales[:2] != [1, 1]:
         raise NotImplementedError(f"Resize by {scales}, mode {attributes.get('mode')}")
-    height, width = (int(factor) * side for factor, side in zip(scales[2:], x.shape[2:], strict=True))
+    factors = [int(factor) for factor in scales[2:]]
+    if factors != scales[2:]:
+        raise NotImplementedError(f"Resize by {scales}")
+    height, width = (factor * side for factor, side in zip(factors, x.shape[2:], strict=True))
     return functional.interpolate(x, size=(height, width), mode="nearest")
 
 
@@ -297,7 +307,7 @@ OPERATORS: dict[str, Operator] = {
     "Erf": _elementwise(torch.erf),
     "Exp": _elementwise(torch.exp),
     "Expand": _expand,
-    "Flatten": lambda attributes, x: x.flatten(attributes.get("axis", 1)),
+    "Flatten": _flatten,
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Gelu": _gelu,
@@ -319,7 +329,7 @@ OPERATORS: dict[str, Operator] = {
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
-    "ReduceSum": _reduce(torch.sum),
+    "ReduceSum": _reduce(lambda x, dims, keeps: x.sum(dims, keeps, dtype=x.dtype)),
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": _elementwise(torch.round),

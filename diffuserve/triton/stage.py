@@ -89,13 +89,16 @@ class StageModel:
         faulthandler.dump_traceback_later(self._call_timeout_s, exit=True)
         try:
             outputs = self._engine({name: joined([each[name] for each in inputs]) for name in names})
+            rows = [len(each[names[0]]) for each in inputs]
+            # It waits for outputs on a GPU, which the engine did not.
+            return [
+                pb_utils.InferenceResponse(
+                    [to_triton(name, array[end - count : end]) for name, array in outputs.items()]
+                )
+                for count, end in zip(rows, np.cumsum(rows), strict=True)
+            ]
         finally:
             faulthandler.cancel_dump_traceback_later()
-        rows = [len(each[names[0]]) for each in inputs]
-        return [
-            pb_utils.InferenceResponse([to_triton(name, array[end - count : end]) for name, array in outputs.items()])
-            for count, end in zip(rows, np.cumsum(rows), strict=True)
-        ]
 
     def _failure(self, error: Exception) -> Any:
         """A response of its own for each request: Triton 2.51 frees an error with each response that carries it."""

@@ -18,7 +18,7 @@ from diffuserve.engines import load_engine, torch_program
 from diffuserve.engines.example_inputs import Arrays, example_inputs
 from diffuserve.engines.torch import TorchEngine, cuda_unavailable
 from diffuserve.errors import BundleError, StageFailed
-from diffuserve.tensors import SAFETY_CHECKER, UNET, VAE_DECODER
+from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 from tests.core.tiny_graphs import make_real_bundle
 
 RNG = np.random.default_rng(5)
@@ -266,6 +266,15 @@ def test_wrong_inputs_are_refused(made: tuple[Path, Manifest]) -> None:
             engine(wrong)
 
 
+@pytest.mark.parametrize("number", [-1, 2**31 - 1])
+def test_a_number_that_the_table_has_no_row_for_is_refused(made: tuple[Path, Manifest], number: int) -> None:
+    engine, ids = load(made, TEXT_ENCODER), np.zeros((2, 12), np.int32)
+    engine({"input_ids": ids})
+    ids[1, 3] = number
+    with pytest.raises(ValueError, match=rf"input_ids has the number {number}; expected: 0 to \d+\."):
+        engine({"input_ids": ids})
+
+
 def test_a_call_whose_values_are_too_large_to_count_is_made_in_pieces(
     made: tuple[Path, Manifest], compiled: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +287,19 @@ def test_a_call_whose_values_are_too_large_to_count_is_made_in_pieces(
     monkeypatch.setattr(torch_program, "MOST_ELEMENTS", 3 * 192 + 100)
     np.testing.assert_allclose(compiled(inputs)["noise_pred"], expected, atol=1e-6)
     assert rows == [3, 3, 1]
+
+
+def test_a_row_whose_values_are_too_large_to_count_is_refused(
+    made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(made)
+    engine._program._largest = 2.0
+    monkeypatch.setattr(torch_program, "MOST_ELEMENTS", 2 * 192)
+    assert len(engine(unet_inputs(2))["noise_pred"]) == 2
+    with pytest.raises(
+        ValueError, match=r"A row of shape \(4, 12, 8\) makes values of 768 numbers; .* at most 384\. Make"
+    ):
+        engine(unet_inputs(1, height=12))
 
 
 def test_a_failure_is_the_stages(made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:

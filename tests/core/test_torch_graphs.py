@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from diffuserve.bundle.manifest import read_manifest
 from diffuserve.engines.example_inputs import Arrays, example_inputs
@@ -21,6 +23,7 @@ from diffuserve.tensors import SAFETY_CHECKER, STAGES, TEXT_ENCODER, UNET, Stage
 from diffuserve.torch_graphs.cuda_graphs import MOST_ROWS, GraphedCalls
 from diffuserve.torch_graphs.exporting import FreeDim, check_shapes, input_dims
 from diffuserve.torch_graphs.fusing import fuse_for_torch
+from diffuserve.torch_graphs.lookups import table_rows
 from diffuserve.torch_graphs.module import OnnxModule
 from diffuserve.trials.tolerance import tolerance_of
 from tests.core.tiny_graphs import make_real_bundle
@@ -147,6 +150,39 @@ def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "x"),
+    [
+        ("(float[A,B,C,D] x) => (float[E,F] y) {y = Flatten (x)}", np.ones((2, 3, 4, 5), np.float32)),
+        ("(float[A,B,C,D] x) => (float[E,F] y) {y = Flatten <axis = 2> (x)}", np.ones((2, 3, 4, 5), np.float32)),
+        ("(float[A,B,C,D] x) => (float[E,F] y) {y = Flatten <axis = 0> (x)}", np.ones((2, 3, 4, 5), np.float32)),
+        ("(int32[A,B] x) => (int32[C,D] y) {y = ReduceSum (x)}", np.ones((2, 3), np.int32)),
+    ],
+)
+def test_single_operators(tmp_path: Path, text: str, x: NDArray[Any]) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}'), path)
+    [actual], [expected] = run(module_of(path), {"x": x}).values(), OnnxRuntimeEngine(path)({"x": x}).values()
+    np.testing.assert_array_equal(actual, expected, strict=True)
+
+
+def test_a_graph_of_operators_that_meant_something_else_is_refused(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[A,B] x) => (float[A,C] y) {y = ReduceMean <axes: ints = [1]> (x)}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"ONNX's opset 17, and the engine torch runs those from 18 on\. Export"):
+        module_of(tmp_path / "model.onnx")
+
+
+def test_an_enlargement_by_no_whole_number_is_refused(tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 10, opset_import: ["": 20]> g (float[A,B,C,D] x) => (float[A,B,E,F] y) '
+        '<float[4] s = {1.0, 1.0, 1.5, 2.0}> {y = Resize <mode = "nearest"> (x, , s)}'
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    with pytest.raises(NotImplementedError, match=r"Resize by \[1.0, 1.0, 1.5, 2.0\]"):
+        run(module_of(tmp_path / "model.onnx"), {"x": np.ones((1, 1, 2, 2), np.float32)})
+
+
+@pytest.mark.parametrize(
     "shapes",
     [
         {"x": (1, 4, 8), "t": (2, 1)},
@@ -168,6 +204,14 @@ def test_a_dim_that_no_export_writes_is_refused() -> None:
         value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [dim, 4])
         with pytest.raises(BundleError, match="An input of the graph has the dim "):
             input_dims(onnx.helper.make_graph([], "g", [value], []))
+
+
+def test_inputs_whose_numbers_are_rows_of_tables(family: Family) -> None:
+    path = family.bundle / TEXT_ENCODER / "model.onnx"
+    rows = table_rows(onnx.load(path, load_external_data=False).graph)
+    assert rows.keys() == {spec.name for spec in read_manifest(family.bundle).components[TEXT_ENCODER].tensors.inputs}
+    assert min(rows.values()) > 100
+    assert not table_rows(onnx.load(family.bundle / UNET / "model.onnx", load_external_data=False).graph)
 
 
 class Recorder:
@@ -235,6 +279,33 @@ def test_what_cannot_be_captured_runs_without(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records] == [
         "going on without CUDA graphs: operation not permitted when stream is capturing"
     ]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = ["the caller's"]
+
+    class FailingCapture:
+        """As `torch.cuda.graph`, whose end raises before it goes back to the caller's stream."""
+
+        def __init__(self, graph: object, **options: object) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            streams.append("the capture's")
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", FailingCapture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    calls = GraphedCalls(lambda inputs: [2 * inputs[0]])
+    for _ in range(2):
+        [y] = calls([torch.ones(2, 3)])
+        assert (y == 2).all()
+    assert streams == ["the caller's", "the capture's", "the caller's"]
 
 
 def test_a_safety_checker(tmp_path: Path) -> None:

@@ -188,6 +188,21 @@ def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytes
     assert private_cache_folder() is None
 
 
+def test_a_folder_below_another_users_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native = private_cache_folder()
+    assert native is not None
+    stat, uid = Path.stat, os.getuid()
+    for owner, used in ((uid, True), (0, True), (uid + 1, False)):
+
+        def of_owner(path: Path, owner: int = owner, **options: bool) -> os.stat_result:
+            found = stat(path, **options)
+            return os.stat_result((*found[:4], owner, *found[5:])) if path == native.parent else found
+
+        monkeypatch.setattr(Path, "stat", of_owner)
+        assert (private_cache_folder() == native) is used
+
+
 def test_pytorchs_compiler_gets_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffuserve.engines.torch_compiler import inductor_folder, scratch_folder
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -124,7 +124,8 @@ def device_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module, outside of Triton's processes, where alone there is Triton's."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
     yield importlib.import_module("diffuserve.triton.device_tensors")
-    sys.modules.pop("diffuserve.triton.device_tensors")
+    for name in ("device_tensors", "log", "stage"):
+        sys.modules.pop(f"diffuserve.triton.{name}", None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -146,3 +147,19 @@ def test_rows_of_several_requests_are_joined_where_the_first_are(device_tensors:
     assert isinstance(of_tensors, torch.Tensor)
     np.testing.assert_array_equal(of_arrays, rows)
     np.testing.assert_array_equal(of_tensors.numpy(), rows[1:])
+
+
+def test_a_gpu_that_hangs_ends_the_stages_process(device_tensors: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine returns tensors of a GPU before they are made; who waits for them is watched as well."""
+    stage = importlib.import_module("diffuserve.triton.stage")
+    monkeypatch.setattr(stage.pb_utils, "InferenceResponse", list, raising=False)
+    watched: list[str] = []
+    monkeypatch.setattr(stage.faulthandler, "dump_traceback_later", lambda *_, **__: watched.append("begins"))
+    monkeypatch.setattr(stage.faulthandler, "cancel_dump_traceback_later", lambda: watched.append("ends"))
+    monkeypatch.setattr(stage, "to_triton", lambda name, array: watched.append(f"{len(array)} rows of {name}"))
+    model = stage.StageModel()
+    model._call_timeout_s = 1.0
+    model._tensors = SimpleNamespace(inputs=[SimpleNamespace(name="x")])
+    model._engine = lambda inputs: {"y": inputs["x"]}
+    model._run([{"x": np.ones((1, 2))}, {"x": np.ones((3, 2))}])
+    assert watched == ["begins", "1 rows of y", "3 rows of y", "ends"]

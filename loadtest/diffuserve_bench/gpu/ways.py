@@ -91,8 +91,6 @@ def load(bundle: Path, manifest: Manifest, stage: str, way: Way) -> Engine:
         BundleError: the engine cannot load it.
     """
     component = on_way(bundle, manifest, stage, way)
-    if way.engine == "torch":
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # this is a dry run, and compiling takes minutes
     return load_engine(bundle / component.files[0].path, component, threads=0)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -262,6 +264,21 @@ def test_ways_that_are_asked_for(settings: Settings, tmp_path: Path) -> None:
         ("onnxruntime", "fp32", ""),
     ]
     assert unknown.lack.startswith("it is none of onnxruntime:fp32, ")
+
+
+def test_only_a_dry_run_keeps_pytorch_from_compiling(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine must not decide how those after it run."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    manifest = SimpleNamespace(components={UNET: SimpleNamespace(files=[SimpleNamespace(path="model.onnx")])})
+    monkeypatch.setattr("diffuserve_bench.gpu.ways.on_way", lambda *_: manifest.components[UNET])
+    monkeypatch.setattr("diffuserve_bench.gpu.ways.load_engine", lambda *_, threads: "engine")
+    [way] = ways(dataclasses.replace(settings, device="cuda", ways=("torch:fp32",)))
+    load(tmp_path, manifest, UNET, way)  # type: ignore[arg-type]
+    assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
+    ways(dataclasses.replace(settings, device="cpu"))
+    assert os.environ["TORCH_COMPILE_DISABLE"] == "1"
 
 
 def test_a_graph_in_fp16_is_made_once_and_runs(settings: Settings) -> None:
