@@ -68,9 +68,18 @@ class Program:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's exceptions are none that onnx tells of
             raise BundleError(f"{path} is not an ONNX graph: {error}. Export the checkpoint again.") from error
-        self._dims = input_dims(model.graph)
-        fuse_for_torch(model)
-        module = OnnxModule(model, path.parent, device)
+        try:
+            self._dims = input_dims(model.graph)
+            fuse_for_torch(model)
+            module = OnnxModule(model, path.parent, device)
+        except BundleError:
+            raise
+        except Exception as error:  # a damaged graph, or no memory for it
+            raise BundleError(
+                f"PyTorch cannot load {path}: {error}. Export the checkpoint again, or choose another engine: diffuserve "
+                "engines BUNDLE --select auto"
+            ) from error
+        _check_names(path, component, module)
         self._inputs, self._outputs = module.input_names, module.output_names
         # How many elements the largest value has for each of the first input.
         call, self._largest = _compiled(module, self._dims, path, component, device, self._threads)
@@ -101,6 +110,17 @@ class Program:
         """PyTorch keeps the number by thread."""
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+
+
+def _check_names(path: Path, component: Component, module: OnnxModule) -> None:
+    """Raises BundleError if the graph has other inputs or outputs than the manifest says."""
+    found = set(module.input_names), set(module.output_names)
+    expected = tuple({spec.name for spec in specs} for specs in (component.tensors.inputs, component.tensors.outputs))
+    if found != expected:
+        raise BundleError(
+            f"{path} makes {sorted(found[1])} of {sorted(found[0])}; expected: {sorted(expected[1])} of "
+            f"{sorted(expected[0])}. Export the checkpoint again."
+        )
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:
