@@ -140,25 +140,26 @@ def _compiled(
         cache = CompiledCache(path, component, torch.__version__, decides)
         if (package := _stored(cache, module)) is not None:
             return package, package.largest
-        try:
-            program = exported(module, dims, _example(component, device))
-        except Exception as error:
-            lack = _failure(path, error)
-        else:
-            lack = compiler_lacks(device)
-            if not lack:
-                log.info("compiling %s for %s, which is kept for the next start", path, device)
-                try:
-                    package = _made(cache, program, module)
-                    return package, package.largest
-                except Exception as error:
-                    lack = _failure(path, error)
-            if device.type == "cuda" and runs_triton(device):
-                _warn_once(
-                    f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests "
-                    f"wait: {lack}"
-                )
-                return _compiled_at_calls(program), 0
+        lack = compiler_lacks(device)
+        if not lack or device.type == "cuda":  # on a GPU PyTorch may still compile at calls
+            try:
+                program = exported(module, dims, _example(component, device))
+            except Exception as error:
+                lack = _failure(path, error)
+            else:
+                if not lack:
+                    log.info("compiling %s for %s, which takes minutes at the first start", path, device)
+                    try:
+                        package = _made(cache, program, module)
+                        return package, package.largest
+                    except Exception as error:
+                        lack = _failure(path, error)
+                if device.type == "cuda" and runs_triton(device):
+                    _warn_once(
+                        f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests "
+                        f"wait: {lack}"
+                    )
+                    return _compiled_at_calls(program), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")
     return lambda inputs: module(*inputs), 0
 
