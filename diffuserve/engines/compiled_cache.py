@@ -88,7 +88,8 @@ class CompiledCache:
                 partial.chmod(0o755)  # as its files are, and not for this user alone
                 partial.rename(folder / self._name)
             except OSError as error:
-                log.warning("%s cannot be written: %s", folder / self._name, error)
+                if not is_whole(folder / self._name):  # else another process has written it meanwhile
+                    log.warning("%s cannot be written: %s", folder / self._name, error)
             else:
                 remove_compiled(self._path, self._component, self._component.engine, keep=self._name)
             finally:

@@ -71,10 +71,19 @@ class Program:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's exceptions are none that onnx tells of
             raise BundleError(f"{path} is not an ONNX graph: {error}. Export the checkpoint again.") from error
-        self._dims = input_dims(model.graph)
-        self.table_rows = table_rows(model.graph)
-        fuse_for_torch(model)
-        module = OnnxModule(model, path.parent, device)
+        try:
+            self._dims = input_dims(model.graph)
+            self.table_rows = table_rows(model.graph)
+            fuse_for_torch(model)
+            module = OnnxModule(model, path.parent, device)
+        except BundleError:
+            raise
+        except Exception as error:  # a damaged graph, or no memory for it
+            raise BundleError(
+                f"PyTorch cannot load {path}: {error}. Export the checkpoint again, or choose another engine: diffuserve "
+                "engines BUNDLE --select auto"
+            ) from error
+        _check_names(path, component, module)
         self._inputs, self._outputs = module.input_names, module.output_names
         # How many elements the largest value has for each of the first input.
         call, self._largest = _compiled(module, self._dims, path, component, device, self._threads)
@@ -113,6 +122,17 @@ class Program:
             torch.set_num_threads(self._threads)
 
 
+def _check_names(path: Path, component: Component, module: OnnxModule) -> None:
+    """Raises BundleError if the graph has other inputs or outputs than the manifest says."""
+    found = set(module.input_names), set(module.output_names)
+    expected = tuple({spec.name for spec in specs} for specs in (component.tensors.inputs, component.tensors.outputs))
+    if found != expected:
+        raise BundleError(
+            f"{path} makes {sorted(found[1])} of {sorted(found[0])}; expected: {sorted(expected[1])} of "
+            f"{sorted(expected[0])}. Export the checkpoint again."
+        )
+
+
 def _ready(tensor: torch.Tensor) -> torch.Tensor:
     """As compiled code reads it: without gaps, and where a vector of numbers may begin."""
     tensor = tensor.contiguous()
@@ -130,25 +150,26 @@ def _compiled(
         cache = CompiledCache(path, component, torch.__version__, decides)
         if (package := _stored(cache, module)) is not None:
             return package, package.largest
-        try:
-            program = exported(module, dims, _example(component, device))
-        except Exception as error:
-            lack = _failure(path, error)
-        else:
-            lack = compiler_lacks(device)
-            if not lack:
-                log.info("compiling %s for %s, which is kept for the next start", path, device)
-                try:
-                    package = _made(cache, program, module)
-                    return package, package.largest
-                except Exception as error:
-                    lack = _failure(path, error)
-            if device.type == "cuda" and runs_triton(device):
-                _warn_once(
-                    f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests "
-                    f"wait: {lack}"
-                )
-                return _compiled_at_calls(program), 0
+        lack = compiler_lacks(device)
+        if not lack or device.type == "cuda":  # on a GPU PyTorch may still compile at calls
+            try:
+                program = exported(module, dims, _example(component, device))
+            except Exception as error:
+                lack = _failure(path, error)
+            else:
+                if not lack:
+                    log.info("compiling %s for %s, which takes minutes at the first start", path, device)
+                    try:
+                        package = _made(cache, program, module)
+                        return package, package.largest
+                    except Exception as error:
+                        lack = _failure(path, error)
+                if device.type == "cuda" and runs_triton(device):
+                    _warn_once(
+                        f"On {device} PyTorch compiles at every start, and again for each image size, which makes requests "
+                        f"wait: {lack}"
+                    )
+                    return _compiled_at_calls(program), 0
     _warn_once(f"On {device} PyTorch runs without being compiled, which is slower: {lack}")
     return lambda inputs: module(*inputs), 0
 

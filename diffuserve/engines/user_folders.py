@@ -39,7 +39,10 @@ def private_cache_folder() -> Path | None:
         if _is_private(folder):
             return folder
     except OSError as error:
-        _warn_once(f"{folder} cannot be used ({error}), so what PyTorch compiles is not kept")
+        _warn_once(
+            f"{folder} cannot be used ({error}), so what PyTorch compiles is not kept. Name a folder that this user may write "
+            "to in $XDG_CACHE_HOME"
+        )
         return None
     _warn_once(
         f"{folder} is not used, so what PyTorch compiles is not kept: it must be a folder of this user's and no link, which "

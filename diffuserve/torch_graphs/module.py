@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ class OnnxModule(torch.nn.Module):
         device: where it runs.
 
     Raises:
-        BundleError: the graph is too old, an operator is none that `diffuserve.torch_graphs.operators` has, or weights are
-            missing.
+        BundleError: the graph is too old, an operator is none that `diffuserve.torch_graphs.operators` has, or weights or
+            other values are missing.
     """
 
     def __init__(self, model: ModelProto, folder: Path, device: torch.device) -> None:
@@ -47,6 +47,7 @@ class OnnxModule(torch.nn.Module):
         self._forget_after(graph)
         for name, tensor in _constants(graph, folder, {name for node in self._nodes for name in node.inputs}):
             self._keep(name, tensor, device)
+        self._check_values()
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Args:
@@ -75,12 +76,27 @@ class OnnxModule(torch.nn.Module):
             self._weights[name] = f"weight_{len(self._weights)}"
             self.register_buffer(self._weights[name], tensor.to(device))
 
+    def _check_values(self) -> None:
+        """That every value is there when a node takes it, and that every output is made."""
+        there = {*self.input_names, *self._known, *self._weights, ""}
+        for node in self._nodes:
+            _check_are_there(node.inputs, there, f"{node.name} takes")
+            there |= {*node.outputs}
+        _check_are_there(self.output_names, there, "it returns")
+
     def _forget_after(self, graph: GraphProto) -> None:
         """Tells every node which values it is the last to need."""
         needed = {value.name for value in graph.output} | {tensor.name for tensor in graph.initializer}
         for node in reversed(self._nodes):
             node.forgets = tuple({*node.inputs, *node.outputs} - needed - {""})
             needed |= {*node.inputs}
+
+
+def _check_are_there(names: Iterable[str], there: set[str], who: str) -> None:
+    if missing := [name for name in names if name not in there]:
+        raise BundleError(
+            f"The graph is damaged: {who} {', '.join(missing)}, which nothing makes. Export the checkpoint again."
+        )
 
 
 class _Node:

@@ -13,7 +13,7 @@ import pytest
 
 from diffuserve.bundle.manifest import Component, Manifest
 from diffuserve.engines import load_engine
-from diffuserve.engines.compiled_cache import compiled_beside
+from diffuserve.engines.compiled_cache import CompiledCache, compiled_beside
 from diffuserve.tensors import TEXT_ENCODER
 from diffuserve.triton.placement import PLACEMENT_NAME
 from diffuserve_export.repository.assemble import repository_from_bundle
@@ -93,6 +93,22 @@ def test_an_entry_is_loaded_again_and_not_made_again(manifest: Manifest, path: P
     before = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
     load_engine(path, component, threads=1)
     assert {file.name: file.stat().st_mtime_ns for file in entry.iterdir()} == before
+
+
+def test_of_two_that_write_an_entry_at_once_neither_warns(
+    manifest: Manifest, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    component = on("onnxruntime", manifest)
+    cache = CompiledCache(path, component, "1", {})
+    with cache.writing() as first, cache.writing() as second:
+        for folder in (first, second):
+            assert folder is not None
+            (folder / "model").write_text("compiled")
+    [entry] = cache.entries()
+    assert contents(entry).keys() == {"model", "samples.json"}
+    assert compiled_beside(path, component) == [entry]
+    assert not list(path.parent.glob(".*.partial"))
+    assert caplog.text == ""
 
 
 def test_a_repository_gets_whole_entries_only(manifest: Manifest, path: Path, tmp_path: Path) -> None:

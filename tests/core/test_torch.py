@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -194,6 +195,7 @@ def test_without_a_compiler_it_runs_and_says_so(
     expected = f"PyTorch cannot compile .*model.onnx: cc1plus: out of memory in {tmp_path}$"
     if lack == "no compiler":
         monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+        monkeypatch.setattr(torch_program, "exported", fail)  # tracing would take time for nothing
         expected = (
             f"there is no C\\+\\+ compiler {tmp_path}/g\\+\\+. Install one .apt-get install g\\+\\+. or name another"
         )
@@ -328,6 +330,28 @@ def test_what_it_cannot_run(made: tuple[Path, Manifest], monkeypatch: pytest.Mon
     _, manifest = made
     (tmp_path / "model.onnx").write_bytes(b"\x80\x04no graph")
     with pytest.raises(BundleError, match=r"model\.onnx is not an ONNX graph: .* Export the checkpoint again"):
+        load_engine(tmp_path / "model.onnx", on_torch(manifest.components[UNET]), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("node", r"damaged: it returns .*, which nothing makes\. Export the checkpoint again\."),
+        ("initializer", r"damaged: \w+ takes .*, which nothing makes\. Export the checkpoint again\."),
+        ("output", r"model\.onnx makes \[\] of .*; expected: \['noise_pred'\] of .*Export the checkpoint again\."),
+        ("weights", r"cannot load .*model\.onnx: .*Export the checkpoint again, or .*--select auto"),
+    ],
+)
+def test_a_damaged_graph(made: tuple[Path, Manifest], tmp_path: Path, field: str, message: str) -> None:
+    folder, manifest = made
+    model = onnx.load(folder / UNET / "model.onnx")
+    if field == "weights":
+        tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        tensor.raw_data = tensor.raw_data[:-1]
+    else:
+        model.graph.ClearField(field)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=message):
         load_engine(tmp_path / "model.onnx", on_torch(manifest.components[UNET]), threads=1)
 
 

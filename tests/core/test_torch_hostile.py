@@ -181,6 +181,15 @@ def test_a_process_without_a_umask_makes_a_private_folder(tmp_path: Path, monkey
         os.umask(before)
 
 
+def test_a_cache_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert private_cache_folder() is None
+    assert "Name a folder that this user may write to in $XDG_CACHE_HOME" in caplog.text
+
+
 def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert private_cache_folder() is not None
