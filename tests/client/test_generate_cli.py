@@ -15,7 +15,7 @@ from PIL import Image
 from diffuserve_client.generate_command import command
 from diffuserve_client.retries import DEFAULT_RETRIES
 from tests.client.fake_triton import DESCRIPTION, SIDE_PX, FakeTriton
-from tests.waiting import LONG_S
+from tests.waiting import LONG_S, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +161,7 @@ def test_interrupt_cancels_the_request(triton: FakeTriton) -> None:
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("a-cat-100.png")  # saved before the other one has ended
+        wait_until(lambda: len(triton.requests) == 2)  # the other one may not have been sent yet
         os.kill(process.pid, signal.SIGINT)
         assert triton.cancelled.wait(LONG_S)
         assert process.wait(LONG_S) == 130

@@ -193,4 +193,6 @@ def test_watching_changes_no_image(tiny_bundle: Path, shared_checkpoint: Path) -
         guidance_scale=reference.guidance_scale,
         generator=Generator().manual_seed(reference.seed),
     ).images[0]
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(tiny_bundle / reference.file.path)))
+    kept = np.asarray(Image.open(tiny_bundle / reference.file.path)).astype(int)
+    # With another number of threads PyTorch adds in another order.
+    np.testing.assert_allclose(np.asarray(image), kept, atol=1)
