@@ -15,9 +15,9 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +27,8 @@ from diffuserve.engines.processor import processor_flags, processor_name
 from diffuserve.engines.user_folders import private_cache_folder, user_cache_folder
 
 log = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
 
 # Engines that compile to native code, which is run when it is loaded.
 NATIVE = ("torch", "torch-cuda")
@@ -66,6 +68,16 @@ class CompiledCache:
                 yield entry
             else:
                 self.discard(entry, "its files are not those that were written")
+
+    def loaded(self, load: Callable[[Path], Loaded], *unusable: type[Exception]) -> Loaded | None:
+        """What `load` makes of the entry's folder; None if there is none. One about which it raises one of `unusable` is
+        removed."""
+        for entry in self.entries():
+            try:
+                return load(entry)
+            except unusable as error:
+                self.discard(entry, error)
+        return None
 
     def discard(self, entry: Path, reason: object) -> None:
         """Removes an entry that cannot be used."""

@@ -59,13 +59,15 @@ class OnnxRuntimeEngine:
         import onnxruntime
 
         cache = CompiledCache(path, component, onnxruntime.__version__, {"fusion": _FUSION_REVISION})
-        for entry in cache.entries():
+
+        def load(entry: Path) -> Any:
             options = session_options(threads)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            try:
-                return onnxruntime.InferenceSession(str(entry / _GRAPH_NAME), options, providers=[CPU])
-            except Exception as error:
-                cache.discard(entry, error)
+            return onnxruntime.InferenceSession(str(entry / _GRAPH_NAME), options, providers=[CPU])
+
+        # onnxruntime's exceptions have no common base of their own
+        if (kept := cache.loaded(load, Exception)) is not None:
+            return kept
         options = session_options(threads)
         with cache.writing() as folder:
             if folder is not None:

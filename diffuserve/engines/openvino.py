@@ -91,11 +91,12 @@ def _compiled_model(path: Path, component: Component, properties: Mapping[str, A
 
     core = openvino.Core()
     cache = CompiledCache(path, component, openvino.get_version(), properties)
-    for entry in cache.entries():
-        try:
-            return core.import_model((entry / _BLOB_NAME).read_bytes(), _DEVICE, dict(properties))
-        except (OSError, RuntimeError) as error:
-            cache.discard(entry, error)
+
+    def load(entry: Path) -> Any:
+        return core.import_model((entry / _BLOB_NAME).read_bytes(), _DEVICE, dict(properties))
+
+    if (kept := cache.loaded(load, OSError, RuntimeError)) is not None:
+        return kept
     compiled = core.compile_model(path, _DEVICE, dict(properties))
     with cache.writing() as folder:
         if folder is not None:

@@ -7,6 +7,7 @@ wait for it; the second is compiled again. This has run with a library that is n
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffuserve.engines.compiled_cache import CompiledCache
@@ -33,7 +34,7 @@ class CompiledKernels:
         self.settings.set_execution_context_allocation_strategy(memory)
         self.settings.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._kernels = self.settings.create_runtime_cache()
-        self._are_kept = self._read()
+        self._are_kept = cache.loaded(self._read, OSError, ValueError) is not None
         self.settings.set_runtime_cache(self._kernels)
 
     def store(self) -> None:
@@ -45,13 +46,7 @@ class CompiledKernels:
                 (folder / _NAME).write_bytes(self._kernels.serialize())
                 self._are_kept = True
 
-    def _read(self) -> bool:
-        for entry in self._cache.entries():
-            try:
-                if self._kernels.deserialize((entry / _NAME).read_bytes()):
-                    return True
-                reason: object = "they are of another card, driver or version"
-            except OSError as error:
-                reason = error
-            self._cache.discard(entry, reason)
-        return False
+    def _read(self, entry: Path) -> bool:
+        if not self._kernels.deserialize((entry / _NAME).read_bytes()):
+            raise ValueError("they are of another card, driver or version")
+        return True

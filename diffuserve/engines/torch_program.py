@@ -148,8 +148,9 @@ def _compiled(
     if not lack:
         decides = {"revision": _REVISION, "threads": threads, "device": _device_name(device)}
         cache = CompiledCache(path, component, torch.__version__, decides)
-        if (package := _stored(cache, module)) is not None:
-            return package, package.largest
+        kept = cache.loaded(lambda entry: Package(entry / _PACKAGE_NAME, module), Exception)
+        if kept is not None:
+            return kept, kept.largest
         lack = compiler_lacks(device)
         if not lack or device.type == "cuda":  # on a GPU PyTorch may still compile at calls
             try:
@@ -187,15 +188,6 @@ def _compiled_at_calls(program: torch.export.ExportedProgram) -> Call:
         return outputs
 
     return call
-
-
-def _stored(cache: CompiledCache, module: OnnxModule) -> Package | None:
-    for entry in cache.entries():
-        try:
-            return Package(entry / _PACKAGE_NAME, module)
-        except Exception as error:
-            cache.discard(entry, error)
-    return None
 
 
 def _made(cache: CompiledCache, program: torch.export.ExportedProgram, module: OnnxModule) -> Package:
