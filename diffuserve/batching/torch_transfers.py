@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from diffuserve.stages import Float32, checked
 from diffuserve.tensors import UNET
+from diffuserve.torch_copies import to_device, to_host
 
 if TYPE_CHECKING:
     import torch
@@ -25,16 +26,11 @@ class TorchTransfers:
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self.device = device
         self._timeout_s = timeout_s
-        # The driver copies pinned memory while the host goes on. PyTorch uses such memory again once it has been copied.
         self._pinned = device.type == "cuda"
 
     def put(self, array: Float32) -> torch.Tensor:
         """A copy of an array on the device, that nobody waits for."""
-        import torch
-
-        copy = torch.empty(array.shape, dtype=torch.float32, pin_memory=self._pinned)
-        copy.numpy()[...] = array
-        return copy.to(self.device, non_blocking=True)
+        return to_device(array, self.device, pinned=self._pinned)
 
     async def fetch(self, *tensors: torch.Tensor) -> list[NDArray[Any]]:
         """Copies in the host's memory, once the device has made the tensors; one wait for all of them, in another thread.
@@ -44,10 +40,7 @@ class TorchTransfers:
         """
         import torch
 
-        copies = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        ]
+        copies = to_host(tensors, pinned=self._pinned)
         if self._pinned:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self.device))

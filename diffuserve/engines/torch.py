@@ -22,6 +22,7 @@ from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
 from diffuserve.errors import BundleError, StageFailed
 from diffuserve.tensors import NUMPY_DTYPE
+from diffuserve.torch_copies import to_device, to_host
 from diffuserve.torch_graphs.lookups import check_rows
 
 if TYPE_CHECKING:
@@ -108,22 +109,16 @@ class TorchEngine:
 
         if self.device.type == "cpu":
             return torch.from_numpy(array if array.flags.writeable else array.copy())
-        # By way of page-locked memory, which PyTorch keeps for the next call.
-        host = torch.empty(array.shape, dtype=_torch_dtype(array.dtype), pin_memory=True)
-        host.numpy()[...] = array
-        return host.to(self.device, non_blocking=True)
+        return to_device(array, self.device, pinned=True)
 
     def _to_host(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
         import torch
 
         if self.device.type == "cpu":
             return {name: tensor.numpy() for name, tensor in outputs.items()}
-        copies = {}
-        for name, tensor in outputs.items():
-            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            copies[name].copy_(tensor, non_blocking=True)
+        copies = to_host(outputs.values(), pinned=True)
         torch.cuda.current_stream(self.device).synchronize()
-        return {name: tensor.numpy() for name, tensor in copies.items()}
+        return {name: copy.numpy() for name, copy in zip(outputs, copies, strict=True)}
 
 
 def imported_torch() -> Any:
@@ -177,10 +172,3 @@ def _check_can_run(library: Any, path: Path, component: Component) -> None:
             f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), which {path} is for. Choose "
             "another: diffuserve engines BUNDLE --select auto"
         )
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    import torch
-
-    found: torch.dtype = getattr(torch, dtype.name)
-    return found
