@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 from diffuserve.engines.gpu import gpu_architectures
+from diffuserve.engines.onnxruntime import imported_onnxruntime
 from diffuserve.engines.onnxruntime_cuda import cuda_unavailable
 from diffuserve.engines.processor import computes_bf16, processor_name
 from diffuserve.engines.tensorrt_library import TENSORRT, TENSORRT_RTX
@@ -96,22 +98,20 @@ def _rtx_gpu() -> Unavailable | None:
     )
 
 
-def _cuda() -> Unavailable | None:
-    try:
-        import onnxruntime
-    except ImportError:
-        return None  # which is said elsewhere
-    missing = cuda_unavailable(onnxruntime, gpu_architectures())
-    return None if missing is NO_GPU else missing  # as is this
+def _reaches_cuda(
+    imported: Callable[[], Any], unavailable: Callable[[Any, Sequence[str]], Unavailable | None]
+) -> Callable[[], Unavailable | None]:
+    """What keeps a library, once `imported`, from a GPU."""
 
+    def check() -> Unavailable | None:
+        try:
+            library = imported()
+        except BundleError:
+            return None  # which is said elsewhere
+        missing = unavailable(library, gpu_architectures())
+        return None if missing is NO_GPU else missing  # as is this
 
-def _torch_cuda() -> Unavailable | None:
-    try:
-        torch = imported_torch()
-    except BundleError:
-        return None  # which is said elsewhere
-    missing = torch_cuda_unavailable(torch, gpu_architectures())
-    return None if missing is NO_GPU else missing  # as is this
+    return check
 
 
 def _gpu_bf16() -> Unavailable | None:
@@ -124,8 +124,8 @@ def _gpu_bf16() -> Unavailable | None:
 
 
 _SERVE, _OPENVINO = (f"pip install 'diffuserve[{extra}]'" for extra in ("serve", "openvino"))
-_CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _cuda)
-_TORCH_CUDA_LACKS = (_installed("torch", INSTALL_TORCH), _gpu, _torch_cuda)
+_CUDA_LACKS = (_installed("onnxruntime", _SERVE), _gpu, _reaches_cuda(imported_onnxruntime, cuda_unavailable))
+_TORCH_CUDA_LACKS = (_installed("torch", INSTALL_TORCH), _gpu, _reaches_cuda(imported_torch, torch_cuda_unavailable))
 _TENSORRT_LACKS = (_installed("tensorrt", TENSORRT.install), _installed("cuda-python", TENSORRT.install), _gpu)
 _RTX_LACKS = (
     _installed("tensorrt-rtx", TENSORRT_RTX.install),
