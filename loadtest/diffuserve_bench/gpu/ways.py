@@ -41,6 +41,8 @@ def ways(settings: Settings) -> list[Way]:
     in a dry run what a CPU runs in fp32."""
     if settings.device == "cpu":
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it takes minutes, and a dry run only shows that everything runs
+        if not settings.ways:
+            return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
     known = [
         Way(each.engine, each.precision, "; ".join(f"{missing.reason}: {missing.fix}" for missing in each.missing))
         for each in availability()
@@ -50,8 +52,6 @@ def ways(settings: Settings) -> list[Way]:
         asked = [name.split(":") for name in settings.ways]
         lack = f"it is none of {', '.join(found)}"
         return [found.get(f"{engine}:{precision}") or Way(engine, precision, lack) for engine, precision in asked]
-    if settings.device == "cpu":
-        return [*([Way("torch", "fp32")] if _has_torch() else []), Way("onnxruntime", "fp32")]
     return [way for way in known if way.engine not in _ON_CPU and way.precision != "fp32"]
 
 
