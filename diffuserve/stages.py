@@ -115,6 +115,11 @@ def device_of(engine: Engine) -> torch.device | None:
     return getattr(engine, "device", None)
 
 
+def on_host(array: Array) -> NDArray[Any]:
+    """The array, or a tensor's values once the device has made them."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
 async def checked(stage: str, call: Awaitable[Result], timeout_s: float) -> Result:
     """Awaits a stage's call for `timeout_s` seconds at most; whatever it raises becomes `StageFailed`."""
     try:

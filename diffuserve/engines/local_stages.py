@@ -16,7 +16,7 @@ from diffuserve.engines import load_engine
 from diffuserve.engines.warm import warm
 from diffuserve.errors import StageFailed
 from diffuserve.limits import Limits
-from diffuserve.stages import Array, ArraysByName, Engine, device_of
+from diffuserve.stages import Array, ArraysByName, Engine, device_of, on_host
 from diffuserve.tensors import SAFETY_CHECKER, TEXT_ENCODER, UNET, VAE_DECODER
 
 if TYPE_CHECKING:
@@ -44,10 +44,8 @@ class EngineStages:
     def _run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         engine = self._engines[stage]
         device = device_of(engine)
-        outputs = engine(
-            {name: array if _lies_on(array, device) else _on_host(array) for name, array in inputs.items()}
-        )
-        return outputs if stage == UNET else {name: _on_host(array) for name, array in outputs.items()}
+        outputs = engine({name: array if _lies_on(array, device) else on_host(array) for name, array in inputs.items()})
+        return outputs if stage == UNET else {name: on_host(array) for name, array in outputs.items()}
 
     def close(self) -> None:
         """Ends the threads once their calls have returned."""
@@ -100,8 +98,3 @@ def _lies_on(array: Array, device: torch.device | None) -> bool:
     if device is None or isinstance(array, np.ndarray):
         return False
     return bool(array.device.type == device.type and device.index in (None, array.device.index))
-
-
-def _on_host(array: Array) -> Array:
-    """Waits for a tensor."""
-    return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diffuserve.bundle.manifest import Component
 from diffuserve.engines.compiled_cache import CompiledCache
 from diffuserve.engines.dtypes import check_dtypes
-from diffuserve.engines.processor import computes_bf16, processor_name, usable_cores
+from diffuserve.engines.processor import refuse_without_bf16, usable_cores
 from diffuserve.errors import BundleError
 
 # What OpenVINO computes in, by a component's precision. Without it OpenVINO decides by the processor, so that the same
@@ -133,8 +133,5 @@ def check_precision(precision: str) -> None:
             f"The engine openvino runs {' and '.join(PRECISION_HINTS)} on a CPU, and the component asks for {precision!r}. "
             "Choose another: diffuserve engines BUNDLE --select openvino --precision fp32"
         )
-    if precision == "bf16" and not computes_bf16():
-        raise BundleError(
-            f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), which the component asks "
-            "for. Choose another: diffuserve engines BUNDLE --select auto"
-        )
+    if precision == "bf16":
+        refuse_without_bf16("which the component asks for")

@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from diffuserve.errors import BundleError
+
 # Linux's names for instructions that multiply bf16 numbers. AVX-512 alone only emulates them, slower than fp32, although
 # OpenVINO already reports BF16 for it.
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -25,6 +27,20 @@ def processor_name() -> str:
 def computes_bf16() -> bool:
     """Whether the processor has bf16 arithmetic of its own: AVX512_BF16 or AMX."""
     return bool(processor_flags() & _BF16_FLAGS)
+
+
+def refuse_without_bf16(which: str) -> None:
+    """Args:
+        which: asks for it, as in "which the component asks for".
+
+    Raises:
+        BundleError: the processor has no bf16 arithmetic.
+    """
+    if not computes_bf16():
+        raise BundleError(
+            f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), {which}. Choose another: "
+            "diffuserve engines BUNDLE --select auto"
+        )
 
 
 def usable_cores() -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from diffuserve.engines.dtypes import check_dtypes
 from diffuserve.engines.gpu import gpu_architectures
-from diffuserve.engines.processor import computes_bf16, processor_name
+from diffuserve.engines.processor import refuse_without_bf16
 from diffuserve.engines.unavailable import NO_GPU, Unavailable
 from diffuserve.errors import BundleError, StageFailed
 from diffuserve.tensors import NUMPY_DTYPE
@@ -167,8 +167,5 @@ def _check_can_run(library: Any, path: Path, component: Component) -> None:
     if component.engine == CUDA:
         if missing := cuda_unavailable(library, gpu_architectures()):
             raise BundleError(f"{path} is to run on an NVIDIA GPU, which PyTorch cannot do here: {missing}.")
-    elif component.precision == "bf16" and not computes_bf16():
-        raise BundleError(
-            f"This processor ({processor_name()}) has no bf16 arithmetic (AVX512_BF16 or AMX), which {path} is for. Choose "
-            "another: diffuserve engines BUNDLE --select auto"
-        )
+    elif component.precision == "bf16":
+        refuse_without_bf16(f"which {path} is for")

@@ -24,7 +24,7 @@ import triton_python_backend_utils as pb_utils
 from diffuserve.engines.row_pieces import join_rows, split_rows
 from diffuserve.engines.tensorrt_profiles import Profile, most_rows
 from diffuserve.errors import StageFailed, from_wire
-from diffuserve.stages import ArraysByName
+from diffuserve.stages import ArraysByName, on_host
 from diffuserve.tensors import UNET
 from diffuserve.triton.device_tensors import from_triton, owned, to_triton
 from diffuserve.triton.model_control import ModelControl
@@ -83,9 +83,9 @@ class BlsStages:
     async def run(self, stage: str, inputs: ArraysByName) -> ArraysByName:
         # A call cannot be taken back. When the request that made it is cancelled it runs on, and Triton must not be
         # stopped before it returns.
-        on_host = all(isinstance(array, np.ndarray) for array in inputs.values())
+        are_arrays = all(isinstance(array, np.ndarray) for array in inputs.values())
         call = asyncio.create_task(
-            self._execute_in_pieces(stage, inputs) if on_host else self._execute_on_tensors(stage, inputs)
+            self._execute_in_pieces(stage, inputs) if are_arrays else self._execute_on_tensors(stage, inputs)
         )
         self._calls.add(call)
         call.add_done_callback(self._forget)
@@ -99,7 +99,7 @@ class BlsStages:
                 return await self._execute(stage, inputs)
             except Exception as error:  # tried once more by way of the host, which tells whose fault it is
                 failure = error
-        arrays = await asyncio.to_thread(lambda: {name: array.cpu().numpy() for name, array in inputs.items()})
+        arrays = await asyncio.to_thread(lambda: {name: on_host(array) for name, array in inputs.items()})
         outputs = await self._execute_in_pieces(stage, arrays)
         if failure is not None:
             log.warning("tensors go through the host's memory from now on, which is slower: %s", failure)

@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 from diffuserve.bundle.manifest import Component
 from diffuserve.engines import ON_FIRST_GPU
-from diffuserve.stages import Array
+from diffuserve.stages import Array, on_host
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def joined(arrays: Sequence[Array]) -> Array:
     if not rest:
         return first
     if isinstance(first, np.ndarray):
-        return np.concatenate([first, *(each if isinstance(each, np.ndarray) else each.cpu().numpy() for each in rest)])
+        return np.concatenate([first, *map(on_host, rest)])
     import torch
 
     return torch.cat([first, *(torch.as_tensor(each, device=first.device) for each in rest)])
