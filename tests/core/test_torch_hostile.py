@@ -119,18 +119,12 @@ def test_nothing_beside_a_model_is_unpickled_or_run(folder: Path, tmp_path: Path
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_graph_that_is_a_pickle(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["weights.pt", "model.pt2"])
+def test_a_pickle_or_a_program_of_pytorchs_own_in_the_place_of_the_graph(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     plant(folder, tmp_path / "marker")
-    shutil.copyfile(folder / UNET / "weights.pt", folder / UNET / "model.onnx")
-    ended = run(folder, tmp_path / "cache")
-    assert "BundleError" in ended.stderr
-    assert ended.stdout.splitlines() == ["unpickled []", "run []"]
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_program_of_pytorchs_own_in_the_place_of_the_graph(folder: Path, tmp_path: Path) -> None:
-    plant(folder, tmp_path / "marker")
-    shutil.copyfile(folder / UNET / "model.pt2", folder / UNET / "model.onnx")
+    shutil.copyfile(folder / UNET / name, folder / UNET / "model.onnx")
     ended = run(folder, tmp_path / "cache")
     assert "BundleError" in ended.stderr
     assert ended.stdout.splitlines() == ["unpickled []", "run []"]
