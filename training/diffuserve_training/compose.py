@@ -129,6 +129,11 @@ def compose(atlas: Tensor, layout: Layout) -> Tensor:
         return _compose(atlas, layout)
 
 
+def pixels_of(images: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, H, W) in -1 .. 1, as `compose` gives them, as (B, H, W, 3) uint8."""
+    return ((images.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+
+
 def _compose(atlas: Tensor, layout: Layout) -> Tensor:
     count = len(layout.shadow)
     second = len(layout.icon) - count

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffuserve_training.captions import plain_caption
 from diffuserve_training.cases import ALONE, NEW_PAIR, PAIR, SHARES, Case, cases_of
-from diffuserve_training.compose import compose
+from diffuserve_training.compose import compose, pixels_of
 from diffuserve_training.config import Data
 from diffuserve_training.dataset import Icons, Pictures
 from diffuserve_training.description import KINDS, Background, Description
@@ -62,7 +62,6 @@ class Evaluation(msgspec.Struct, frozen=True):
         named: by group of captions: every thing that is named is the nearest of all.
         aspects: of all captions that ask for it.
         variety: mean distance of pictures of one caption, over that of pictures in which chance places the same icon.
-
     """
 
     checkpoint: str
@@ -151,9 +150,7 @@ def _composed(
     pictures: Pictures, icons: Icons, descriptions: Sequence[Description], size_px: int, choose: random.Random
 ) -> NDArray[np.uint8]:
     images = [compose(icons.atlas, pictures.layout([each], (size_px, size_px), choose)) for each in descriptions]
-    return np.concatenate(
-        [((image.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8) for image in images]
-    )
+    return np.concatenate([pixels_of(image) for image in images])
 
 
 def _variety(drawn: Any, icons: Icons, data: Data, cases: Sequence[Case]) -> float:

@@ -6,12 +6,11 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from diffuserve.files import write_whole
 from diffuserve_training.captions import caption
-from diffuserve_training.compose import compose
+from diffuserve_training.compose import compose, pixels_of
 from diffuserve_training.config import Data
 from diffuserve_training.dataset import Icons, Pictures
 
@@ -27,7 +26,7 @@ def write_icons(icons: Icons, data: Data, folder: Path, seed: int = 0) -> int:
     choose = random.Random(seed)  # noqa: S311 - training data, no secret
     folder.mkdir(parents=True, exist_ok=True)
     layout, descriptions = Pictures(icons, data).native(_PICTURES_AN_ICON * len(icons.icons), choose)
-    images = ((compose(icons.atlas, layout).permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+    images = pixels_of(compose(icons.atlas, layout))
     lines = []
     for number, (image, description) in enumerate(zip(images, descriptions, strict=True)):
         name = f"{number:05}.png"

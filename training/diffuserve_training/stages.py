@@ -29,21 +29,19 @@ def train_vae(
     Raises:
         ConfigError: vae-run/ is another training's.
     """
-    from diffuserve_training.checkpoints import save_vae
     from diffuserve_training.latents import scaling_factor_of
     from diffuserve_training.run import fit, seeded
-    from diffuserve_training.vae_module import VaeModule
+    from diffuserve_training.vae_module import VaeModule, new_vae
 
     run = begin_run(output / "vae-run", _leg(config.vae, config.vae.optimisation), config.data, _told(icons))
     seeded(config.vae.optimisation)
     pictures = Pictures(icons, config.data)
-    module = VaeModule.from_config(config.vae, icons, pictures, seconds)
+    module = VaeModule(config.vae, icons, pictures, config.vae.optimisation, new_vae(config.vae), seconds)
 
     def save() -> None:
         vae: Any = module.average.module
         images = some_images(icons, pictures).to(vae.device)
-        save_vae(vae, scaling_factor_of(vae, images), images, output / VAE_FOLDER)
-        _reconstructions(vae, images).save(output / "vae.png")
+        _save_stage_one(vae, scaling_factor_of(vae, images), images, output)
 
     fit(module, run, on_save=save, devices=devices)
 
@@ -67,10 +65,10 @@ def train_decoder(
     Raises:
         ConfigError: the configuration has none, stage one has left nothing in `output`, or decoder-run/ is another training's.
     """
-    from diffuserve_training.checkpoints import replace_vae, save_vae
+    from diffuserve_training.checkpoints import replace_vae
     from diffuserve_training.latents import encoder_digest
     from diffuserve_training.run import fit, seeded
-    from diffuserve_training.vae_module import VaeModule
+    from diffuserve_training.vae_module import VaeModule, with_fixed_latents
 
     optimisation = config.vae.decoder
     if optimisation is None:
@@ -81,17 +79,25 @@ def train_decoder(
     )
     seeded(optimisation)
     pictures = Pictures(icons, config.data)
-    module = VaeModule.of_decoder(config.vae, icons, pictures, optimisation, trained, seconds)
+    module = VaeModule(config.vae, icons, pictures, optimisation, with_fixed_latents(trained), seconds)
 
     def save() -> None:
         vae: Any = module.average.module
         images = some_images(icons, pictures).to(vae.device)
-        saved = save_vae(vae, vae.config.scaling_factor, images, output / VAE_FOLDER)
+        saved = _save_stage_one(vae, vae.config.scaling_factor, images, output)
         if (checkpoint := output / CHECKPOINT_FOLDER).is_dir():
             replace_vae(checkpoint, saved)
-        _reconstructions(vae, images).save(output / "vae.png")
 
     fit(module, run, on_save=save, devices=devices)
+
+
+def _save_stage_one(vae: Any, scaling_factor: float, images: Any, output: Path) -> Any:
+    """To `output`/vae and vae.png, as both legs do. Returns the autoencoder as it was saved."""
+    from diffuserve_training.checkpoints import save_vae
+
+    saved = save_vae(vae, scaling_factor, images, output / VAE_FOLDER)
+    _reconstructions(vae, images).save(output / "vae.png")
+    return saved
 
 
 def _leg(config: Vae, optimisation: Optimisation) -> Vae:
@@ -227,14 +233,12 @@ def some_images(icons: Icons, pictures: Pictures) -> Any:
 
 def _reconstructions(vae: Any, images: Any) -> Any:
     """A PIL image: the first originals, and below them what the autoencoder makes of them."""
-    import numpy as np
     import torch
 
+    from diffuserve_training.compose import pixels_of
     from diffuserve_training.sampling import grid
 
     images = torch.cat([images[:_GRID_COLUMNS], images[-_GRID_COLUMNS:]])
     with torch.inference_mode():
         drawn = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-    both = torch.cat([images, drawn]).cpu().numpy()
-    pixels = ((both.transpose(0, 2, 3, 1) + 1) * 127.5).round().astype(np.uint8)
-    return grid(pixels, len(images))
+    return grid(pixels_of(torch.cat([images, drawn])), len(images))

@@ -14,6 +14,21 @@ from diffuserve_training.dataset import Icons, Pictures
 from diffuserve_training.step_module import AveragedModule
 
 
+def new_vae(config: Vae) -> Any:
+    """Of random weights, all of which are learned."""
+    import diffusers
+
+    library: Any = diffusers
+    return library.AutoencoderKL(**config.model)
+
+
+def with_fixed_latents(vae: Any) -> Any:
+    """A trained autoencoder whose latents stay what they are, so that a UNet may be learning them meanwhile."""
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    return vae
+
+
 class VaeModule(AveragedModule):
     """AutoencoderKL without its random posterior: the decoder sees the mean and a little noise, which keeps the latents
     smooth and is learned sooner than a sampled posterior with a divergence.
@@ -35,30 +50,6 @@ class VaeModule(AveragedModule):
         self.config = config
         self._pictures = pictures
         self._atlas = icons.atlas
-
-    @classmethod
-    def from_config(cls, config: Vae, icons: Icons, pictures: Pictures, seconds: float | None = None) -> VaeModule:
-        """Everything is learned, from random weights."""
-        import diffusers
-
-        library: Any = diffusers
-        vae = library.AutoencoderKL(**config.model)
-        return cls(config, icons, pictures, config.optimisation, vae, seconds)
-
-    @classmethod
-    def of_decoder(
-        cls,
-        config: Vae,
-        icons: Icons,
-        pictures: Pictures,
-        optimisation: Optimisation,
-        vae: Any,
-        seconds: float | None = None,
-    ) -> VaeModule:
-        """A trained autoencoder whose latents stay what they are, so that a UNet may be learning them meanwhile."""
-        for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(False)
-        return cls(config, icons, pictures, optimisation, vae, seconds)
 
     def on_fit_start(self) -> None:
         self._atlas = self._atlas.to(self.device)
